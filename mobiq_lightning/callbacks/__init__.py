@@ -1,0 +1,8 @@
+"""Callbacks: one per file."""
+
+from mobiq_lightning.callbacks.layerwise_calibration import LayerwiseCalibration
+from mobiq_lightning.callbacks.progress import CalibrationProgress
+from mobiq_lightning.callbacks.results import Results
+from mobiq_lightning.callbacks.threshold_tuning import ThresholdTuning
+
+__all__ = ["CalibrationProgress", "LayerwiseCalibration", "Results", "ThresholdTuning"]

@@ -1,0 +1,73 @@
+"""Turns the epochs of one fit into block after block."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from mobiq_lightning.errors import MobiqError
+from mobiq_lightning.module import ElasticCalibration
+from mobiq_lightning.run_folder import check_identity
+
+
+class LayerwiseCalibration(Callback):
+    """Sets the number of epochs to blocks times epochs per block, and keeps the hidden states at the current block.
+
+    Which block is current is derived from the trainer's epoch, which checkpoints restore: after a resume the hidden states
+    are computed anew through the blocks that are done, and are bit for bit what they were.
+    """
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Sets the number of epochs, and makes sure that an interrupted run had this model and this text."""
+        module = _checked(pl_module)
+        if trainer.is_global_zero:
+            check_identity(module.run_folder, module.identity())
+        trainer.fit_loop.max_epochs = len(module.blocks) * module.epochs_per_block
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Catches up after a resume."""
+        self.catch_up(trainer, _checked(pl_module))
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Moves on when a block begins."""
+        self.catch_up(trainer, _checked(pl_module))
+
+    def catch_up(self, trainer: Trainer, module: ElasticCalibration) -> None:
+        """Brings the hidden states to the current block; does nothing if they are there."""
+        if module.hidden is None:
+            module.start_hidden_states(trainer.datamodule.calibration_ids())  # type: ignore[attr-defined]
+        assert module.hidden is not None
+        if module.hidden.block < module.block_index:
+            if module.block_index - module.hidden.block > 1:
+                rank_zero_info(
+                    f"Resuming: passing the calibration windows through {module.block_index} finished blocks."
+                )
+            module.hidden.advance(module.block_index)
+        module.caller.bring(module.block_index)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """At the end of a block, makes sure that all processes learned the same."""
+        module = _checked(pl_module)
+        if trainer.world_size > 1 and (module.current_epoch + 1) % module.epochs_per_block == 0:
+            values = [p.detach().double().sum() for p in module.block_at(module.block_index).parameters()]
+            sums: Any = module.all_gather(torch.stack(values))
+            if not torch.equal(sums, sums[:1].expand_as(sums)):
+                raise MobiqError(
+                    f"block {module.block_index + 1}: the {trainer.world_size} processes learned different values. "
+                    "Use trainer.strategy ddp_find_unused_parameters_true, or one device"
+                )
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Releases the tables and the device memory of the last block."""
+        module = _checked(pl_module)
+        module.hidden = None
+        module.caller.release()
+
+
+def _checked(module: LightningModule) -> ElasticCalibration:
+    if not isinstance(module, ElasticCalibration):
+        raise TypeError(f"this callback works on ElasticCalibration, not on {type(module).__name__}")
+    return module

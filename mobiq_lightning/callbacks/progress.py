@@ -1,0 +1,130 @@
+"""Shows how far a calibration is: block k of N, loss, bits, time left, memory."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from tqdm import tqdm
+
+from mobiq_lightning.callbacks.layerwise_calibration import _checked
+
+
+class CalibrationProgress(ProgressBar):
+    """One bar over all blocks on a terminal; elsewhere one line per epoch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._enabled = True
+        self._bar: Any = None
+        self._started = 0.0
+        self._first_epoch = 0
+
+    def disable(self) -> None:
+        """Called by the trainer on all ranks but the first."""
+        self._enabled = False
+
+    def enable(self) -> None:
+        """Undoes `disable`."""
+        self._enabled = True
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts the clock and, on a terminal, the bar."""
+        module = _checked(pl_module)
+        self._started, self._first_epoch = time.monotonic(), module.current_epoch
+        if self._enabled and sys.stderr.isatty():
+            steps = int(trainer.num_training_batches)
+            done = module.current_epoch * steps
+            total = len(module.blocks) * module.epochs_per_block * steps
+            self._bar = tqdm(total=total, initial=done, dynamic_ncols=True, unit="step")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Moves the bar."""
+        if self._bar is not None:
+            self._bar.set_description(self._place(pl_module))
+            self._bar.set_postfix_str(self._state(trainer))
+            self._bar.update()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prints a line where there is no terminal."""
+        module = _checked(pl_module)
+        if self._enabled and self._bar is None:
+            epoch = module.current_epoch % module.epochs_per_block + 1
+            done = module.current_epoch + 1 - self._first_epoch
+            left = len(module.blocks) * module.epochs_per_block - module.current_epoch - 1
+            eta = (time.monotonic() - self._started) / done * left
+            print(
+                f"{self._place(pl_module)}, epoch {epoch}/{module.epochs_per_block}, {self._state(trainer)}, "
+                f"ETA {format_seconds(eta)}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Closes the bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Closes the bar, so that the message starts on a line of its own."""
+        self.on_train_end(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts the bar of the comparison."""
+        total = sum(int(n) for n in trainer.num_val_batches)
+        if self._enabled:
+            hidden = not sys.stderr.isatty()
+            self._bar = tqdm(total=total, desc="comparing", dynamic_ncols=True, unit="batch", disable=hidden)
+            if hidden:
+                print(f"comparing on {total // 2} batches, twice", file=sys.stderr, flush=True)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Moves it."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Closes it."""
+        self.on_train_end(trainer, pl_module)
+
+    def _place(self, pl_module: LightningModule) -> str:
+        module = _checked(pl_module)
+        return f"block {module.block_index + 1}/{len(module.blocks)}"
+
+    def _state(self, trainer: Trainer) -> str:
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        loss = metrics.get("block/loss", float("nan"))
+        bits = metrics.get("block/routed_bits")
+        shown = "fixed depths" if bits is None else f"{bits:.2f} bits"
+        return f"loss {loss:.4g}, {shown}, peak {peak_memory_gb():.1f} GB"
+
+
+def peak_memory_gb() -> float:
+    """Peak memory of this process in GB: of the GPU where there is one, else of the host."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def format_seconds(seconds: float) -> str:
+    """``75.2 -> "1:15"``, ``4000 -> "1:06:40"``."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,131 @@
+"""Finds, once all blocks are calibrated, the thresholds at which the model runs at each budget."""
+
+from __future__ import annotations
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from mobiq_lightning.callbacks.layerwise_calibration import _checked
+from mobiq_lightning.hidden_states import eval_mode
+from mobiq_lightning.layers import meet_budget, record_scores
+from mobiq_lightning.module import ElasticCalibration
+from mobiq_lightning.strategies.routers.static import StaticRouter, split_budget
+from mobiq_lightning.strategies.thresholds import Scope
+
+COLLAPSE_SHARE = 0.995
+"""Share of tokens at one depth above which a router is no router any more."""
+
+
+class ThresholdTuning(Callback):
+    """Fills the threshold tables of all inputs, for both scopes.
+
+    The first round takes the quantiles of the scores that calibration windows get at the schedule's final budget. As the
+    inputs of a layer depend on how deep the layers before it read, every further round runs the model at each budget with
+    the thresholds found so far and takes the quantiles of those scores.
+
+    Args:
+        windows: Calibration windows to score.
+        rounds: Passes over the table; at least 1.
+    """
+
+    def __init__(self, windows: int = 16, rounds: int = 2) -> None:
+        self.windows = windows
+        self.rounds = rounds
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tunes after the last epoch of the last block, before its checkpoint is written."""
+        module = _checked(pl_module)
+        if module.current_epoch + 1 == trainer.max_epochs:
+            self.tune(module, trainer.datamodule.calibration_ids()[: self.windows])  # type: ignore[attr-defined]
+
+    def tune(self, module: ElasticCalibration, input_ids: Tensor) -> None:
+        """Fills the tables from windows (N, T)."""
+        inputs = module.all_inputs()
+        sizes, slice_bits = [routed.n_weights for routed in inputs], inputs[0].slice_bits
+        kind = type(inputs[0].router)
+        budgets = inputs[0].budgets.tolist()
+        with eval_mode([routed.router for routed in inputs]):
+            with meet_budget(inputs, module.budget.final_bits):
+                scores = self._scores(module, input_ids)
+            scopes: tuple[Scope, Scope] = ("layer", "global")
+            tables = {s: kind.thresholds_for(scores, sizes, slice_bits, budgets, s) for s in scopes}
+            self._store(module, tables)
+            for _ in range(self.rounds - 1):
+                tables = {scope: self._refine(module, input_ids, table, scope) for scope, table in tables.items()}
+                self._store(module, tables)
+        for logger in module.trainer.loggers:
+            logger.log_metrics(_threshold_metrics(module, tables["layer"]), step=module.global_step)
+
+    def _refine(self, module: ElasticCalibration, input_ids: Tensor, table: Tensor, scope: Scope) -> Tensor:
+        """The table (inputs, budgets) from the scores that the model has when it runs at each budget."""
+        inputs = module.all_inputs()
+        sizes, slice_bits = [routed.n_weights for routed in inputs], inputs[0].slice_bits
+        kind, refined = type(inputs[0].router), table.clone()
+        for column, bits in enumerate(inputs[0].budgets.tolist()):
+            for routed in inputs:
+                routed.set_bits(bits, scope)
+            scores = self._scores(module, input_ids)
+            refined[:, column] = kind.thresholds_for(scores, sizes, slice_bits, [bits], scope)[:, 0]
+            if scope == "layer" and kind.per_token:
+                self._mend_collapse(module, scores, refined[:, column], bits)
+        return refined
+
+    def _mend_collapse(self, module: ElasticCalibration, scores: list[Tensor], thresholds: Tensor, bits: float) -> None:
+        """Gives inputs whose tokens cannot be told apart a static depth, and reports them."""
+        inputs = module.all_inputs()
+        slice_bits = inputs[0].slice_bits
+        share_of_upper = split_budget(slice_bits, bits)[1]
+        if not 1 - COLLAPSE_SHARE < share_of_upper < COLLAPSE_SHARE:
+            return  # here all tokens at one depth is what was asked for
+        shares = [most_common_share(s, float(t)) for s, t in zip(scores, thresholds, strict=True)]
+        collapsed = [i for i, share in enumerate(shares) if share > COLLAPSE_SHARE]
+        sizes = [inputs[i].n_weights for i in collapsed]
+        for i, n_open in zip(collapsed, StaticRouter.allocate(sizes, slice_bits, bits), strict=True):
+            thresholds[i] = _threshold_for_depth(scores[i], n_open)
+            name = module.input_names()[i]
+            if name not in module.collapsed:
+                rank_zero_warn(
+                    f"Router collapse: at {bits:g} bits, {shares[i]:.1%} of the tokens of {name} read the same depth. "
+                    "Static depths are used for this input at such budgets; results.json lists it under 'collapsed'."
+                )
+            module.collapsed[name] = max(shares[i], module.collapsed.get(name, 0.0))
+
+    @torch.no_grad()
+    def _scores(self, module: ElasticCalibration, input_ids: Tensor) -> list[Tensor]:
+        """For each input, the scores (N * T, S - 1) of all windows, each block run at its present setting."""
+        hidden = module.caller.embed_all(input_ids)
+        with record_scores(module.all_inputs()) as records:
+            for block in range(len(module.blocks)):
+                for router in module.block_at(block).routers():
+                    router.reseed(-1)
+                hidden = module.caller.call(block, hidden)
+        return [record[0] for record in records]
+
+    def _store(self, module: ElasticCalibration, tables: dict[Scope, Tensor]) -> None:
+        for row, routed in enumerate(module.all_inputs()):
+            routed.set_tables(tables["layer"][row], tables["global"][row])
+
+
+def most_common_share(scores: Tensor, threshold: float) -> float:
+    """Share of the tokens, by scores (N, S - 1) under the prefix rule, that read the most common depth."""
+    counts = torch.bincount((scores > threshold).sum(-1))
+    return float(counts.max() / counts.sum())
+
+
+def _threshold_for_depth(scores: Tensor, n_open: int) -> Tensor:
+    """The threshold at which a typical token of (N, S - 1) scores opens `n_open` slices after the base."""
+    median = scores.float().median(dim=0).values
+    edges = torch.cat([median[:1] + 1.0, (median[:-1] + median[1:]) / 2, median[-1:] - 1.0])
+    return edges[n_open]
+
+
+def _threshold_metrics(module: ElasticCalibration, table: Tensor) -> dict[str, float]:
+    """Thresholds at whole bits, for loggers."""
+    inputs = module.all_inputs()
+    whole = [(c, int(b)) for c, b in enumerate(inputs[0].budgets.tolist()) if b == int(b)]
+    names = module.input_names()
+    return {
+        f"threshold/{bits}_bits/{name}": float(table[row, c]) for row, name in enumerate(names) for c, bits in whole
+    }

@@ -1,0 +1,76 @@
+"""The command line: a thin dispatcher. Heavy imports happen only once a command is known to be well-formed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from mobiq_lightning.errors import MobiqError, RecipeError, nearest
+
+HELP = """\
+usage: python -m mobiq_lightning COMMAND [arguments]
+
+Elastic quantization of LLaMA-family models: one checkpoint that runs at any average bit-width from 2 to 8.
+
+commands:
+  fit --config RECIPE.yaml        calibrate, tune thresholds, compare, save one elastic checkpoint; the same command
+                                  resumes an interrupted run
+  validate --config RECIPE.yaml   compare a finished run again, at other bits or on other text
+  generate RUN --prompt "..."     continue a prompt with a finished run, at any --bits
+
+Recipes are in recipes/; keys are overridden on the command line, as in
+  python -m mobiq_lightning fit --config recipes/tiny.yaml --model.epochs_per_block 2
+`COMMAND --help` lists all keys of a command.
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        arguments: The command line without the program; by default that of the process.
+
+    Returns:
+        The exit code: 0 done, 1 failed, 2 asked for something that does not exist.
+    """
+    given = sys.argv[1:] if arguments is None else arguments
+    if not given or given[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0
+    command, rest = given[0], given[1:]
+    if command == "--version":
+        from mobiq_lightning import __version__
+
+        print(f"mobiq-lightning {__version__}")
+        return 0
+    try:
+        commands: dict[str, Callable[[str, list[str]], None]] = {
+            "fit": _train,
+            "validate": _train,
+            "generate": _generate,
+        }
+        if command not in commands:
+            raise RecipeError(f"no command {command!r}. {nearest(command, commands)} Commands: {', '.join(commands)}")
+        commands[command](command, rest)
+    except MobiqError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, RecipeError) else 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last finished epoch", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _train(command: str, rest: list[str]) -> None:
+    from mobiq_lightning.recipe import check_arguments
+
+    check_arguments(rest)
+    from mobiq_lightning.training_cli import ElasticCLI
+
+    ElasticCLI([command, *rest])
+
+
+def _generate(command: str, rest: list[str]) -> None:
+    from mobiq_lightning.generate import parse
+
+    parse(rest)

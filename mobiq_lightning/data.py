@@ -1,0 +1,195 @@
+"""The LightningDataModule: calibration windows and evaluation windows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
+
+from mobiq_lightning.errors import DataError
+from mobiq_lightning.text import Protocol, digest, read_documents, tokenize
+
+IGNORED = -100
+"""Label of positions that are not predicted: padding."""
+
+
+class Windows(Dataset[dict[str, Tensor]]):
+    """Token windows of equal or different length.
+
+    Args:
+        windows: 1-D int64 tensors.
+    """
+
+    def __init__(self, windows: list[Tensor]) -> None:
+        self.windows = windows
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.windows[index], "index": torch.tensor(index)}
+
+
+class TextWindows(LightningDataModule):
+    """Windows of text, for calibration and for evaluation.
+
+    Args:
+        source: Calibration text: `builtin`, `wikitext2`, `c4`, or a path to a .txt, .jsonl or .parquet file.
+        eval_source: Evaluation text, likewise.
+        n_samples: Calibration windows.
+        seq_len: Tokens per window.
+        batch_size: Calibration windows per step.
+        eval_protocol: `packed`: the papers' windows, without overlap, the tail dropped. `documents`: every document for
+            itself, BOS in front, cut at the window. Calibration windows are cut from the same kind of stream.
+        eval_seq_len: Tokens per evaluation window; by default `seq_len`.
+        eval_batch_size: Evaluation windows per step; by default `batch_size`.
+        eval_max_windows: Evaluate on the first so many windows only; by default on all.
+        seed: Decides which windows of the text are taken for calibration.
+    """
+
+    def __init__(
+        self,
+        source: str = "builtin",
+        eval_source: str = "builtin",
+        n_samples: int = 128,
+        seq_len: int = 2048,
+        batch_size: int = 1,
+        eval_protocol: Protocol = "packed",
+        eval_seq_len: int | None = None,
+        eval_batch_size: int | None = None,
+        eval_max_windows: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.source, self.eval_source = source, eval_source
+        self.n_samples, self.seq_len, self.batch_size = n_samples, seq_len, batch_size
+        self.eval_protocol: Protocol = eval_protocol
+        self.eval_seq_len = eval_seq_len or seq_len
+        self.eval_batch_size = eval_batch_size or batch_size
+        self.eval_max_windows = eval_max_windows
+        self.seed = seed
+        for key in ("n_samples", "seq_len", "batch_size", "eval_seq_len", "eval_batch_size"):
+            if getattr(self, key) < 1:
+                raise DataError(f"data.{key} ({getattr(self, key)}) must be at least 1")
+        self.calibration: Windows | None = None
+        self.evaluation: Windows | None = None
+        self.protocol: dict[str, Any] = {}
+        self.calibration_digest = ""
+
+    def read(self, tokenizer: Any, tokenizer_hash: str, stage: str) -> None:
+        """Reads and tokenizes the text; the model's own tokenizer is needed, so the model calls this in its `setup`.
+
+        Args:
+            tokenizer: A Hugging Face tokenizer.
+            tokenizer_hash: Identifies it in the results.
+            stage: ``fit`` reads both sources, anything else the evaluation source alone.
+
+        Raises:
+            DataError: If a source cannot be read, or gives fewer windows than asked for.
+        """
+        if stage == "fit" and self.calibration is None:
+            self.calibration = self._read_calibration(tokenizer)
+        if self.evaluation is None:
+            self.evaluation = self._read_evaluation(tokenizer, tokenizer_hash)
+
+    def calibration_ids(self) -> Tensor:
+        """(N, T) int64: all calibration windows, in the order of their index."""
+        assert self.calibration is not None, "read() comes first"
+        return torch.stack(self.calibration.windows)
+
+    def _read_calibration(self, tokenizer: Any) -> Windows:
+        key = "data.source"
+        streams = tokenize(read_documents(self.source, "train", key), tokenizer, self.eval_protocol, key)
+        stream = [token for ids in streams for token in ids]
+        found = len(stream) // self.seq_len
+        if found < self.n_samples:
+            raise DataError(
+                f"{key}: {self.source} gives {len(stream)} tokens, {found} windows of {self.seq_len}; "
+                f"data.n_samples asks for {self.n_samples}. Give more text, or lower data.n_samples or data.seq_len"
+            )
+        generator = torch.Generator().manual_seed(self.seed)
+        chosen = torch.randperm(found, generator=generator)[: self.n_samples].tolist()
+        windows = [torch.tensor(stream[i * self.seq_len : (i + 1) * self.seq_len]) for i in chosen]
+        self.calibration_digest = digest([w.tolist() for w in windows])
+        return Windows(windows)
+
+    def _read_evaluation(self, tokenizer: Any, tokenizer_hash: str) -> Windows:
+        key = "data.eval_source"
+        streams = tokenize(read_documents(self.eval_source, "eval", key), tokenizer, self.eval_protocol, key)
+        if self.eval_protocol == "packed":
+            stream, size = streams[0], self.eval_seq_len
+            cut = [stream[i : i + size] for i in range(0, len(stream) - size + 1, size)]
+        else:
+            cut = [ids[: self.eval_seq_len] for ids in streams if len(ids) > 1]
+        if not cut:
+            raise DataError(
+                f"{key}: {self.eval_source} gives {sum(map(len, streams))} tokens, not one window of "
+                f"{self.eval_seq_len}. Give more text or lower data.eval_seq_len"
+            )
+        cut = cut[: self.eval_max_windows]
+        self.protocol = {
+            "eval_protocol": self.eval_protocol,
+            "window": self.eval_seq_len,
+            "n_windows": len(cut),
+            "bos": tokenizer.bos_token_id is not None and all(w[0] == tokenizer.bos_token_id for w in cut),
+            "tokenizer": tokenizer_hash,
+            "data": self.eval_source,
+            "data_hash": digest(cut),
+            "n_tokens": sum(len(w) - 1 for w in cut),
+            "calibration": {
+                "data": self.source,
+                "n_samples": self.n_samples,
+                "seq_len": self.seq_len,
+                "seed": self.seed,
+            },
+        }
+        # Windows of similar length share a batch, so that little of it is padding.
+        return Windows([torch.tensor(w) for w in sorted(cut, key=len)])
+
+    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """Calibration windows ``{"input_ids": (B, T), "index": (B,)}``, shuffled anew each epoch by `seed`."""
+        assert self.calibration is not None, "read() comes first"
+        world, rank = _world()
+        sampler: DistributedSampler[Any] = DistributedSampler(
+            self.calibration, num_replicas=world, rank=rank, shuffle=True, seed=self.seed
+        )
+        return DataLoader(self.calibration, batch_size=self.batch_size, sampler=sampler)
+
+    def val_dataloader(self) -> list[DataLoader[dict[str, Tensor]]]:
+        """The evaluation windows twice: the controls of the second pass spend the bits that the first one measured.
+
+        None during a fit: perplexity of a half-calibrated model means nothing.
+        """
+        if self.trainer is not None and self.trainer.state.fn == "fit":
+            return []
+        assert self.evaluation is not None, "read() comes first"
+        world, rank = _world()
+        # A DistributedSampler would repeat windows to even out the ranks, and count them twice.
+        share = Subset(self.evaluation, range(rank, len(self.evaluation), world))
+        return [DataLoader(share, batch_size=self.eval_batch_size, collate_fn=pad_windows) for _ in range(2)]
+
+
+def pad_windows(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """One batch of windows, padded on the right, where a causal model cannot see it.
+
+    Returns:
+        ``input_ids`` (B, T) and ``labels`` (B, T), the latter `IGNORED` where padded.
+    """
+    windows = [item["input_ids"] for item in items]
+    length = max(len(w) for w in windows)
+    ids = torch.zeros(len(windows), length, dtype=torch.int64)
+    labels = torch.full_like(ids, IGNORED)
+    for row, window in enumerate(windows):
+        ids[row, : len(window)] = window
+        labels[row, : len(window)] = window
+    return {"input_ids": ids, "labels": labels}
+
+
+def _world() -> tuple[int, int]:
+    """Number of processes and the rank of this one."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_world_size(), torch.distributed.get_rank()
+    return 1, 0

@@ -1,0 +1,57 @@
+"""What can go wrong, one exception class per kind. Every message says what happened, where, the numbers, what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class MobiqError(Exception):
+    """Base of every error that is the user's to mend; the command line prints it without a traceback."""
+
+
+class RecipeError(MobiqError):
+    """A recipe key, value or class name that cannot be used."""
+
+
+class ModelError(MobiqError):
+    """A source model that cannot be sliced: already quantized, unknown layout, damaged weights, wrong tokenizer."""
+
+
+class DataError(MobiqError):
+    """Text that cannot be read, or is too short, or does not fit the tokenizer."""
+
+
+class RunFolderError(MobiqError):
+    """The run folder holds something else than what this command would continue."""
+
+
+class NonFiniteError(MobiqError):
+    """NaN or infinity while a block was calibrated.
+
+    Args:
+        message: What was seen.
+        block: Index of the block, from 0.
+    """
+
+    def __init__(self, message: str, block: int) -> None:
+        super().__init__(message)
+        self.block = block
+
+
+class BitsError(MobiqError):
+    """A bit-width outside of what the checkpoint holds."""
+
+
+class CheckpointError(MobiqError):
+    """An elastic checkpoint or a training checkpoint that is damaged, incomplete or from a newer version."""
+
+
+def nearest(name: str, accepted: Iterable[str], count: int = 3) -> str:
+    """``"Did you mean a, b?"`` for the accepted names closest to `name`, or an empty string if none is close."""
+    accepted = list(accepted)
+    found = difflib.get_close_matches(name, accepted, n=count, cutoff=0.5)
+    if not found:  # a full key against keys that differ only in their last word
+        tails = {key.rsplit(".", 1)[-1]: key for key in accepted}
+        found = [tails[t] for t in difflib.get_close_matches(name.rsplit(".", 1)[-1], tails, n=count, cutoff=0.6)]
+    return f"Did you mean {' or '.join(repr(f) for f in found)}?" if found else ""

@@ -1,0 +1,249 @@
+"""The comparison: one checkpoint at every budget, beside full precision, round-to-nearest and the two controls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mobiq_lightning.data import IGNORED
+from mobiq_lightning.export import stored_bits
+from mobiq_lightning.layers import (
+    ElasticLinear,
+    RoutedInput,
+    SlicedLinear,
+    fixed_depth,
+    full_precision,
+    record_gates,
+    routed_inputs,
+)
+from mobiq_lightning.metrics import KLDivergence, Perplexity, UsedBits, log_probabilities
+from mobiq_lightning.source import BlockLayout
+from mobiq_lightning.strategies import RandomRouter, ResidualSlices, Router, StaticRouter
+from mobiq_lightning.strategies.thresholds import Scope
+
+if TYPE_CHECKING:
+    from mobiq_lightning.module import ElasticCalibration
+
+Allocation = Literal["full", "rtn", "router", "static", "random"]
+RTN_BITS = (2, 3, 4, 6, 8)
+_KEPT_WEIGHTS_LIMIT = 2 * 2**30  # bytes of dequantized weights kept between batches
+
+
+@dataclass
+class Arm:
+    """One row of the comparison.
+
+    Args:
+        allocation: Who decides how deep tokens read.
+        target_bits: The budget asked for.
+        seed: Of what is random in it, else None.
+        spend_bits: The budget that a control is given: the bits that the router used at `target_bits`.
+    """
+
+    allocation: Allocation
+    target_bits: float
+    seed: int | None = None
+    spend_bits: float = 0.0
+    perplexity: Perplexity = field(default_factory=Perplexity)
+    kl: KLDivergence = field(default_factory=KLDivergence)
+    used: UsedBits | None = None
+
+
+class Comparison:
+    """Runs batches through every arm and turns what was measured into rows.
+
+    The first pass measures full precision, round-to-nearest and the router; the second gives the controls the very bits
+    that the router used.
+
+    Args:
+        full: The source model; its decoder linears are wrapped, for round-to-nearest.
+        elastic: The elastic model.
+        layout: Where the decoder blocks are.
+        eval_bits: Budgets.
+        random_seeds: Seeds of the random allocation.
+        scope: Which threshold table the router uses.
+        device: Where both models run.
+        seed: That the run was calibrated with.
+    """
+
+    def __init__(
+        self,
+        full: nn.Module,
+        elastic: nn.Module,
+        layout: BlockLayout,
+        eval_bits: Sequence[float],
+        random_seeds: Sequence[int],
+        scope: Scope,
+        device: torch.device,
+        seed: int | None = None,
+    ) -> None:
+        self.full, self.elastic, self.device, self.scope = full.to(device), elastic.to(device), device, scope
+        self.inputs = routed_inputs(elastic)
+        self.names = [n.removesuffix(".input") for n, m in elastic.named_modules() if isinstance(m, RoutedInput)]
+        self.sizes = [routed.n_weights for routed in self.inputs]
+        self.slice_bits = self.inputs[0].slice_bits
+        linears = [m for m in elastic.modules() if isinstance(m, ElasticLinear)]
+        self.rounded = _wrap_for_rounding(full, layout, linears[0].group_size)
+        _keep_weights(linears)
+        self.full_bits = 8 * next(full.parameters()).element_size()
+        self.overhead_bits, self.router_bits = stored_bits(elastic)
+        self.first = [Arm("full", self.full_bits)]
+        self.first += [Arm("rtn", bits) for bits in RTN_BITS]
+        self.first += [Arm("router", bits, seed) for bits in eval_bits]
+        self.second: list[Arm] = []
+        self.random_seeds = random_seeds
+        for arm in self.first:
+            self._prepare(arm)
+
+    @classmethod
+    def of_run(cls, module: ElasticCalibration, folder: Path, device: torch.device) -> Comparison:
+        """The comparison of a finished run.
+
+        Args:
+            module: Holds the loaded source model and what the recipe says.
+            folder: The run folder.
+            device: Where to run.
+        """
+        import os
+
+        from mobiq_lightning.hf import load
+
+        elastic = load(folder, dtype=module.source.model.dtype, device=device)
+        seed = os.environ.get("PL_GLOBAL_SEED")
+        return cls(
+            module.source.model,
+            elastic,
+            module.layout,
+            module.eval_bits,
+            module.random_seeds,
+            module.threshold_scope,
+            device,
+            None if seed is None else int(seed),
+        )
+
+    def start_second_pass(self) -> None:
+        """Sets up the controls, each given the bits that the router used."""
+        for arm in [a for a in self.first if a.allocation == "router"]:
+            assert arm.used is not None
+            spent = float(arm.used.compute())
+            self.second.append(Arm("static", arm.target_bits, None, spent))
+            self.second += [Arm("random", arm.target_bits, seed, spent) for seed in self.random_seeds]
+        for arm in self.second:
+            self._prepare(arm)
+
+    @torch.no_grad()
+    def step(self, batch: dict[str, Tensor], number: int, batch_idx: int) -> None:
+        """Measures one batch.
+
+        Args:
+            batch: ``input_ids`` (B, T) and ``labels`` (B, T), `IGNORED` where padded.
+            number: 0 for the first pass, 1 for the second.
+            batch_idx: Number of the batch; with the seed it decides what is random.
+        """
+        ids, labels = batch["input_ids"].to(self.device), batch["labels"].to(self.device)
+        scored, wanted = labels[:, 1:] != IGNORED, labels[:, 1:]
+        with full_precision(self.rounded):
+            reference = log_probabilities(self.full(input_ids=ids, use_cache=False).logits[:, :-1][scored])
+        reference_probs, wanted = reference.exp(), wanted[scored]
+        for arm in self.first if number == 0 else self.second:
+            log_probs = reference
+            if arm.allocation != "full":
+                logits, bits = self._run(arm, ids, batch_idx)
+                if arm.used is not None:
+                    arm.used.update(bits, labels != IGNORED)
+                log_probs = log_probabilities(logits[:, :-1][scored])
+            arm.perplexity.update(log_probs, wanted)
+            arm.kl.update(log_probs, reference, reference_probs)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One dict per arm: allocation, target_bits, used_bits, all_in_bits, perplexity, kl, seed."""
+        return [self._row(arm) for arm in self.first + self.second]
+
+    def bits_per_input(self) -> dict[float, list[float]]:
+        """For each budget, the mean bits that the router read of each input's weights, in the order of the model."""
+        arms = [arm for arm in self.first if arm.allocation == "router"]
+        return {arm.target_bits: arm.used.per_input().tolist() for arm in arms if arm.used is not None}
+
+    def _prepare(self, arm: Arm) -> None:
+        for metric in (arm.perplexity, arm.kl):
+            metric.to(self.device)
+        if arm.allocation in ("router", "static", "random"):
+            arm.used = UsedBits(self.sizes).to(self.device)
+
+    def _run(self, arm: Arm, ids: Tensor, batch_idx: int) -> tuple[Tensor, list[Tensor]]:
+        """Logits (B, T, V), and for each input the bits (B, T) of its tokens."""
+        if arm.allocation == "rtn":
+            with fixed_depth(self.rounded, int(arm.target_bits)):
+                return self.full(input_ids=ids, use_cache=False).logits, []
+        if arm.allocation == "router":
+            for routed in self.inputs:
+                routed.set_bits(arm.target_bits, self.scope)
+        with self._controls(arm, batch_idx), record_gates(self.inputs) as records:
+            logits = self.elastic(input_ids=ids, use_cache=False).logits
+        return logits, [record[0] for record in records]
+
+    @contextmanager
+    def _controls(self, arm: Arm, batch_idx: int) -> Iterator[None]:
+        """Within it, the inputs are allocated by the arm's control instead of their own router."""
+        if arm.allocation == "router":
+            yield
+            return
+        kind: type[Router] = StaticRouter if arm.allocation == "static" else RandomRouter
+        thresholds = kind.thresholds_for([], self.sizes, self.slice_bits, [arm.spend_bits])[:, 0]
+        for position, routed in enumerate(self.inputs):
+            width = (routed.router.in_features, len(self.slice_bits))
+            control = StaticRouter(*width) if arm.seed is None else RandomRouter(*width, seed=arm.seed)
+            control.place(position, len(self.inputs))
+            control.reseed(batch_idx)
+            control.threshold.copy_(thresholds[position])
+            routed.control = control.to(self.device).eval()
+        try:
+            yield
+        finally:
+            for routed in self.inputs:
+                routed.control = None
+
+    def _row(self, arm: Arm) -> dict[str, Any]:
+        used = float(arm.target_bits) if arm.used is None else float(arm.used.compute())
+        extra = 0.0 if arm.allocation == "full" else self.overhead_bits
+        extra += self.router_bits if arm.allocation == "router" else 0.0
+        return {
+            "allocation": arm.allocation,
+            "target_bits": float(arm.target_bits),
+            "used_bits": used,
+            "all_in_bits": used + extra,
+            "perplexity": float(arm.perplexity.compute()),
+            "kl": float(arm.kl.compute()),
+            "seed": arm.seed,
+        }
+
+
+def _wrap_for_rounding(model: nn.Module, layout: BlockLayout, group_size: int) -> list[RoutedInput]:
+    """Lets the decoder linears of a model be read as uncalibrated nested codes.
+
+    Returns:
+        The inputs to set the depth of, or to set to full precision.
+    """
+    bits = (2, 1, 1, 2, 2)
+    routed = RoutedInput(StaticRouter(1, len(bits)), bits, 0)
+    for block in layout.find(model):
+        names = [n for n, m in block.named_modules() if isinstance(m, (nn.Linear, SlicedLinear))]
+        for name in names:
+            linear: Any = block.get_submodule(name)
+            scheme = ResidualSlices(linear.out_features, linear.in_features, bits, group_size).to(linear.weight.device)
+            parent, _, last = name.rpartition(".")
+            setattr(block.get_submodule(parent), last, SlicedLinear(linear, scheme, routed))
+    return [routed]
+
+
+def _keep_weights(linears: Sequence[ElasticLinear]) -> None:
+    """Keeps dequantized weights between batches if all depths of all linears fit the limit."""
+    needed = sum(4 * linear.packed.n_weights * len(linear.slice_bits) for linear in linears)
+    for linear in linears:
+        linear.keep_weights = needed <= _KEPT_WEIGHTS_LIMIT

@@ -1,0 +1,197 @@
+"""Inputs and targets of the block being calibrated, for every calibration window.
+
+Decoder blocks are called, never re-implemented: what the model passes to its first block, keywords and all, is caught
+once and passed on to every block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+Storage = Literal["device", "host", "disk"]
+Reading = Callable[[int, int], AbstractContextManager[Any]]
+"""Puts a block (by index) into the precision in which a stream goes through it, for one batch (by index)."""
+
+
+class _CaughtInput(Exception):  # noqa: N818 - a signal, not an error
+    """Ends the forward pass of the model once the input of its first block is known."""
+
+
+class BlockCaller:
+    """Calls the decoder blocks of a model one at a time, each with what the model itself would pass.
+
+    Args:
+        model: The causal language model.
+        blocks: Its decoder blocks.
+        device: Where blocks run. Only the block that runs is there; the others stay where they are.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], device: torch.device) -> None:
+        self.model, self.blocks, self.device = model, blocks, device
+        self.keywords: dict[str, Any] = {}
+        self._resident: int | None = None
+
+    @torch.no_grad()
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Inputs of the first block.
+
+        Args:
+            input_ids: (B, T); T must be the same in every call.
+
+        Returns:
+            (B, T, H) on the device of the model's embedding.
+        """
+        caught: list[Tensor] = []
+
+        def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            caught.append(args[0] if args else kwargs.pop("hidden_states"))
+            self.keywords = kwargs
+            raise _CaughtInput
+
+        handle = self.blocks[0].register_forward_pre_hook(catch, with_kwargs=True)
+        try:
+            self.model(input_ids=input_ids, use_cache=False)
+        except _CaughtInput:
+            pass
+        finally:
+            handle.remove()
+        return caught[0]
+
+    @torch.no_grad()
+    def embed_all(self, input_ids: Tensor) -> Tensor:
+        """Inputs (N, T, H) of the first block for windows (N, T), one window at a time.
+
+        With one window the keywords that are kept have a batch dimension of 1, which fits any batch.
+        """
+        return torch.cat([self.embed(window) for window in input_ids.split(1)])
+
+    def call(self, index: int, hidden: Tensor) -> Tensor:
+        """(B, T, H) -> (B, T, H): block `index` on the device."""
+        self.bring(index)
+        output = self.blocks[index](hidden.to(self.device), **_to_device(self.keywords, self.device))
+        result: Tensor = output[0] if isinstance(output, tuple) else output
+        return result
+
+    def bring(self, index: int) -> None:
+        """Makes block `index` the one whose frozen weights are on the device."""
+        if self._resident == index:
+            return
+        self.release()
+        self.blocks[index].to(self.device)
+        self._resident = index
+
+    def release(self) -> None:
+        """Moves the frozen weights of the resident block back to the host."""
+        if self._resident is not None and self.device.type != "cpu":
+            self.blocks[self._resident].to("cpu")
+        self._resident = None
+
+
+class HiddenStates:
+    """Tables of inputs and targets, advanced block by block.
+
+    Args:
+        caller: Calls the blocks.
+        input_ids: (N, T) calibration windows.
+        streams: For each input stream its name and how it reads the blocks that it has passed.
+        full_precision: How the targets read blocks.
+        batch_size: Windows per call of a block.
+        storage: Where the tables lie.
+        folder: Where, if on disk.
+    """
+
+    def __init__(
+        self,
+        caller: BlockCaller,
+        input_ids: Tensor,
+        streams: dict[str, Reading],
+        full_precision: Reading,
+        batch_size: int,
+        storage: Storage = "host",
+        folder: Path | None = None,
+    ) -> None:
+        self.caller, self.streams, self.full_precision = caller, streams, full_precision
+        self.batch_size, self.storage, self.folder = batch_size, storage, folder
+        self.block = 0
+        inputs = self._place(caller.embed_all(input_ids), "embedding")
+        # Until the first block is done all streams are the embedding: one table serves them.
+        self.inputs: dict[str, Tensor] = dict.fromkeys(streams, inputs)
+        self.targets = self._through(0, inputs, "targets", full_precision)
+
+    def advance(self, block: int) -> None:
+        """Moves on to `block`: inputs go through the calibrated blocks before it, targets through it."""
+        while self.block < block:
+            done = self.block
+            self.inputs = {
+                name: self._through(done, self.inputs[name], name, reading) for name, reading in self.streams.items()
+            }
+            self.block = done + 1
+            self.targets = self._through(self.block, self.targets, "targets", self.full_precision)
+
+    def batch(self, name: str, index: Tensor) -> Tensor:
+        """(B, T, H) inputs of a stream for windows `index` (B,), on the device of the blocks."""
+        return self._rows(self.inputs[name], index)
+
+    def target_batch(self, index: Tensor) -> Tensor:
+        """(B, T, H) targets for windows `index` (B,), on the device of the blocks."""
+        return self._rows(self.targets, index)
+
+    def _rows(self, table: Tensor, index: Tensor) -> Tensor:
+        return table[index.to(table.device)].to(self.caller.device, non_blocking=True)
+
+    @torch.no_grad()
+    def _through(self, block: int, table: Tensor, name: str, reading: Reading) -> Tensor:
+        """The table (N, T, H) that comes out of `block`."""
+        out = self._place(torch.empty_like(table, device="meta"), f"{name}-{block % 2}")
+        for number, start in enumerate(range(0, table.shape[0], self.batch_size)):
+            with reading(block, number):
+                rows = self.caller.call(block, table[start : start + self.batch_size])
+            out[start : start + self.batch_size] = rows.to(out.device, out.dtype)
+        return out
+
+    def _place(self, table: Tensor, name: str) -> Tensor:
+        """`table`, or an empty one if it is on the meta device, where the tables lie."""
+        if self.storage == "disk":
+            if self.folder is None:
+                raise ValueError("storage 'disk' needs a folder")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path = self.folder / f"{name}.bin"
+            path.unlink(missing_ok=True)  # tables still mapped from the old file keep it until they are dropped
+            size = table.numel()
+            placed = torch.from_file(str(path), shared=True, size=size, dtype=table.dtype).reshape(table.shape)
+        else:
+            device = self.caller.device if self.storage == "device" else torch.device("cpu")
+            placed = torch.empty(table.shape, dtype=table.dtype, device=device)
+        if table.device.type != "meta":
+            placed.copy_(table)
+        return placed
+
+
+@contextmanager
+def eval_mode(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Within it, the modules are in eval mode."""
+    before = [module.training for module in modules]
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module, training in zip(modules, before, strict=True):
+            module.train(training)
+
+
+def _to_device(value: Any, device: torch.device) -> Any:
+    """Tensors anywhere in tuples, lists and dicts, moved to a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, (tuple, list)):
+        return type(value)(_to_device(v, device) for v in value)
+    if isinstance(value, dict):
+        return {k: _to_device(v, device) for k, v in value.items()}
+    return value

@@ -1,0 +1,108 @@
+"""Loggers: an append-only journal that every run keeps, and Weights & Biases that never stops a run."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import time
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import WandbLogger as LightningWandbLogger
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+
+
+class JsonlLogger(Logger):
+    """Appends every logged metric as one JSON line to ``metrics.jsonl``; a resumed run goes on in the same file.
+
+    Args:
+        folder: Of the file.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__()
+        self.path = Path(folder) / "metrics.jsonl"
+
+    @property
+    def name(self) -> str:
+        """Name of the logger."""
+        return "jsonl"
+
+    @property
+    def version(self) -> str:
+        """The file has no versions."""
+        return ""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Appends one line."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        line = {"time": round(time.time(), 3), "step": step, **{k: float(v) for k, v in metrics.items()}}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """The recipe lies beside the file as config.yaml."""
+
+
+class WandbLogger(LightningWandbLogger):
+    """Weights & Biases through Lightning's logger, offline where there is no key, so that it never stops a run.
+
+    Args:
+        project: W&B project.
+        group: Runs that belong to one comparison.
+        name: Of the run.
+        job_type: Kind of run.
+        save_dir: Where offline runs are written, in a folder ``wandb``; by default the run folder.
+        offline: Write to disk only. Default: if neither ``WANDB_API_KEY`` nor a login is found.
+    """
+
+    def __init__(
+        self,
+        project: str = "mobiq-lightning",
+        group: str | None = None,
+        name: str | None = None,
+        job_type: str = "calibrate",
+        save_dir: str | None = None,
+        offline: bool | None = None,
+    ) -> None:
+        if importlib.util.find_spec("wandb") is None:
+            raise ModuleNotFoundError("trainer.logger: WandbLogger needs the package wandb: pip install wandb")
+        if offline is None:
+            offline = not _has_key()
+            if offline:
+                rank_zero_warn("No W&B key found: the run is written offline; `wandb sync` its folder later.")
+        super().__init__(
+            name=name, save_dir=save_dir or ".", project=project, group=group, job_type=job_type, offline=offline
+        )
+
+    def use_folder(self, folder: Path) -> None:
+        """Writes into a run folder unless `save_dir` was given."""
+        if self._save_dir in (".", None):
+            self._save_dir = str(folder)
+            self._wandb_init["dir"] = str(folder)
+
+    def log_recipe(self, recipe: dict[str, Any]) -> None:
+        """Records the recipe, nested as it is, as the config of the run."""
+        self._wandb_init["config"] = recipe
+
+    @rank_zero_only
+    def log_comparison(self, rows: list[dict[str, Any]], plot: Path) -> None:
+        """Logs the rows of a comparison as a table, and its plot."""
+        import wandb
+
+        columns = list(rows[0])
+        table = wandb.Table(columns=columns, data=[[row[c] for c in columns] for row in rows])
+        self.experiment.log({"comparison": table, "comparison_plot": wandb.Image(str(plot))})
+
+
+def _has_key() -> bool:
+    """Whether W&B would find an API key, asked without touching the network."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    netrc = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
+    return netrc.is_file() and "wandb" in netrc.read_text(encoding="utf-8", errors="ignore")

@@ -1,0 +1,138 @@
+"""The one storage format of sliced weights: bit planes of a nested code, with one scale and one bias per group.
+
+A weight matrix (O, I) is stored as ONE code of B bits per weight. Plane p holds bit p of every code, most significant
+first, so the first p planes are a valid p-bit weight: reading fewer planes truncates the code. For a group with range
+``[lo, hi]`` the weight read at depth p is the middle of the code's cell::
+
+    bias + scale * ((C >> (B - p)) + 1/2) / 2^p - 1/2),      scale = hi - lo,   bias = (hi + lo) / 2
+
+Both are kept in bfloat16. A bfloat16 times a 9-bit number is exact in float32, so every implementation of this formula
+in float32, with or without fused multiply-add, gives the same bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+SCALE_DTYPE = torch.bfloat16
+_BIT_WEIGHTS = (128, 64, 32, 16, 8, 4, 2, 1)
+
+
+def depths_of(slice_bits: tuple[int, ...]) -> tuple[int, ...]:
+    """Bits read by the first 1, 2, ... slices: ``(2, 1, 1) -> (2, 3, 4)``."""
+    return tuple(accumulate(slice_bits))
+
+
+def n_groups(in_features: int, group_size: int) -> int:
+    """Groups along one row; the last one may be shorter than `group_size`."""
+    return -(-in_features // group_size)
+
+
+def pack_planes(codes: Tensor, n_bits: int) -> Tensor:
+    """Splits codes into bit planes.
+
+    Args:
+        codes: (O, I) uint8, each below ``2 ** n_bits``.
+        n_bits: Stored bits B, 1 to 8.
+
+    Returns:
+        (B, O, ceil(I / 8)) uint8. Plane 0 is the most significant bit; within a byte the first column is the highest bit.
+    """
+    padded = F.pad(codes, (0, -codes.shape[1] % 8))
+    weights = torch.tensor(_BIT_WEIGHTS, dtype=torch.uint8, device=codes.device)
+    planes = [
+        (((padded >> (n_bits - 1 - p)) & 1).unflatten(1, (-1, 8)) * weights).sum(-1, dtype=torch.uint8)
+        for p in range(n_bits)
+    ]
+    return torch.stack(planes)
+
+
+def unpack_codes(planes: Tensor | list[Tensor], in_features: int) -> Tensor:
+    """Reads the leading planes back into codes.
+
+    Args:
+        planes: (p, O, ceil(I / 8)) uint8 or a list of p planes, most significant first.
+        in_features: I.
+
+    Returns:
+        (O, I) uint8 codes of p bits.
+    """
+    shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=planes[0].device)
+    codes: Tensor | None = None
+    for plane in planes:
+        bits = ((plane.unsqueeze(-1) >> shifts) & 1).flatten(1)
+        codes = bits if codes is None else (codes << 1) | bits
+    if codes is None:
+        raise ValueError("unpack_codes needs at least one plane")
+    return codes[:, :in_features]
+
+
+def dequantize(codes: Tensor, n_bits: int, scale: Tensor, bias: Tensor, group_size: int) -> Tensor:
+    """Weights of `n_bits`-bit codes, the middle of each cell.
+
+    Args:
+        codes: (O, I) integer codes, or their float values, below ``2 ** n_bits``.
+        n_bits: Bits that were read, p.
+        scale: (O, G) width ``hi - lo`` of each group's range.
+        bias: (O, G) centre of each group's range.
+        group_size: Columns per group.
+
+    Returns:
+        (O, I) float32.
+    """
+    position = (codes.float() + 0.5) * 2.0**-n_bits - 0.5
+    columns = codes.shape[1]
+    return spread(bias, group_size, columns) + spread(scale, group_size, columns) * position
+
+
+def spread(per_group: Tensor, group_size: int, columns: int) -> Tensor:
+    """(O, G) values of groups as (O, columns) float32 values of columns."""
+    return per_group.float().repeat_interleave(group_size, dim=1)[:, :columns]
+
+
+@dataclass(frozen=True)
+class PackedSlices:
+    """A sliced weight as it is stored.
+
+    Args:
+        planes: B tensors (O, ceil(I / 8)) uint8, most significant bit first.
+        scale: (O, G) bfloat16.
+        bias: (O, G) bfloat16.
+        in_features: I.
+        group_size: Columns per group; the last group may be shorter.
+        slice_bits: Bits of each slice; they add up to at least the number of planes.
+    """
+
+    planes: tuple[Tensor, ...]
+    scale: Tensor
+    bias: Tensor
+    in_features: int
+    group_size: int
+    slice_bits: tuple[int, ...]
+
+    @property
+    def out_features(self) -> int:
+        """O."""
+        return self.planes[0].shape[0]
+
+    @property
+    def n_weights(self) -> int:
+        """Weights of the matrix, O x I."""
+        return self.out_features * self.in_features
+
+    @property
+    def overhead_bits(self) -> float:
+        """Bits per weight spent on scale and bias."""
+        return (self.scale.numel() + self.bias.numel()) * 16 / self.n_weights
+
+    def weight_at(self, n_bits: int) -> Tensor:
+        """The weight read to a depth of `n_bits`, (O, I) float32."""
+        if not 1 <= n_bits <= len(self.planes):
+            raise ValueError(f"n_bits ({n_bits}) must be between 1 and the stored planes ({len(self.planes)})")
+        codes = unpack_codes(list(self.planes[:n_bits]), self.in_features)
+        return dequantize(codes, n_bits, self.scale, self.bias, self.group_size)

@@ -1,0 +1,173 @@
+"""The run folder: whose it is, how far it is, and what a command may do in it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from mobiq_lightning.errors import RunFolderError
+from mobiq_lightning.files import sha256, write_atomically, write_json, write_text
+
+CONFIG, RESULTS, ELASTIC, CHECKPOINTS, IDENTITY, RETRIES = (
+    "config.yaml",
+    "results.json",
+    "elastic",
+    "checkpoints",
+    "identity.json",
+    "retries.json",
+)
+_OWN: tuple[str, ...] = (CONFIG, RESULTS, ELASTIC, CHECKPOINTS, IDENTITY, RETRIES)
+_OWN += ("results.csv", "results.png", "metrics.jsonl", "csv", "hidden_states", "wandb")
+_IRRELEVANT = ("overwrite", "config", "trainer.logger", "trainer.default_root_dir", "trainer.log_every_n_steps")
+"""Keys that may differ between an interrupted run and the one that goes on with it."""
+
+
+class RunFolder:
+    """A folder that holds one run.
+
+    Args:
+        path: The folder; it need not exist.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run in it has both a checkpoint and results."""
+        return (self.path / RESULTS).is_file() and (self.path / ELASTIC / "config.json").is_file()
+
+    def claim(self, recipe: dict[str, Any], overwrite: bool) -> bool:
+        """Makes the folder this recipe's.
+
+        Args:
+            recipe: The full recipe.
+            overwrite: Remove another run.
+
+        Returns:
+            Whether the folder already held a run of this recipe.
+
+        Raises:
+            RunFolderError: If it holds another run, or files that are no run.
+        """
+        if overwrite:
+            self.clear()
+        config = self.path / CONFIG
+        if config.is_file():
+            stored = yaml.safe_load(config.read_text(encoding="utf-8"))
+            differences = list(differing_keys(stored, recipe))
+            if differences:
+                raise RunFolderError(
+                    f"{self.path} holds a run with another recipe:\n  " + "\n  ".join(differences) + "\n"
+                    "Give another trainer.default_root_dir, or --overwrite to remove that run. To compare a finished run "
+                    "at other bits or on other text, use `validate`"
+                )
+            return True
+        foreign = [name for name in (ELASTIC, RESULTS, CHECKPOINTS) if (self.path / name).exists()]
+        if foreign:
+            raise RunFolderError(
+                f"{self.path} holds {', '.join(foreign)} but no {CONFIG}, so what made them is unknown. Give another "
+                "trainer.default_root_dir, or --overwrite to remove them"
+            )
+        write_text(config, yaml.safe_dump(recipe, sort_keys=False))
+        return False
+
+    def clear(self) -> None:
+        """Removes what a run writes, and nothing else."""
+        for name in _OWN:
+            path = self.path / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+    def newest_checkpoint(self) -> tuple[Path | None, list[Path]]:
+        """The newest training checkpoint that is whole.
+
+        Returns:
+            Its path, or None; and the newer ones that are damaged.
+        """
+        damaged: list[Path] = []
+        for path in sorted((self.path / CHECKPOINTS).glob("*.ckpt"), key=_epoch, reverse=True):
+            sidecar = path.with_suffix(".sha256")
+            if sidecar.is_file() and sidecar.read_text(encoding="utf-8").strip() == sha256(path):
+                return path, damaged
+            damaged.append(path)
+        return None, damaged
+
+    def drop_checkpoints_after(self, epochs_done: int) -> None:
+        """Removes the training checkpoints written after `epochs_done` epochs."""
+        for path in (self.path / CHECKPOINTS).glob("*.ckpt"):
+            if _epoch(path) >= epochs_done:
+                path.unlink()
+                path.with_suffix(".sha256").unlink(missing_ok=True)
+
+    def retries(self) -> dict[int, int]:
+        """How often each block was started anew after NaN or infinity."""
+        path = self.path / RETRIES
+        return {int(k): v for k, v in json.loads(path.read_text()).items()} if path.is_file() else {}
+
+    def note_retry(self, block: int) -> int:
+        """Counts a retry of a block; returns how many it has had."""
+        retries = self.retries()
+        retries[block] = retries.get(block, 0) + 1
+        write_json(self.path / RETRIES, retries)
+        return retries[block]
+
+
+class SafeCheckpointIO(TorchCheckpointIO):
+    """Writes training checkpoints atomically, each with its SHA-256 beside it."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Writes one; a kill at any moment leaves the ones before it whole."""
+        import torch
+
+        path = Path(path)
+        write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))
+        write_text(path.with_suffix(".sha256"), sha256(path))
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Removes one and its hash."""
+        super().remove_checkpoint(path)
+        Path(path).with_suffix(".sha256").unlink(missing_ok=True)
+
+
+def check_identity(folder: Path, identity: dict[str, str]) -> None:
+    """Compares model and data with those that the run in `folder` was started with.
+
+    Raises:
+        RunFolderError: Naming what has changed.
+    """
+    path = folder / IDENTITY
+    if not path.is_file():
+        write_json(path, identity)
+        return
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    changed = [f"{k}: {stored.get(k)} then, {v} now" for k, v in identity.items() if stored.get(k) != v]
+    if changed:
+        raise RunFolderError(
+            f"{folder} holds a run of this recipe on something else:\n  " + "\n  ".join(changed) + "\n"
+            "Files behind model.pretrained or data.source have changed. Give another trainer.default_root_dir, or "
+            "--overwrite"
+        )
+
+
+def differing_keys(stored: Any, given: Any, prefix: str = "") -> Iterator[str]:
+    """Lines ``key: stored value -> given value`` for every key that matters and differs."""
+    if isinstance(stored, dict) and isinstance(given, dict):
+        for key in [*stored, *(k for k in given if k not in stored)]:
+            yield from differing_keys(stored.get(key), given.get(key), f"{prefix}{key}.")
+    elif stored != given and not any(prefix.startswith(f"{key}.") for key in _IRRELEVANT):
+        yield f"{prefix.rstrip('.')}: {stored!r} -> {given!r}"
+
+
+def _epoch(path: Path) -> int:
+    found = re.search(r"epoch-(\d+)", path.stem)
+    return int(found.group(1)) if found else -1

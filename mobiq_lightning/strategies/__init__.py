@@ -1,0 +1,36 @@
+"""The parts of the method that can be swapped: one class per file, plain classes without a registry.
+
+A recipe names a class by `class_path`: ours by its short name, anybody's by its dotted path.
+"""
+
+from mobiq_lightning.strategies.base import BlockRun, BudgetSchedule, Objective, Router, SliceScheme
+from mobiq_lightning.strategies.budgets import (
+    ConstantBudget,
+    CosineBudget,
+    ExponentialBudget,
+    LinearBudget,
+    SampledBudget,
+    StepBudget,
+)
+from mobiq_lightning.strategies.objectives import BlockReconstruction
+from mobiq_lightning.strategies.routers import MLPRouter, RandomRouter, StaticRouter
+from mobiq_lightning.strategies.slices import ResidualSlices
+
+__all__ = [
+    "BlockReconstruction",
+    "BlockRun",
+    "BudgetSchedule",
+    "ConstantBudget",
+    "CosineBudget",
+    "ExponentialBudget",
+    "LinearBudget",
+    "MLPRouter",
+    "Objective",
+    "RandomRouter",
+    "ResidualSlices",
+    "Router",
+    "SampledBudget",
+    "SliceScheme",
+    "StaticRouter",
+    "StepBudget",
+]

@@ -1,0 +1,241 @@
+"""What a strategy must be: the abstract bases of slice schemes, routers, budget schedules and objectives.
+
+Letters in shapes: B sequences, T tokens, H hidden, S slices, O/I out/in features, G groups.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mobiq_lightning.packing import PackedSlices, depths_of
+from mobiq_lightning.strategies.thresholds import Scope, prefix_scores, threshold_for_budget
+
+
+class SliceScheme(nn.Module, ABC):
+    """How one weight matrix is cut into slices. Its parameters are what is learned of that weight.
+
+    Args:
+        out_features: O.
+        in_features: I.
+        slice_bits: Bits of each slice, coarsest first.
+    """
+
+    def __init__(self, out_features: int, in_features: int, slice_bits: Sequence[int]) -> None:
+        super().__init__()
+        self.out_features = out_features
+        self.in_features = in_features
+        self.slice_bits = tuple(slice_bits)
+        if not self.slice_bits or any(b < 1 for b in self.slice_bits):
+            raise ValueError(f"slice_bits ({list(slice_bits)}) must be positive integers, coarsest slice first")
+        if sum(self.slice_bits) > 8:
+            raise ValueError(f"slice_bits ({list(slice_bits)}) add up to {sum(slice_bits)}; at most 8 bits are stored")
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Bits read by the first 1, 2, ... S slices."""
+        return depths_of(self.slice_bits)
+
+    @abstractmethod
+    def weight_at(self, weight: Tensor, n_slices: int) -> Tensor:
+        """The weight read with its first `n_slices` slices; differentiable in the parameters of the scheme.
+
+        Args:
+            weight: (O, I) the full-precision weight.
+            n_slices: 1 to S.
+
+        Returns:
+            (O, I) float32.
+        """
+
+    @abstractmethod
+    def pack(self, weight: Tensor) -> PackedSlices:
+        """What is stored: its first planes, read back, equal `weight_at` bit by bit.
+
+        Args:
+            weight: (O, I) the full-precision weight.
+        """
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The slices: the sum of the first k is the weight at k slices.
+
+        Args:
+            weight: (O, I) the full-precision weight.
+
+        Returns:
+            (S, O, I) float32.
+        """
+        prefixes = self.prefixes(weight)
+        return torch.cat([prefixes[:1], prefixes[1:] - prefixes[:-1]])
+
+    def prefixes(self, weight: Tensor) -> Tensor:
+        """The weight at 1, 2, ... S slices, (S, O, I) float32; a scheme may override it with something faster."""
+        return torch.stack([self.weight_at(weight, k + 1) for k in range(len(self.slice_bits))])
+
+
+class Router(nn.Module, ABC):
+    """Scores the tokens of one input; a slice is read for a token if its score is above the threshold.
+
+    A plug-in writes `scores`; the rest follows. The base slice is always read, and a slice only if all coarser
+    ones are (a residual without its predecessors means nothing).
+
+    Args:
+        in_features: I.
+        n_slices: S.
+    """
+
+    per_token = True
+    """Whether tokens of one input may read different depths at one threshold."""
+
+    threshold: Tensor
+
+    def __init__(self, in_features: int, n_slices: int) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.n_slices = n_slices
+        self.temperature = 1.0
+        self.register_buffer("threshold", torch.zeros(()))
+
+    @abstractmethod
+    def scores(self, x: Tensor) -> Tensor:
+        """How much each token wants each slice after the first.
+
+        Args:
+            x: (..., I) the input of the linears that share this router.
+
+        Returns:
+            (..., S - 1), any real numbers.
+        """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Gates of every token.
+
+        Args:
+            x: (..., I)
+
+        Returns:
+            (..., S): 1 where the slice is read, else 0. In training the backward pass sees a sigmoid of the score
+            over the threshold, of width `temperature`.
+        """
+        return self.gates(self.scores(x), self.threshold)
+
+    def gates(self, scores: Tensor, threshold: Tensor) -> Tensor:
+        """Gates (..., S) of scores (..., S - 1) at a threshold (scalar)."""
+        above = prefix_scores(scores) - threshold
+        hard = (above > 0).to(scores.dtype)
+        if self.training and torch.is_grad_enabled():
+            soft = torch.sigmoid(above / self.temperature)
+            hard = hard + soft - soft.detach()
+        return torch.cat([torch.ones_like(hard[..., :1]), hard], dim=-1)
+
+    def reseed(self, key: int) -> None:
+        """Makes what is random in this router a function of `key`. Routers without randomness ignore it."""
+
+    def place(self, position: int, count: int) -> None:
+        """Tells the router that its input is number `position` of the `count` routed inputs of the model."""
+
+    @classmethod
+    def thresholds_for(
+        cls,
+        scores: Sequence[Tensor],
+        sizes: Sequence[int],
+        slice_bits: tuple[int, ...],
+        budgets: Sequence[float],
+        scope: Scope = "layer",
+    ) -> Tensor:
+        """Thresholds of all inputs of a model at which their average depth meets each budget.
+
+        A router that knows its thresholds without looking at scores overrides this.
+
+        Args:
+            scores: For each input, (N, S - 1) scores of its calibration tokens, under the prefix rule.
+            sizes: For each input, the weights it feeds.
+            slice_bits: Bits of each slice.
+            budgets: Average bits per weight.
+            scope: ``layer``: each input meets the budget by itself (the paper's rule). ``global``: one threshold for
+                all of them, at which the average over weights meets it.
+
+        Returns:
+            (inputs, budgets) float32.
+        """
+        if scope == "layer":
+            return torch.stack([threshold_for_budget(s, slice_bits, budgets) for s in scores])
+        weights = torch.cat([s.new_full((s.shape[0],), size) for s, size in zip(scores, sizes, strict=True)])
+        pooled = threshold_for_budget(torch.cat(list(scores)), slice_bits, budgets, weights)
+        return pooled.expand(len(scores), -1).clone()
+
+
+class BudgetSchedule(ABC):
+    """The average bits asked for while a block is calibrated, as a function of the progress through the block."""
+
+    def __call__(self, progress: float) -> float:
+        """Average bits per weight at `progress` in [0, 1].
+
+        Raises:
+            ValueError: If `progress` lies outside [0, 1].
+        """
+        if not 0.0 <= progress <= 1.0:
+            raise ValueError(f"progress ({progress}) must lie in [0, 1]")
+        return self.bits_at(progress)
+
+    @abstractmethod
+    def bits_at(self, progress: float) -> float:
+        """Average bits per weight at `progress`, which is in [0, 1]. Must depend on nothing else."""
+
+    @property
+    def final_bits(self) -> float:
+        """Average bits at which a calibrated block feeds the next one."""
+        return self.bits_at(1.0)
+
+    @property
+    @abstractmethod
+    def bounds(self) -> tuple[float, float]:
+        """Lowest and highest bits that the schedule can ask for."""
+
+
+class BlockRun(Protocol):
+    """What an objective sees of the block being calibrated, on one batch of calibration windows."""
+
+    target: Tensor
+    """(B, T, H) output of the full-precision block on full-precision inputs."""
+
+    def at_depth(self, bits: int) -> Tensor:
+        """(B, T, H) output of the sliced block with all weights read at `bits`, on the inputs of that depth."""
+
+    def routed(self, target_bits: float, meet_exactly: bool) -> tuple[Tensor, Tensor]:
+        """Output (B, T, H) of the routed block and the average bits (scalar) that its gates spent.
+
+        Args:
+            target_bits: The budget.
+            meet_exactly: Take each input's threshold as the quantile of the current scores at which its average is
+                `target_bits`; otherwise the threshold is 0 and the average is whatever the scores give.
+        """
+
+    def auxiliary_target(self, bits: int) -> Tensor:
+        """(B, T, H) output of the full-precision block on the inputs of depth `bits`."""
+
+
+class Objective(ABC):
+    """What a block is trained to match."""
+
+    @property
+    @abstractmethod
+    def depths(self) -> tuple[int, ...]:
+        """Fixed depths, in bits, that the objective reads; each gets an input stream of its own."""
+
+    @abstractmethod
+    def __call__(self, run: BlockRun, target_bits: float, train_routers: bool) -> dict[str, Tensor]:
+        """Terms of the loss on one batch.
+
+        Args:
+            run: The block on this batch.
+            target_bits: The budget asked for at this step.
+            train_routers: Whether this stage trains routers; if not, only the fixed depths count.
+
+        Returns:
+            Scalars by name. ``"loss"`` is minimized; the others are logged.
+        """

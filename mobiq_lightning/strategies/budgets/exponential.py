@@ -1,0 +1,27 @@
+"""Exponential decay from one budget to another."""
+
+import math
+
+from mobiq_lightning.strategies.budgets.between import BetweenBudgets
+
+
+class ExponentialBudget(BetweenBudgets):
+    """Goes from `start_bits` to `end_bits` exponentially: fast at first, then ever slower.
+
+    Args:
+        start_bits: Average bits per weight at the start of a block.
+        end_bits: Average bits per weight at its end.
+        rate: The distance to the end shrinks by ``exp(-rate)`` over the block, before it is scaled to end at 0.
+    """
+
+    def __init__(self, start_bits: float = 6.0, end_bits: float = 3.0, rate: float = 4.0) -> None:
+        super().__init__(start_bits, end_bits)
+        if rate <= 0:
+            raise ValueError(f"rate ({rate}) must be above 0")
+        self.rate = rate
+
+    def bits_at(self, progress: float) -> float:
+        """Average bits per weight at `progress`."""
+        floor = math.exp(-self.rate)
+        left = (math.exp(-self.rate * progress) - floor) / (1 - floor)
+        return self.end_bits + (self.start_bits - self.end_bits) * left

@@ -1,0 +1,38 @@
+"""A fresh random budget at each step."""
+
+import random
+
+from mobiq_lightning.strategies.base import BudgetSchedule
+
+
+class SampledBudget(BudgetSchedule):
+    """Draws each step's bits uniformly, so that the scores learn to rank tokens at every budget.
+
+    A draw is a function of the seed and the progress alone: a resumed run draws what the interrupted one would have.
+
+    Args:
+        low_bits: Lowest average bits per weight.
+        high_bits: Highest average bits per weight.
+        seed: Of the draws.
+    """
+
+    def __init__(self, low_bits: float = 2.0, high_bits: float = 6.0, seed: int = 0) -> None:
+        if low_bits > high_bits:
+            raise ValueError(f"low_bits ({low_bits}) must not exceed high_bits ({high_bits})")
+        self.low_bits = low_bits
+        self.high_bits = high_bits
+        self.seed = seed
+
+    def bits_at(self, progress: float) -> float:
+        """Average bits per weight drawn for `progress`."""
+        return random.Random(f"{self.seed}/{progress!r}").uniform(self.low_bits, self.high_bits)
+
+    @property
+    def final_bits(self) -> float:
+        """The middle of the interval: no draw is the final one."""
+        return (self.low_bits + self.high_bits) / 2
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Lowest and highest bits."""
+        return self.low_bits, self.high_bits

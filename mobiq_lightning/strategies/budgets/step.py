@@ -1,0 +1,24 @@
+"""Equal steps from one budget to another."""
+
+from mobiq_lightning.strategies.budgets.between import BetweenBudgets
+
+
+class StepBudget(BetweenBudgets):
+    """Goes from `start_bits` to `end_bits` in equal steps of equal length.
+
+    Args:
+        start_bits: Average bits per weight at the start of a block.
+        end_bits: Average bits per weight at its end.
+        steps: Number of plateaus, at least 2.
+    """
+
+    def __init__(self, start_bits: float = 6.0, end_bits: float = 3.0, steps: int = 4) -> None:
+        super().__init__(start_bits, end_bits)
+        if steps < 2:
+            raise ValueError(f"steps ({steps}) must be at least 2")
+        self.steps = steps
+
+    def bits_at(self, progress: float) -> float:
+        """Average bits per weight at `progress`."""
+        plateau = min(int(progress * self.steps), self.steps - 1)
+        return self.start_bits + (self.end_bits - self.start_bits) * plateau / (self.steps - 1)

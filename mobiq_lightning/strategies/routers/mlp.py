@@ -1,0 +1,38 @@
+"""MoBiRoute: a two-layer MLP that scores tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mobiq_lightning.strategies.base import Router
+
+
+class MLPRouter(Router):
+    """``Linear(I + 1 -> hidden) - SiLU - Linear(hidden -> S - 1)`` (MoBiRoute, arXiv 2602.20191, section 3).
+
+    It sees the input RMS-normalised, with the logarithm of its RMS appended: the error that a slice leaves grows with the
+    norm of the token, so a router that loses the norm loses its best feature.
+
+    Args:
+        in_features: I.
+        n_slices: S.
+        hidden_features: Width of the hidden layer.
+    """
+
+    def __init__(self, in_features: int, n_slices: int, hidden_features: int = 16) -> None:
+        super().__init__(in_features, n_slices)
+        self.hidden = nn.Linear(in_features + 1, hidden_features)
+        self.score = nn.Linear(hidden_features, n_slices - 1)
+        # Finer slices start with lower scores, so that at first tokens differ by one slice, as cheap mixes do.
+        with torch.no_grad():
+            self.score.weight.mul_(0.1)
+            self.score.bias.copy_(-torch.arange(n_slices - 1.0))
+
+    def scores(self, x: Tensor) -> Tensor:
+        """(..., I) -> (..., S - 1)."""
+        x = x.to(self.hidden.weight.dtype)
+        rms = x.square().mean(-1, keepdim=True).add(1e-12).sqrt()
+        scores: Tensor = self.score(F.silu(self.hidden(torch.cat([x / rms, rms.log()], dim=-1))))
+        return scores

@@ -1,0 +1,63 @@
+"""Control: the tokens that read more are drawn at random."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mobiq_lightning.strategies.base import Router
+from mobiq_lightning.strategies.routers.static import split_budget
+from mobiq_lightning.strategies.thresholds import Scope
+
+
+class RandomRouter(Router):
+    """Each token of each input reads one of the two depths around the budget, drawn independently.
+
+    Draws depend on the seed, the input's place in the model and the key last given to `reseed`, never on the global
+    random state.
+
+    Args:
+        in_features: I.
+        n_slices: S.
+        seed: Of the draws.
+    """
+
+    level: Tensor
+
+    def __init__(self, in_features: int, n_slices: int, seed: int = 0) -> None:
+        super().__init__(in_features, n_slices)
+        self.seed = seed
+        self.position = 0
+        self.generator = torch.Generator()
+        self.register_buffer("level", -torch.arange(n_slices - 1.0), persistent=False)
+        self.reseed(0)
+
+    def place(self, position: int, count: int) -> None:
+        """See `Router.place`."""
+        self.position = position
+        self.reseed(0)
+
+    def reseed(self, key: int) -> None:
+        """See `Router.reseed`."""
+        mixed = hash((self.seed, self.position, key))  # of integers only: the same in every process
+        self.generator.manual_seed(mixed & 0x7FFF_FFFF_FFFF_FFFF)
+
+    def scores(self, x: Tensor) -> Tensor:
+        """(..., I) -> (..., S - 1): 0, -1, -2, ... plus one number in [0, 1) per token."""
+        draw = torch.rand(x.shape[:-1], generator=self.generator).to(x.device)
+        return self.level + draw.unsqueeze(-1)
+
+    @classmethod
+    def thresholds_for(
+        cls,
+        scores: Sequence[Tensor],
+        sizes: Sequence[int],
+        slice_bits: tuple[int, ...],
+        budgets: Sequence[float],
+        scope: Scope = "layer",
+    ) -> Tensor:
+        """See `Router.thresholds_for`; known without looking at scores, the draws being uniform."""
+        splits = [split_budget(slice_bits, b) for b in budgets]
+        return torch.tensor([[1.0 - share - lower for lower, share in splits]] * len(sizes))

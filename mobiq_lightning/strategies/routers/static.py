@@ -1,0 +1,83 @@
+"""Control: every token of an input reads the same depth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mobiq_lightning.packing import depths_of
+from mobiq_lightning.strategies.base import Router
+from mobiq_lightning.strategies.thresholds import Scope
+
+
+class StaticRouter(Router):
+    """The same depth for all tokens; a budget between two depths is met by mixing inputs of the two.
+
+    Inputs are given the upper or the lower depth by error diffusion over their weights, largest first, so that the
+    two depths are spread over the whole model and the small inputs settle what the large ones leave.
+
+    Args:
+        in_features: I.
+        n_slices: S.
+    """
+
+    per_token = False
+    level: Tensor
+
+    def __init__(self, in_features: int, n_slices: int) -> None:
+        super().__init__(in_features, n_slices)
+        self.register_buffer("level", -torch.arange(n_slices - 1.0), persistent=False)
+
+    def scores(self, x: Tensor) -> Tensor:
+        """(..., I) -> (..., S - 1): 0, -1, -2, ... for every token."""
+        return self.level.expand(*x.shape[:-1], -1)
+
+    @classmethod
+    def thresholds_for(
+        cls,
+        scores: Sequence[Tensor],
+        sizes: Sequence[int],
+        slice_bits: tuple[int, ...],
+        budgets: Sequence[float],
+        scope: Scope = "layer",
+    ) -> Tensor:
+        """See `Router.thresholds_for`; the inputs' own averages differ, their mean over weights meets the budget."""
+        columns = [[0.5 - n_open for n_open in cls.allocate(sizes, slice_bits, b)] for b in budgets]
+        return torch.tensor(columns).T
+
+    @staticmethod
+    def allocate(sizes: Sequence[int], slice_bits: tuple[int, ...], target_bits: float) -> list[int]:
+        """Slices after the base that each input reads, 0 to S - 1.
+
+        Args:
+            sizes: Weights that each input feeds.
+            slice_bits: Bits of each slice.
+            target_bits: Average bits per weight over all inputs.
+        """
+        lower, share = split_budget(slice_bits, target_bits)
+        n_open = [lower] * len(sizes)
+        seen = given = 0.0
+        for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+            seen += sizes[index]
+            if abs(given + sizes[index] - share * seen) < abs(given - share * seen):
+                n_open[index] += 1
+                given += sizes[index]
+        return n_open
+
+
+def split_budget(slice_bits: tuple[int, ...], target_bits: float) -> tuple[int, float]:
+    """The two neighbouring depths that average to a budget.
+
+    Args:
+        slice_bits: Bits of each slice.
+        target_bits: Average bits per weight, clamped to what the slices can give.
+
+    Returns:
+        Slices after the base that everyone reads, and the share in [0, 1) that reads one more.
+    """
+    depths = depths_of(slice_bits)
+    target = min(max(target_bits, depths[0]), depths[-1])
+    lower = max(i for i, depth in enumerate(depths) if depth <= target)
+    return lower, 0.0 if lower + 1 == len(depths) else (target - depths[lower]) / slice_bits[lower + 1]

@@ -1,0 +1,100 @@
+"""MoBiSlice: residual slices of one nested, floor-aligned code."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mobiq_lightning.packing import SCALE_DTYPE, PackedSlices, n_groups, pack_planes
+from mobiq_lightning.strategies.base import SliceScheme
+from mobiq_lightning.strategies.slices.nested_code import NestedCode, cells, unit_position
+
+
+class ResidualSlices(SliceScheme):
+    """Nested codes with one learned range per group (MoBiSlice, arXiv 2602.20191, section 3).
+
+    Each group of `group_size` columns has a range ``[lo, hi]``. The weight's code is its cell among ``2^B`` equal cells
+    of the range; its first p bits are its cell among ``2^p``. Slice e is therefore the residual of the slices before it,
+    with a quarter of their step per 2 bits, and leaving it out truncates the code. The ends of the range start at the
+    group's smallest and largest weight and are learned, each on its own, as a factor of the half-width (learnable
+    clipping, OmniQuant, arXiv 2308.13137; there the factor cannot exceed 1, here it may widen the range, to at most
+    twice, since the outermost reconstruction points lie half a cell inside of it).
+
+    Args:
+        out_features: O.
+        in_features: I; the last group may be shorter than `group_size`.
+        slice_bits: Bits of each slice, coarsest first; any positive integers with a sum of at most 8.
+        group_size: Columns that share one range.
+    """
+
+    def __init__(
+        self,
+        out_features: int,
+        in_features: int,
+        slice_bits: Sequence[int] = (2, 1, 1, 1, 1, 1, 1),
+        group_size: int = 128,
+    ) -> None:
+        super().__init__(out_features, in_features, slice_bits)
+        if group_size < 1:
+            raise ValueError(f"group_size ({group_size}) must be at least 1")
+        self.group_size = group_size
+        shape = (out_features, n_groups(in_features, group_size))
+        self.low_clip = nn.Parameter(torch.zeros(shape))
+        self.high_clip = nn.Parameter(torch.zeros(shape))
+
+    def weight_at(self, weight: Tensor, n_slices: int) -> Tensor:
+        """See `SliceScheme.weight_at`."""
+        scale, bias = self._range(weight)
+        depths = (self.depths[n_slices - 1],)
+        return NestedCode.apply(weight, scale, bias, self.group_size, depths)[0]  # type: ignore[no-untyped-call,no-any-return]
+
+    def prefixes(self, weight: Tensor) -> Tensor:
+        """See `SliceScheme.prefixes`."""
+        scale, bias = self._range(weight)
+        return NestedCode.apply(weight, scale, bias, self.group_size, self.depths)  # type: ignore[no-untyped-call,no-any-return]
+
+    @torch.no_grad()
+    def pack(self, weight: Tensor) -> PackedSlices:
+        """See `SliceScheme.pack`. One plane per bit; scale is the width of the range, bias its centre."""
+        scale, bias = self._range(weight)
+        n_bits = self.depths[-1]
+        codes = cells(unit_position(weight, scale, bias, self.group_size), n_bits).to(torch.uint8)
+        return PackedSlices(
+            planes=tuple(pack_planes(codes, n_bits)),
+            scale=scale.to(SCALE_DTYPE),
+            bias=bias.to(SCALE_DTYPE),
+            in_features=self.in_features,
+            group_size=self.group_size,
+            slice_bits=self.slice_bits,
+        )
+
+    def _range(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Width and centre (O, G) of the groups' ranges, rounded to the stored dtype as they will be saved."""
+        low, high = self._extremes(weight.detach().float())
+        centre, half_width = (low + high) / 2, (high - low) / 2
+        low = centre - half_width * 2 * torch.sigmoid(self.low_clip)
+        high = centre + half_width * 2 * torch.sigmoid(self.high_clip)
+        # In a group of (almost) equal weights the rounding of the bias alone would leave the range; keep it inside.
+        narrowest = torch.maximum(low.abs(), high.abs()) * 2 * torch.finfo(SCALE_DTYPE).eps
+        scale = _round_as_stored(torch.maximum(high - low, narrowest + 1e-30))
+        return scale, _round_as_stored((low + high) / 2)
+
+    def _extremes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Smallest and largest weight (O, G) of each group."""
+        missing = -weight.shape[1] % self.group_size
+        # A copy of the last column changes neither extreme of the short group that it fills up.
+        groups = F.pad(weight.unsqueeze(0), (0, missing), mode="replicate").squeeze(0) if missing else weight
+        groups = groups.unflatten(1, (-1, self.group_size))
+        return groups.amin(-1), groups.amax(-1)
+
+    def extra_repr(self) -> str:
+        """Shown by `print(module)`."""
+        return f"{self.out_features}x{self.in_features}, {list(self.slice_bits)} bits, groups of {self.group_size}"
+
+
+def _round_as_stored(value: Tensor) -> Tensor:
+    """`value` rounded to the stored dtype, with the gradient of no rounding."""
+    return value + (value.to(SCALE_DTYPE).float() - value).detach()

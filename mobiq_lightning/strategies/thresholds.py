@@ -1,0 +1,69 @@
+"""From scores to thresholds: the quantile of the scores at which the average depth is what was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Scope = Literal["layer", "global"]
+"""Whether each input meets the budget by itself, or all inputs together under one threshold."""
+
+
+def prefix_scores(scores: Tensor) -> Tensor:
+    """Scores under the prefix rule: that of a slice is the lowest of its own and of all coarser ones.
+
+    Args:
+        scores: (..., S - 1)
+
+    Returns:
+        (..., S - 1), not increasing along the last dimension.
+    """
+    if scores.shape[-1] == 0:
+        return scores
+    return torch.cummin(scores, dim=-1).values
+
+
+def threshold_for_budget(
+    scores: Tensor,
+    slice_bits: Sequence[int],
+    budgets: Sequence[float],
+    weights: Tensor | None = None,
+) -> Tensor:
+    """Thresholds at which tokens read the asked bits on average (the quantile rule of arXiv 2602.20191, section 3).
+
+    Opening one more (token, slice) pair, best score first, raises the average by that slice's bits; the threshold lies
+    in the middle between the last pair that fits the budget and the first that does not.
+
+    Args:
+        scores: (N, S - 1) scores under the prefix rule, see `prefix_scores`.
+        slice_bits: Bits of the S slices.
+        budgets: Average bits per weight; clamped to what the slices can give.
+        weights: (N,) weight of each token in the average, by default all alike.
+
+    Returns:
+        (len(budgets),) float32.
+    """
+    n_tokens = scores.shape[0]
+    if n_tokens == 0 or scores.shape[1] == 0:
+        return torch.zeros(len(budgets), device=scores.device)
+    share = torch.full((n_tokens,), 1.0 / n_tokens, dtype=torch.float64, device=scores.device)
+    if weights is not None:
+        share = weights.double() / weights.double().sum()
+    bits = torch.tensor(slice_bits[1:], dtype=torch.float64, device=scores.device)
+    ordered, order = scores.detach().float().flatten().sort(descending=True, stable=True)
+    average = slice_bits[0] + (share[:, None] * bits).flatten()[order].cumsum(0)
+    # Opening pair i is right if the average after it is nearer to the budget than the average before it.
+    half_step = torch.diff(average, prepend=average.new_tensor([float(slice_bits[0])])) / 2
+    wanted = torch.tensor(list(budgets), dtype=torch.float64, device=scores.device)
+    n_open = torch.searchsorted(average - half_step, wanted, right=True)
+    edges = torch.cat([ordered[:1] + 1.0, (ordered[:-1] + ordered[1:]) / 2, ordered[-1:] - 1.0])
+    return edges[n_open]
+
+
+def average_bits(scores: Tensor, slice_bits: Sequence[int], threshold: Tensor | float) -> Tensor:
+    """Average bits (scalar, float64) of tokens with prefix scores (N, S - 1) at a threshold."""
+    bits = torch.tensor(slice_bits[1:], dtype=torch.float64, device=scores.device)
+    return slice_bits[0] + ((scores > threshold).double() * bits).sum(-1).mean()

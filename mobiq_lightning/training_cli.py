@@ -1,0 +1,243 @@
+"""``fit`` and ``validate``: LightningCLI with our defaults, run folders, resume and retries."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import yaml
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+from mobiq_lightning.callbacks import CalibrationProgress, LayerwiseCalibration, Results, ThresholdTuning
+from mobiq_lightning.data import TextWindows
+from mobiq_lightning.errors import MobiqError, NonFiniteError, RecipeError, RunFolderError
+from mobiq_lightning.export import export
+from mobiq_lightning.files import write_text
+from mobiq_lightning.loggers import JsonlLogger, WandbLogger
+from mobiq_lightning.module import ElasticCalibration
+from mobiq_lightning.report import print_table
+from mobiq_lightning.run_folder import CHECKPOINTS, ELASTIC, RESULTS, RunFolder, SafeCheckpointIO
+
+MAX_RETRIES = 2
+RETRY_FACTOR = 0.2
+"""What a block's learning rates are multiplied with each time it is started anew."""
+
+_TRAINER_DEFAULTS: dict[str, Any] = {
+    "default_root_dir": "runs/elastic",
+    "devices": 1,
+    "max_epochs": 1,  # LayerwiseCalibration sets it to blocks times epochs per block
+    "log_every_n_steps": 10,
+    "num_sanity_val_steps": 0,
+    "enable_model_summary": False,
+    "use_distributed_sampler": False,  # the data module shares windows out among ranks itself
+}
+
+
+class RecipeParser(LightningArgumentParser):
+    """Says what is wrong in a few lines instead of a page of usage, and takes no abbreviated keys."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(*args, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Turns whatever the parser finds into a `RecipeError`."""
+        raise RecipeError(message) from ex
+
+
+class ElasticCLI(LightningCLI):
+    """Parses a command line and runs ``fit`` or ``validate``.
+
+    Args:
+        arguments: The command and what follows it.
+    """
+
+    datamodule: TextWindows
+    model: ElasticCalibration
+    trainer: Trainer
+
+    def __init__(self, arguments: list[str]) -> None:
+        _quiet_libraries()
+        self.run_folder = RunFolder(".")
+        self.resumes = False
+        argv, sys.argv = sys.argv, sys.argv[:1]  # LightningCLI warns if it is given arguments beside sys.argv
+        try:
+            super().__init__(
+                ElasticCalibration,
+                TextWindows,
+                seed_everything_default=0,
+                trainer_defaults=_TRAINER_DEFAULTS,
+                save_config_callback=None,
+                auto_configure_optimizers=False,
+                parser_class=RecipeParser,
+                args=arguments,
+                run=True,
+            )
+        finally:
+            sys.argv = argv
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Both commands take the recipe's keys alone: one recipe fits both, and a run resumes by itself."""
+        skipped = {"model", "datamodule", "ckpt_path", "weights_only"}
+        return {
+            "fit": skipped | {"train_dataloaders", "val_dataloaders"},
+            "validate": skipped | {"dataloaders", "verbose"},
+        }
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the one key that is no part of a recipe."""
+        parser.add_argument("--overwrite", action="store_true", help="Remove the run that the run folder holds.")
+
+    def before_instantiate_classes(self) -> None:
+        """Claims the run folder before anything is built."""
+        self._dump_config()
+        recipe = json.loads(json.dumps({k: v for k, v in self.config_dump.items() if k not in ("overwrite", "config")}))
+        self.run_folder = RunFolder(recipe["trainer"]["default_root_dir"])
+        if self.subcommand == "fit":
+            self.resumes = self.run_folder.claim(recipe, bool(self._get(self.config, "overwrite")))
+        elif not (self.run_folder.path / ELASTIC / "config.json").is_file():
+            raise RunFolderError(
+                f"{self.run_folder.path} holds no finished run (no {ELASTIC}/config.json). Run `fit` with this recipe "
+                "first, or give the run's folder as --trainer.default_root_dir"
+            )
+
+    def instantiate_classes(self) -> None:
+        """Builds model, data and trainer."""
+        try:
+            super().instantiate_classes()
+        except (ValueError, TypeError) as error:  # raised by the constructor of a plug-in
+            raise RecipeError(str(error)) from error
+        self.model.lr_scales = {block: RETRY_FACTOR**n for block, n in self.run_folder.retries().items()}
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Adds the callbacks, loggers and checkpoint writer that every run has."""
+        config = self._get(self.config_init, "trainer")
+        given: list[Callback] = list(config.get("callbacks") or [])
+        own = [LayerwiseCalibration(), ThresholdTuning(), CalibrationProgress(), Results(), *self._checkpoints()]
+        config["callbacks"] = given + [
+            c for c in own if not any(type(c) is type(g) for g in given) or _is_checkpoint(c)
+        ]
+        config["logger"] = self._loggers(config.get("logger"))
+        plugins = config.get("plugins") or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        config["plugins"] = [*plugins, SafeCheckpointIO()]
+        return super().instantiate_trainer(**kwargs)
+
+    def _checkpoints(self) -> list[ModelCheckpoint]:
+        """The last two epochs, and the last finished block, from which a block that fails is started anew."""
+        folder = self.run_folder.path / CHECKPOINTS
+        common: dict[str, Any] = {
+            "dirpath": folder,
+            "monitor": "step",
+            "mode": "max",
+            "auto_insert_metric_name": False,
+            "save_on_train_epoch_end": True,
+        }
+        epochs = self.model.epochs_per_block
+        return [
+            ModelCheckpoint(filename="epoch-{epoch:06d}", save_top_k=2, **common),
+            ModelCheckpoint(filename="block-epoch-{epoch:06d}", save_top_k=1, every_n_epochs=epochs, **common),
+        ]
+
+    def _loggers(self, given: Any) -> list[Logger]:
+        """CSV first, then the journal, then what the recipe asks for."""
+        folder = self.run_folder.path
+        more = [] if given in (None, True, False) else (given if isinstance(given, list) else [given])
+        for logger in more:
+            if isinstance(logger, WandbLogger):
+                logger.use_folder(folder)
+                logger.log_recipe(self.config_dump)
+        return [CSVLogger(folder, name="csv"), JsonlLogger(folder), *more]
+
+    def fit(self, model: LightningModule, datamodule: LightningDataModule) -> None:
+        """Calibrates, or goes on calibrating; then exports and compares."""
+        if self.resumes and self.run_folder.finished:
+            say(
+                f"{self.run_folder.path} holds this run, finished; --overwrite starts it again, `validate` compares it again."
+            )
+            print_table(json.loads((self.run_folder.path / RESULTS).read_text(encoding="utf-8")))
+            return
+        while True:
+            try:
+                self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self._newest_checkpoint())
+                break
+            except NonFiniteError as error:
+                self._prepare_retry(error)
+        self._export()
+        self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+
+    def validate(self, model: LightningModule, datamodule: LightningDataModule) -> None:
+        """Compares the run's checkpoint again and replaces its results."""
+        self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+
+    def _newest_checkpoint(self) -> Path | None:
+        checkpoint, damaged = self.run_folder.newest_checkpoint()
+        for path in damaged:
+            say(f"{path.name} is damaged or was not finished; it is not used.")
+            path.unlink()
+        if checkpoint is not None:
+            say(f"Resuming from {checkpoint.name} in {self.run_folder.path}.")
+        return checkpoint
+
+    def _prepare_retry(self, error: NonFiniteError) -> None:
+        """Goes back to the start of the block that failed, with lower learning rates and in float32.
+
+        Raises:
+            MobiqError: If the block has failed before, too often.
+        """
+        if self.trainer.world_size > 1:
+            raise MobiqError(
+                f"{error}\nFinished blocks are kept: run the same command on one device to retry."
+            ) from error
+        retry = self.run_folder.note_retry(error.block)
+        if retry > MAX_RETRIES:
+            raise MobiqError(
+                f"{error}\nThis was try {retry} of block {error.block + 1}, at {RETRY_FACTOR ** (retry - 1):g} of the "
+                "learning rates. Finished blocks are kept. Lower model.slices_lr and model.router_lr, or look at the "
+                "weights of that block; then start again with --overwrite"
+            ) from error
+        say(
+            f"{error}\nBlock {error.block + 1} starts anew at {RETRY_FACTOR**retry:g} of the learning rates, in float32."
+        )
+        self.run_folder.drop_checkpoints_after(error.block * self.model.epochs_per_block)
+        self.instantiate_classes()
+
+    @rank_zero_only
+    def _export(self) -> None:
+        folder = self.run_folder.path / ELASTIC
+        model = self.model
+        blocks = [model.block_at(index) for index in range(len(model.blocks))]
+        export(model.source, blocks, model.layout, model.share_routers, model.router, model.threshold_scope, folder)
+        write_text(folder / "recipe.yaml", yaml.safe_dump(self.config_dump, sort_keys=False))
+        say(f"Elastic checkpoint written to {folder}.")
+
+
+def _is_checkpoint(callback: Callback) -> bool:
+    return isinstance(callback, ModelCheckpoint)
+
+
+@rank_zero_only
+def say(message: str) -> None:
+    """Tells the user something, on standard error: standard output is for results."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def _quiet_libraries() -> None:
+    """Leaves out what Lightning says about hardware that is not there and about loaders that need no workers."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
+    warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
+    warnings.filterwarnings("ignore", message=".*`instantiate_classes` was deprecated.*")
+    torch.set_float32_matmul_precision("highest")

@@ -12,7 +12,7 @@ from mobiq_lightning.errors import RecipeError
 
 def generate(
     run: str,
-    prompt: str,
+    prompt: str = "",
     bits: float = 4.0,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
@@ -22,7 +22,7 @@ def generate(
 
     Args:
         run: Run folder, or the elastic checkpoint itself.
-        prompt: Text to continue.
+        prompt: Text to continue; must not be empty.
         bits: Average bits per weight to run at.
         max_new_tokens: Tokens to add at most.
         temperature: 0 takes the likeliest token; above, tokens are sampled at this temperature.
@@ -41,6 +41,10 @@ def continue_prompt(
     Returns:
         The prompt with its continuation; code bits used per weight, over all tokens that the model read.
     """
+    if not prompt.strip():
+        raise RecipeError(
+            'generate: --prompt is missing or empty; give the text to continue, as in --prompt "Once upon"'
+        )
     import torch
     from transformers import AutoTokenizer
 
@@ -54,8 +58,6 @@ def continue_prompt(
     for routed in inputs:
         routed.set_bits(bits, model.config.quantization_config.threshold_scope)
     encoded = tokenizer(prompt, return_tensors="pt").to(model.device)
-    if encoded["input_ids"].shape[1] == 0:
-        raise RecipeError("--prompt is empty; give at least one word")
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}

@@ -110,6 +110,9 @@ def insert_elastic_linears(model: nn.Module, config: ElasticConfig) -> None:
                     elastic.add_module("input", routed)
                 parent, _, last = name.rpartition(".")
                 setattr(block.get_submodule(parent), last, elastic)
+    inputs = routed_inputs(model)
+    for position, routed in enumerate(inputs):
+        routed.router.place(position, len(inputs))
 
 
 def build(spec: dict[str, Any], *args: Any) -> Any:

@@ -18,7 +18,12 @@ from mobiq_lightning.errors import BitsError
 from mobiq_lightning.kernels import sliced_linear
 from mobiq_lightning.packing import PackedSlices, depths_of
 from mobiq_lightning.strategies.base import Router, SliceScheme
-from mobiq_lightning.strategies.thresholds import Scope, prefix_scores, threshold_for_budget
+from mobiq_lightning.strategies.thresholds import (
+    Scope,
+    prefix_scores,
+    threshold_for_budget,
+    with_budget_gradient,
+)
 
 TABLE_STEP = 0.25
 """Distance in bits between the budgets whose thresholds are stored."""
@@ -115,12 +120,15 @@ class RoutedInput(nn.Module):
     def _gates(self, x: Tensor) -> Tensor:
         router = self.control or self.router
         scores = router.scores(x)
-        flat = prefix_scores(scores.detach()).flatten(0, -2)
+        flat = prefix_scores(scores).flatten(0, -2)
         if self.recorded_scores is not None:
-            self.recorded_scores.append(flat)
+            self.recorded_scores.append(flat.detach())
         if self.target_bits is None:
             return router.gates(scores, router.threshold)
-        return router.gates(scores, threshold_for_budget(flat, self.slice_bits, [self.target_bits])[0])
+        threshold = threshold_for_budget(flat, self.slice_bits, [self.target_bits])[0]
+        if router.training and torch.is_grad_enabled():
+            threshold = with_budget_gradient(threshold, flat, self.slice_bits, router.temperature)
+        return router.gates(scores, threshold)
 
     def bits_of(self, gates: Tensor) -> Tensor:
         """Code bits (...) that gates (..., S) read."""

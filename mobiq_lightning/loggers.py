@@ -12,7 +12,9 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.loggers import WandbLogger as LightningWandbLogger
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only
+
+from mobiq_lightning.console import say
 
 
 class JsonlLogger(Logger):
@@ -75,7 +77,7 @@ class WandbLogger(LightningWandbLogger):
         if offline is None:
             offline = not _has_key()
             if offline:
-                rank_zero_warn("No W&B key found: the run is written offline; `wandb sync` its folder later.")
+                say("No W&B key found: the run is written offline; `wandb sync` its folder later.")
         super().__init__(
             name=name, save_dir=save_dir or ".", project=project, group=group, job_type=job_type, offline=offline
         )

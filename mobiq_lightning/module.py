@@ -299,7 +299,9 @@ class ElasticCalibration(LightningModule):
         if not all(bool(torch.isfinite(value)) for value in terms.values()):
             raise NonFiniteError(self._describe_non_finite(block, batch_idx, terms, run), block)
         logged = {f"block/{name}": value.detach() for name, value in terms.items()}
-        self.log_dict({**logged, "block/index": float(block), "block/target_bits": target_bits}, batch_size=1)
+        self.log_dict(
+            {**logged, "block/index": float(block), "block/target_bits": target_bits}, on_step=True, on_epoch=True
+        )
         return terms["loss"]
 
     def _describe_non_finite(self, block: int, batch_idx: int, terms: dict[str, Tensor], run: BlockBatch) -> str:

@@ -78,11 +78,11 @@ def check_recipe(recipe: dict[str, Any]) -> list[str]:
 
 def _walk(value: Any, keys: list[str]) -> Iterator[tuple[list[str], Any]]:
     """Keys with their values; of a strategy, its class and the names of its arguments."""
-    if isinstance(value, dict) and len(keys) < 2:
+    if keys:
+        yield keys, value
+    if isinstance(value, dict) and len(keys) < 2 and (not keys or not check_key(keys)):
         for key, inner in value.items():
             yield from _walk(inner, [*keys, str(key)])
-        return
-    yield keys, value
 
 
 def check_key(keys: list[str]) -> list[str]:

@@ -18,6 +18,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from mobiq_lightning.callbacks import CalibrationProgress, LayerwiseCalibration, Results, ThresholdTuning
+from mobiq_lightning.console import say
 from mobiq_lightning.data import TextWindows
 from mobiq_lightning.errors import MobiqError, NonFiniteError, RecipeError, RunFolderError
 from mobiq_lightning.export import export
@@ -144,10 +145,10 @@ class ElasticCLI(LightningCLI):
             "save_on_train_epoch_end": True,
         }
         epochs = self.model.epochs_per_block
-        return [
-            ModelCheckpoint(filename="epoch-{epoch:06d}", save_top_k=2, **common),
-            ModelCheckpoint(filename="block-epoch-{epoch:06d}", save_top_k=1, every_n_epochs=epochs, **common),
-        ]
+        last = [ModelCheckpoint(filename="epoch-{epoch:06d}", save_top_k=2, **common)]
+        if epochs > 1:  # else every epoch ends a block
+            last.append(ModelCheckpoint(filename="block-epoch-{epoch:06d}", every_n_epochs=epochs, **common))
+        return last
 
     def _loggers(self, given: Any) -> list[Logger]:
         """CSV first, then the journal, then what the recipe asks for."""
@@ -226,18 +227,15 @@ def _is_checkpoint(callback: Callback) -> bool:
     return isinstance(callback, ModelCheckpoint)
 
 
-@rank_zero_only
-def say(message: str) -> None:
-    """Tells the user something, on standard error: standard output is for results."""
-    print(message, file=sys.stderr, flush=True)
-
-
 def _quiet_libraries() -> None:
     """Leaves out what Lightning says about hardware that is not there and about loaders that need no workers."""
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
+    warnings.filterwarnings("ignore", message=".*Total length of `list` across ranks is zero.*")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*The dirpath has changed.*")  # a run folder may be moved
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
     warnings.filterwarnings("ignore", message=".*`instantiate_classes` was deprecated.*")
     torch.set_float32_matmul_precision("highest")

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
 
+from mobiq_lightning.console import say
 from mobiq_lightning.errors import MobiqError
 from mobiq_lightning.module import ElasticCalibration
 from mobiq_lightning.run_folder import check_identity
@@ -42,9 +42,7 @@ class LayerwiseCalibration(Callback):
         assert module.hidden is not None
         if module.hidden.block < module.block_index:
             if module.block_index - module.hidden.block > 1:
-                rank_zero_info(
-                    f"Resuming: passing the calibration windows through {module.block_index} finished blocks."
-                )
+                say(f"Resuming: passing the calibration windows through {module.block_index} finished blocks.")
             module.hidden.advance(module.block_index)
         module.caller.bring(module.block_index)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from mobiq_lightning.callbacks.layerwise_calibration import _checked
+from mobiq_lightning.console import say
 from mobiq_lightning.hidden_states import eval_mode
 from mobiq_lightning.layers import meet_budget, record_scores
 from mobiq_lightning.module import ElasticCalibration
@@ -55,6 +55,8 @@ class ThresholdTuning(Callback):
             for _ in range(self.rounds - 1):
                 tables = {scope: self._refine(module, input_ids, table, scope) for scope, table in tables.items()}
                 self._store(module, tables)
+        for routed in inputs:  # what a loaded checkpoint runs at before its dial is turned
+            routed.set_bits(module.budget.final_bits, module.threshold_scope)
         for logger in module.trainer.loggers:
             logger.log_metrics(_threshold_metrics(module, tables["layer"]), step=module.global_step)
 
@@ -86,7 +88,7 @@ class ThresholdTuning(Callback):
             thresholds[i] = _threshold_for_depth(scores[i], n_open)
             name = module.input_names()[i]
             if name not in module.collapsed:
-                rank_zero_warn(
+                say(
                     f"Router collapse: at {bits:g} bits, {shares[i]:.1%} of the tokens of {name} read the same depth. "
                     "Static depths are used for this input at such budgets; results.json lists it under 'collapsed'."
                 )

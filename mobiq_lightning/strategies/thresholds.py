@@ -63,6 +63,27 @@ def threshold_for_budget(
     return edges[n_open]
 
 
+def with_budget_gradient(threshold: Tensor, scores: Tensor, slice_bits: Sequence[int], temperature: float) -> Tensor:
+    """The threshold with the gradient that it has because the budget stays met when scores move.
+
+    Differentiating ``sum(bits * sigmoid((score - threshold) / temperature)) = const`` gives the threshold as a mean of the
+    scores, weighted by how much each gate still moves. A score then rises only if its gate saves more error per bit than
+    the others at the threshold do. Without this, every open gate looks useful by itself, and an optimizer that normalises
+    its steps (Adam) raises the scores of useless fine slices as fast as those of coarse ones.
+
+    Args:
+        threshold: Scalar that meets the budget.
+        scores: (N, S - 1) scores under the prefix rule, with their gradient.
+        slice_bits: Bits of the S slices.
+        temperature: Width of the gates' sigmoid.
+    """
+    bits = torch.tensor(slice_bits[1:], dtype=scores.dtype, device=scores.device)
+    soft = torch.sigmoid((scores.detach() - threshold) / temperature)
+    weight = bits * soft * (1 - soft)
+    mean = (weight * scores).sum() / weight.sum().clamp_min(1e-12)
+    return threshold + mean - mean.detach()
+
+
 def average_bits(scores: Tensor, slice_bits: Sequence[int], threshold: Tensor | float) -> Tensor:
     """Average bits (scalar, float64) of tokens with prefix scores (N, S - 1) at a threshold."""
     bits = torch.tensor(slice_bits[1:], dtype=torch.float64, device=scores.device)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mobiq_lightning.strategies.base import Router
-from mobiq_lightning.strategies.routers.static import split_budget
+from mobiq_lightning.strategies.routers.static import level_scores, split_budget
 from mobiq_lightning.strategies.thresholds import Scope
 
 
@@ -24,14 +24,11 @@ class RandomRouter(Router):
         seed: Of the draws.
     """
 
-    level: Tensor
-
     def __init__(self, in_features: int, n_slices: int, seed: int = 0) -> None:
         super().__init__(in_features, n_slices)
         self.seed = seed
         self.position = 0
         self.generator = torch.Generator()
-        self.register_buffer("level", -torch.arange(n_slices - 1.0), persistent=False)
         self.reseed(0)
 
     def place(self, position: int, count: int) -> None:
@@ -47,7 +44,7 @@ class RandomRouter(Router):
     def scores(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., S - 1): 0, -1, -2, ... plus one number in [0, 1) per token."""
         draw = torch.rand(x.shape[:-1], generator=self.generator).to(x.device)
-        return self.level + draw.unsqueeze(-1)
+        return level_scores(self.n_slices, x.device) + draw.unsqueeze(-1)
 
     @classmethod
     def thresholds_for(

@@ -24,15 +24,10 @@ class StaticRouter(Router):
     """
 
     per_token = False
-    level: Tensor
-
-    def __init__(self, in_features: int, n_slices: int) -> None:
-        super().__init__(in_features, n_slices)
-        self.register_buffer("level", -torch.arange(n_slices - 1.0), persistent=False)
 
     def scores(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., S - 1): 0, -1, -2, ... for every token."""
-        return self.level.expand(*x.shape[:-1], -1)
+        return level_scores(self.n_slices, x.device).expand(*x.shape[:-1], -1)
 
     @classmethod
     def thresholds_for(
@@ -64,7 +59,25 @@ class StaticRouter(Router):
             if abs(given + sizes[index] - share * seen) < abs(given - share * seen):
                 n_open[index] += 1
                 given += sizes[index]
+        # Rounding added up on the way; give or take single inputs as long as that comes nearer.
+        missing = share * seen - given
+        while sizes:
+            change, index = min((abs(missing - _flip(n_open[i] > lower, sizes[i])), i) for i in range(len(sizes)))
+            if change >= abs(missing) - 1e-9 * seen:
+                break
+            missing -= _flip(n_open[index] > lower, sizes[index])
+            n_open[index] = 2 * lower + 1 - n_open[index]
         return n_open
+
+
+def level_scores(n_slices: int, device: torch.device) -> Tensor:
+    """Scores 0, -1, -2, ... (S - 1,) of slices that open one after the other, whatever the token."""
+    return -torch.arange(n_slices - 1.0, device=device)
+
+
+def _flip(upper: bool, size: int) -> int:
+    """What the sum of upper inputs gains if one goes over to the other depth."""
+    return -size if upper else size
 
 
 def split_budget(slice_bits: tuple[int, ...], target_bits: float) -> tuple[int, float]:

@@ -1,0 +1,118 @@
+"""Small random models of every kind that the project must take, and a small text."""
+
+from __future__ import annotations
+
+import os
+import pydoc_data.topics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_SILENT"] = "true"
+torch.set_num_threads(2)
+
+TOPICS: dict[str, str] = pydoc_data.topics.topics
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty help topics of Python as documents."""
+    path = tmp_path_factory.mktemp("text") / "topics.txt"
+    documents = [TOPICS[name][:1500] for name in sorted(TOPICS)[:40]]
+    path.write_text("\n<|endoftext|>\n".join(documents), encoding="utf-8")
+    return path
+
+
+def make_tokenizer(vocabulary: int = 300) -> Any:
+    """A byte-level BPE with BOS in front, as LLaMA's tokenizers have it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE(unk_token="<unk>"))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator([TOPICS[name] for name in sorted(TOPICS)[:10]], trainer)
+    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture(scope="session")
+def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes folders with small random models; the same arguments give the same folder."""
+    made: dict[tuple[Any, ...], Path] = {}
+
+    def make(
+        kind: str = "llama", tied: bool = True, dtype: torch.dtype = torch.float32, sharded: bool = False, **extra: Any
+    ) -> Path:
+        from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+        key = (kind, tied, dtype, sharded, *sorted(extra.items()))
+        if key in made:
+            return made[key]
+        tokenizer = make_tokenizer()
+        config_class, model_class = {
+            "llama": (LlamaConfig, LlamaForCausalLM),
+            "qwen2": (Qwen2Config, Qwen2ForCausalLM),  # has biases on q, k and v
+        }[kind]
+        config = config_class(
+            vocab_size=len(tokenizer) + 4,  # embeddings are often padded; Qwen2 adds a token on load
+            hidden_size=32,
+            intermediate_size=44,  # no multiple of any group size
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=128,
+            tie_word_embeddings=tied,
+            bos_token_id=1,
+            eos_token_id=2,
+            **extra,
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = model_class(config)
+            for name, parameter in model.named_parameters():
+                if name.endswith("bias"):
+                    torch.nn.init.normal_(parameter, std=0.1)
+                if parameter.ndim == 2:  # large enough that slicing shows in the logits
+                    torch.nn.init.normal_(parameter, std=0.2)
+        folder = tmp_path_factory.mktemp("model")
+        model.to(dtype).save_pretrained(folder, max_shard_size="20KB" if sharded else "5GB")
+        tokenizer.save_pretrained(folder)
+        made[key] = folder
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def recipe_arguments(make_model: Callable[..., Path], text_file: Path, tmp_path: Path) -> list[str]:
+    """A command line that calibrates a small model in seconds."""
+    return [
+        "--config",
+        str(Path(__file__).parents[1] / "recipes" / "tiny.yaml"),
+        f"--model.pretrained={make_model()}",
+        f"--data.source={text_file}",
+        f"--data.eval_source={text_file}",
+        "--model.slices.init_args.group_size=16",
+        "--model.epochs_per_block=2",
+        "--model.stages=[{share: 0.5, train: [slices]}, {share: 0.5, train: [slices, routers]}]",
+        "--model.eval_bits=[2, 2.5, 8]",
+        "--model.random_seeds=[0]",
+        "--data.n_samples=8",
+        "--data.seq_len=32",
+        "--data.batch_size=4",
+        "--data.eval_seq_len=64",
+        "--data.eval_max_windows=8",
+        "--trainer.accelerator=cpu",
+        f"--trainer.default_root_dir={tmp_path / 'run'}",
+    ]

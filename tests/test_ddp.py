@@ -1,0 +1,42 @@
+"""Two processes on one machine."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+
+def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "mobiq_lightning", "fit", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
+
+
+def test_two_processes_learn_the_same_and_measure_every_window_once(
+    recipe_arguments: list[str], tmp_path: Path
+) -> None:
+    ddp = ["--trainer.devices=2", "--trainer.strategy=ddp_find_unused_parameters_true", "--data.eval_max_windows=7"]
+    done = run([*recipe_arguments, *ddp])
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    elastic = tmp_path / "run" / "elastic"
+    tensors = {k: v for p in elastic.glob("*.safetensors") for k, v in load_file(p).items()}
+    assert all(bool(torch.isfinite(v.float()).all()) for v in tensors.values())
+    single = tmp_path / "single"
+    arguments = [a for a in recipe_arguments if "default_root_dir" not in a] + [f"--trainer.default_root_dir={single}"]
+    assert run([*arguments, "--data.eval_max_windows=7"]).returncode == 0
+    alone = json.loads((single / "results.json").read_text())
+    pick = lambda r: {(x["allocation"], x["target_bits"]): x["perplexity"] for x in r["rows"]}
+    for key, perplexity in pick(alone).items():
+        if key[0] in ("full", "rtn"):  # these do not depend on the order of the calibration windows
+            assert abs(pick(results)[key] / perplexity - 1) < 1e-6
+
+
+def test_ddp_that_would_drift_apart_is_refused(recipe_arguments: list[str]) -> None:
+    done = run([*recipe_arguments, "--trainer.devices=2", "--trainer.strategy=ddp"])
+    assert done.returncode != 0
+    assert "use ddp_find_unused_parameters_true" in done.stderr

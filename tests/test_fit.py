@@ -1,0 +1,339 @@
+"""The main job, end to end, on small models: fit, validate, generate, and what stands in the way of them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from mobiq_lightning.cli import main
+from mobiq_lightning.evaluation import RTN_BITS
+from mobiq_lightning.hf import load
+from mobiq_lightning.layers import SlicedLinear, fixed_depth, routed_inputs
+from mobiq_lightning.packing import unpack_codes
+
+Run = tuple[Path, list[str]]
+
+
+def tensors_of(run: Path) -> dict[str, torch.Tensor]:
+    return {k: v for path in sorted((run / "elastic").glob("*.safetensors")) for k, v in load_file(path).items()}
+
+
+@pytest.fixture(scope="module")
+def finished(make_model: Callable[..., Path], text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A finished run and the command line that made it. Not to be changed by tests."""
+    from tests.conftest import recipe_arguments
+
+    folder = tmp_path_factory.mktemp("finished")
+    arguments = recipe_arguments.__wrapped__(make_model, text_file, folder)  # type: ignore[attr-defined]
+    assert main(["fit", *arguments]) == 0
+    return folder / "run", arguments
+
+
+class TestResults:
+    def test_every_allocation_has_a_row_at_every_budget(self, finished: Run) -> None:
+        results = json.loads((finished[0] / "results.json").read_text())
+        rows = {(r["allocation"], r["target_bits"], r["seed"]) for r in results["rows"]}
+        expected = {("full", 32.0, None)} | {("rtn", float(b), None) for b in RTN_BITS}
+        for bits in (2.0, 2.5, 8.0):
+            expected |= {("router", bits, 0), ("static", bits, None), ("random", bits, 0)}
+        assert rows == expected
+        assert set(results["rows"][0]) == {
+            "allocation", "target_bits", "used_bits", "all_in_bits", "perplexity", "kl", "seed"
+        }  # fmt: skip
+
+    def test_the_protocol_says_what_the_figures_are_of(self, finished: Run) -> None:
+        protocol = json.loads((finished[0] / "results.json").read_text())["protocol"]
+        assert protocol["window"] == 64
+        assert protocol["bos"] is True
+        assert protocol["n_windows"] == 8
+        assert len(protocol["tokenizer"]) == 16
+
+    def test_controls_spend_the_bits_that_the_router_used(self, finished: Run) -> None:
+        rows = json.loads((finished[0] / "results.json").read_text())["rows"]
+        used = {(r["allocation"], r["target_bits"]): r["used_bits"] for r in rows}
+        for bits in (2.0, 2.5, 8.0):
+            assert used["random", bits] == pytest.approx(used["router", bits], abs=0.03)
+            assert used["static", bits] == pytest.approx(used["router", bits], abs=0.06)
+
+    def test_at_the_ends_of_the_range_all_allocations_are_one(self, finished: Run) -> None:
+        rows = json.loads((finished[0] / "results.json").read_text())["rows"]
+        for bits in (2.0, 8.0):
+            ends = [r for r in rows if r["target_bits"] == bits and r["allocation"] in ("router", "static", "random")]
+            assert {r["used_bits"] for r in ends} == {bits}
+            assert max(r["perplexity"] for r in ends) == pytest.approx(min(r["perplexity"] for r in ends), rel=1e-6)
+
+    def test_full_precision_is_measured_as_transformers_would(self, finished: Run) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        run, _ = finished
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        model = AutoModelForCausalLM.from_pretrained(config["model"]["pretrained"])
+        tokenizer = AutoTokenizer.from_pretrained(config["model"]["pretrained"])
+        documents = Path(config["data"]["eval_source"]).read_text().split("\n<|endoftext|>\n")[:8]
+        nll, count = 0.0, 0
+        for document in documents:
+            ids = torch.tensor([tokenizer(document.strip("\n"))["input_ids"][:64]])  # this tokenizer adds BOS itself
+            with torch.no_grad():
+                loss = model(input_ids=ids, labels=ids).loss
+            nll, count = nll + float(loss) * (ids.shape[1] - 1), count + ids.shape[1] - 1
+        results = json.loads((run / "results.json").read_text())
+        full = next(r for r in results["rows"] if r["allocation"] == "full")
+        assert results["protocol"]["n_tokens"] == count
+        assert full["perplexity"] == pytest.approx(torch.tensor(nll / count).exp().item(), rel=1e-4)
+        assert full["kl"] == 0.0
+
+    def test_all_in_bits_count_scales_and_routers(self, finished: Run) -> None:
+        run, _ = finished
+        rows = json.loads((run / "results.json").read_text())["rows"]
+        tensors = tensors_of(run)
+        n_weights = sum(v.shape[0] * {6: 44}.get(v.shape[1], 32) for k, v in tensors.items() if k.endswith("plane_0"))
+        scales = sum(v.numel() * 16 for k, v in tensors.items() if "slice_scale" in k or "slice_bias" in k)
+        routers = sum(v.numel() * 32 for k, v in tensors.items() if ".router." in k and not k.endswith("threshold"))
+        router = next(r for r in rows if r["allocation"] == "router" and r["target_bits"] == 8)
+        static = next(r for r in rows if r["allocation"] == "static" and r["target_bits"] == 8)
+        assert static["all_in_bits"] == pytest.approx(8 + scales / n_weights)
+        assert router["all_in_bits"] == pytest.approx(8 + (scales + routers) / n_weights)
+
+    def test_table_plot_and_journal_are_written(self, finished: Run) -> None:
+        run, _ = finished
+        with (run / "results.csv").open() as file:
+            assert len(list(csv.DictReader(file))) == len(json.loads((run / "results.json").read_text())["rows"])
+        assert (run / "results.png").read_bytes().startswith(b"\x89PNG")
+        journal = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert any(key.startswith("block/loss") for line in journal for key in line)
+        assert any("eval/ppl" in line for line in journal)
+        assert any(key.startswith("threshold/4_bits/") for line in journal for key in line)
+        assert any(key.startswith("used_bits/model.layers.0") for line in journal for key in line)
+        assert list((run / "csv").rglob("metrics.csv"))
+
+
+class TestCheckpoint:
+    def test_the_loaded_model_is_the_calibrated_one_at_every_depth(self, finished: Run) -> None:
+        """What was trained (ranges in the last training checkpoint) is what the saved planes hold, bit by bit."""
+        from mobiq_lightning.source import BlockLayout, CalibratedBlock, load_source
+        from mobiq_lightning.strategies import MLPRouter, ResidualSlices
+
+        run, _ = finished
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        source = load_source(config["model"]["pretrained"])
+        state = torch.load(max((run / "checkpoints").glob("epoch-*.ckpt")), weights_only=True)["state_dict"]
+        layers = source.model.model.layers
+        for index, block in enumerate(layers):
+            groups = BlockLayout().group_linears(block, "input")
+            learned = CalibratedBlock(block, groups, lambda o, i: ResidualSlices(o, i, group_size=16), MLPRouter)
+            prefix = f"blocks.{index}."
+            learned.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+        elastic = load(run)
+        ids = torch.randint(3, 300, (2, 20))
+        for bits in (2, 3, 5, 8):
+            with (
+                torch.no_grad(),
+                fixed_depth(routed_inputs(source.model), bits),
+                fixed_depth(routed_inputs(elastic), bits),
+            ):
+                assert torch.equal(source.model(ids).logits, elastic(ids).logits)
+        sliced = layers[0].mlp.down_proj
+        assert isinstance(sliced, SlicedLinear)
+        packed = elastic.model.layers[0].mlp.down_proj.packed
+        assert torch.equal(unpack_codes(packed.planes, 44), unpack_codes(sliced.scheme.pack(sliced.weight).planes, 44))
+
+    def test_calibration_beats_rounding_where_it_was_asked_to(self, finished: Run) -> None:
+        rows = json.loads((finished[0] / "results.json").read_text())["rows"]
+        kl = {(r["allocation"], r["target_bits"]): r["kl"] for r in rows}
+        assert kl["static", 2.0] < kl["rtn", 2.0]
+
+    def test_it_is_refused_when_a_tensor_is_missing(self, finished: Run, tmp_path: Path) -> None:
+        from safetensors.torch import save_file
+
+        from mobiq_lightning.errors import CheckpointError
+
+        folder = shutil.copytree(finished[0] / "elastic", tmp_path / "e")
+        shard = min(folder.glob("*.safetensors"))
+        tensors = load_file(shard)
+        del tensors["model.layers.0.mlp.down_proj.plane_3"]
+        save_file(tensors, shard, metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match=r"1 missing keys, such as model\.layers\.0\.mlp\.down_proj\.plane_3"):
+            load(folder)
+
+    def test_a_newer_format_is_refused_with_both_versions(self, finished: Run, tmp_path: Path) -> None:
+        from mobiq_lightning.errors import CheckpointError
+
+        folder = shutil.copytree(finished[0] / "elastic", tmp_path / "e")
+        config = json.loads((folder / "config.json").read_text())
+        config["quantization_config"]["format_version"] = 99
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(CheckpointError, match=r"format version 99.*up to 1"):
+            load(folder)
+
+    def test_tokenizer_and_generation_config_come_along(self, finished: Run) -> None:
+        elastic = finished[0] / "elastic"
+        source = Path(yaml.safe_load((finished[0] / "config.yaml").read_text())["model"]["pretrained"])
+        for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+            assert (elastic / name).read_bytes() == (source / name).read_bytes()
+
+
+class TestGenerate:
+    def test_it_continues_the_prompt_and_says_the_bits_used(
+        self, finished: Run, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        capsys.readouterr()
+        assert (
+            main(["generate", str(finished[0]), "--prompt", "import sys", "--bits", "2.5", "--max_new_tokens", "5"])
+            == 0
+        )
+        output = capsys.readouterr()
+        assert output.out.startswith("import sys")
+        assert "code bits per weight used, 2.5 asked for" in output.err
+
+    def test_the_ends_of_the_range_use_exactly_what_is_asked(self, finished: Run) -> None:
+        from mobiq_lightning.generate import continue_prompt
+
+        for bits in (2.0, 8.0):
+            text, used = continue_prompt(str(finished[0]), "def", bits, 4, temperature=0.7, seed=1)
+            assert used == bits
+            assert text == continue_prompt(str(finished[0]), "def", bits, 4, temperature=0.7, seed=1)[0]
+
+    @pytest.mark.parametrize(
+        ("arguments", "code", "message"),
+        [
+            (["--prompt", "a", "--bits", "9"], 1, "9 bits asked for; this model runs at 2 to 8"),
+            (["--prompt", "a", "--bitz", "3"], 2, "generate:"),
+            (["--prompt", "a", "--bits", "many"], 2, "generate:"),
+        ],
+    )
+    def test_what_cannot_be_generated_is_answered_in_a_line(
+        self, finished: Run, arguments: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["generate", str(finished[0]), *arguments]) == code
+        assert message in capsys.readouterr().err
+
+    def test_a_folder_without_a_run_is_refused(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["generate", str(tmp_path), "--prompt", "a"]) == 1
+        assert "holds no elastic checkpoint" in capsys.readouterr().err
+
+
+class TestRunFolder:
+    def test_the_same_command_on_a_finished_run_prints_its_table_and_changes_nothing(
+        self, finished: Run, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        before = (finished[0] / "results.json").read_bytes()
+        assert main(["fit", *finished[1]]) == 0
+        output = capsys.readouterr()
+        assert "finished" in output.err
+        assert "round to nearest" in output.out
+        assert (finished[0] / "results.json").read_bytes() == before
+
+    def test_the_written_recipe_is_whole_and_runs_again(
+        self, finished: Run, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["fit", "--config", str(finished[0] / "config.yaml")]) == 0
+        assert "finished" in capsys.readouterr().err
+
+    def test_another_recipe_in_the_same_folder_is_refused_with_the_keys(
+        self, finished: Run, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["fit", *finished[1], "--model.slices_lr=0.5", "--data.seed=3"]) == 1
+        error = capsys.readouterr().err
+        assert "model.slices_lr: 0.02 -> 0.5" in error
+        assert "data.seed: 0 -> 3" in error
+        assert "--overwrite" in error
+
+    def test_validate_measures_a_finished_run_at_other_bits(self, finished: Run, tmp_path: Path) -> None:
+        run = shutil.copytree(finished[0], tmp_path / "copy")
+        before = json.loads((run / "results.json").read_text())["rows"]
+        arguments = ["--config", str(run / "config.yaml"), f"--trainer.default_root_dir={run}"]
+        assert main(["validate", *arguments, "--model.eval_bits=[2, 3.25]"]) == 0
+        after = json.loads((run / "results.json").read_text())["rows"]
+        pick = lambda rows: next(r for r in rows if r["allocation"] == "router" and r["target_bits"] == 2)
+        assert pick(before) == pick(after)
+        assert {r["target_bits"] for r in after if r["allocation"] == "router"} == {2.0, 3.25}
+
+    def test_validate_without_a_run_says_what_to_do_first(
+        self, recipe_arguments: list[str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["validate", *recipe_arguments]) == 1
+        assert "Run `fit` with this recipe first" in capsys.readouterr().err
+
+    def test_changed_weights_behind_the_same_recipe_are_noticed(
+        self, finished: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        run = shutil.copytree(finished[0], tmp_path / "copy")
+        (run / "results.json").unlink()
+        identity = json.loads((run / "identity.json").read_text())
+        (run / "identity.json").write_text(json.dumps({**identity, "source weights": "0000"}))
+        arguments = ["--config", str(run / "config.yaml"), f"--trainer.default_root_dir={run}"]
+        assert main(["fit", *arguments]) == 1
+        assert "source weights: 0000 then" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            ["--model.slices.init_args.slice_bits=[4,2,2]"],
+            "depths [2] are no prefix of the slices; depths are [4, 6, 8]",
+        ),
+        (["--model.budget.init_args.high_bits=9"], "asks for 2 to 9 bits"),
+        (["--model.eval_bits=[1, 4]"], "[1.0] lie outside"),
+        (["--model.epochs_per_block=0"], "must be at least 1"),
+        (["--model.stages=[{share: 0.5, train: [slices]}]"], "must be above 0 and add up to 1"),
+        (["--model.slices.init_args.group_size=0"], "group_size (0)"),
+        (["--model.slices_lr=fast"], "model.slices_lr"),
+        (["--trainer.max_epoch=3"], "Did you mean 'trainer.max_epochs'"),
+        (["--model.router.init_args.hiden=3"], "hiden"),
+        (["--trainer.strategy=fsdp", "--trainer.devices=1"], "fsdp"),
+    ],
+)
+def test_recipes_that_cannot_work_are_refused_before_the_model_is_loaded(
+    recipe_arguments: list[str], change: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fit", *recipe_arguments, *change]) != 0
+    error = capsys.readouterr().err
+    assert message.lower() in error.lower()
+    assert "Loading weights" not in error
+
+
+@pytest.mark.parametrize("bits", ["[2,2,2,2]", "[2,2,4]"])
+@pytest.mark.parametrize("router", ["MLPRouter", "StaticRouter", "RandomRouter"])
+def test_other_slices_and_routers_run_by_a_change_of_the_recipe(
+    recipe_arguments: list[str], tmp_path: Path, bits: str, router: str
+) -> None:
+    arguments = [*recipe_arguments, f"--model.slices.init_args.slice_bits={bits}", f"--model.router={router}"]
+    assert (
+        main(["fit", *arguments, "--model.epochs_per_block=1", "--model.stages=[{share: 1, train: [slices, routers]}]"])
+        == 0
+    )
+    rows = json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
+    router_row: dict[str, Any] = next(r for r in rows if r["allocation"] == "router" and r["target_bits"] == 2.5)
+    assert router_row["used_bits"] == pytest.approx(2.5, abs=0.25)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"tied": False, "dtype": torch.bfloat16, "sharded": True},
+        {"kind": "qwen2"},
+        {"attention_bias": True, "mlp_bias": True, "dtype": torch.float16},
+    ],
+    ids=str,
+)
+def test_models_of_the_family_calibrate_save_and_load(
+    recipe_arguments: list[str], make_model: Callable[..., Path], tmp_path: Path, model: dict[str, Any]
+) -> None:
+    arguments = [*recipe_arguments, f"--model.pretrained={make_model(**model)}", "--model.share_routers=linear"]
+    assert main(["fit", *arguments, "--model.eval_bits=[2, 8]", "--model.hidden_states=disk"]) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    kl = {(r["allocation"], r["target_bits"]): r["kl"] for r in results["rows"]}
+    assert kl["router", 8.0] < 0.1 * kl["router", 2.0]
+    loaded = load(tmp_path / "run")
+    assert loaded.dtype == model.get("dtype", torch.float32)
+    assert not list((tmp_path / "run").rglob("*.tmp"))

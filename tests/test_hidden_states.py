@@ -1,0 +1,63 @@
+"""Inputs and targets, block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mobiq_lightning.hidden_states import BlockCaller, HiddenStates
+from mobiq_lightning.source import load_source
+
+
+def reading(block: int, batch: int) -> Any:
+    return nullcontext()
+
+
+@pytest.mark.parametrize("arguments", [{}, {"kind": "qwen2"}, {"dtype": torch.bfloat16}], ids=str)
+def test_tables_are_the_hidden_states_of_the_model_itself(
+    make_model: Callable[..., Path], arguments: dict[str, Any]
+) -> None:
+    model = load_source(str(make_model(**arguments))).model
+    ids = torch.randint(3, 300, (5, 20))
+    with torch.no_grad():
+        expected = model.model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
+    caller = BlockCaller(model, list(model.model.layers), torch.device("cpu"))
+    hidden = HiddenStates(caller, ids, {"a": reading}, reading, batch_size=2)
+    tolerance = {"atol": 1e-5, "rtol": 1e-5} if model.dtype == torch.float32 else {"atol": 0.1, "rtol": 0.05}
+    torch.testing.assert_close(hidden.inputs["a"], expected[0], **tolerance)
+    torch.testing.assert_close(hidden.targets, caller.call(0, expected[0]), **tolerance)
+    hidden.advance(1)
+    torch.testing.assert_close(hidden.inputs["a"], expected[1], **tolerance)
+    final = model.model.norm(hidden.targets)  # the model normalises its last hidden state
+    torch.testing.assert_close(final, expected[2], **tolerance)
+
+
+def test_tables_on_disk_hold_the_same_as_tables_in_memory(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    model = load_source(str(make_model())).model
+    ids = torch.randint(3, 300, (5, 20))
+    tables = []
+    for storage in ("host", "disk"):
+        caller = BlockCaller(model, list(model.model.layers), torch.device("cpu"))
+        hidden = HiddenStates(caller, ids, {"a": reading, "b": reading}, reading, 2, storage, tmp_path)  # type: ignore[arg-type]
+        hidden.advance(1)
+        tables.append((hidden.batch("a", torch.tensor([3, 1])), hidden.target_batch(torch.tensor([3, 1]))))
+    assert torch.equal(tables[0][0], tables[1][0])
+    assert torch.equal(tables[0][1], tables[1][1])
+
+
+def test_streams_see_their_own_reading_of_the_blocks_before(make_model: Callable[..., Path]) -> None:
+    model = load_source(str(make_model())).model
+    seen: list[tuple[str, int, int]] = []
+
+    def noting(name: str) -> Any:
+        return lambda block, batch: seen.append((name, block, batch)) or nullcontext()
+
+    caller = BlockCaller(model, list(model.model.layers), torch.device("cpu"))
+    hidden = HiddenStates(caller, torch.randint(3, 300, (4, 8)), {"a": noting("a")}, noting("full"), batch_size=2)
+    hidden.advance(1)
+    assert seen == [("full", 0, 0), ("full", 0, 1), ("a", 0, 0), ("a", 0, 1), ("full", 1, 0), ("full", 1, 1)]

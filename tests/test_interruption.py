@@ -1,0 +1,161 @@
+"""What a run survives: kills, damaged checkpoints, numbers that are none."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mobiq_lightning.cli import main
+from mobiq_lightning.strategies import ResidualSlices
+
+
+def tensors_of(run: Path) -> dict[str, torch.Tensor]:
+    return {k: v for path in sorted((run / "elastic").glob("*.safetensors")) for k, v in load_file(path).items()}
+
+
+def assert_same(one: Path, other: Path) -> None:
+    first, second = tensors_of(one), tensors_of(other)
+    assert first.keys() == second.keys()
+    different = [name for name in first if not torch.equal(first[name], second[name])]
+    assert different == []
+
+
+def arguments_for(recipe_arguments: list[str], folder: Path) -> list[str]:
+    kept = [a for a in recipe_arguments if not a.startswith("--trainer.default_root_dir")]
+    return [*kept, f"--trainer.default_root_dir={folder}", "--model.epochs_per_block=4", "--model.eval_bits=[2, 4]"]
+
+
+@pytest.mark.parametrize("router", ["MLPRouter", "RandomRouter"])
+def test_a_killed_run_goes_on_and_ends_bit_by_bit_as_if_it_had_not_been(
+    recipe_arguments: list[str], tmp_path: Path, router: str
+) -> None:
+    recipe_arguments = [*recipe_arguments, f"--model.router={router}", "--data.n_samples=32"]
+    assert main(["fit", *arguments_for(recipe_arguments, tmp_path / "whole")]) == 0
+    killed = tmp_path / "killed"
+    command = [sys.executable, "-m", "mobiq_lightning", "fit", *arguments_for(recipe_arguments, killed)]
+    # The first kill falls into the first block, the second into the second one.
+    for epochs in (2, 6):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        while process.poll() is None and not list(killed.glob(f"checkpoints/epoch-{epochs - 1:06d}.sha256")):
+            time.sleep(0.01)
+        assert process.poll() is None, process.communicate()[1]
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+    assert not (killed / "results.json").exists()
+    assert main(["fit", *arguments_for(recipe_arguments, killed)]) == 0
+    assert_same(tmp_path / "whole", killed)
+    rows = [json.loads((run / "results.json").read_text())["rows"] for run in (tmp_path / "whole", killed)]
+    assert rows[0] == rows[1]
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(
+    recipe_arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert main(["fit", *arguments_for(recipe_arguments, run)]) == 0
+    before = tensors_of(run)
+    (run / "results.json").unlink()
+    newest = max((run / "checkpoints").glob("epoch-*.ckpt"))
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    newest.write_bytes(data)
+    (run / "checkpoints" / "block-epoch-000007.ckpt").write_bytes(data)
+    capsys.readouterr()
+    assert main(["fit", *arguments_for(recipe_arguments, run)]) == 0
+    error = capsys.readouterr().err
+    assert f"{newest.name} is damaged" in error
+    assert "Resuming from epoch-000006.ckpt" in error
+    after = tensors_of(run)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_run_that_was_killed_after_the_last_epoch_only_exports_and_compares(
+    recipe_arguments: list[str], tmp_path: Path
+) -> None:
+    import shutil
+
+    run = tmp_path / "run"
+    assert main(["fit", *arguments_for(recipe_arguments, run)]) == 0
+    before = tensors_of(run)
+    shutil.rmtree(run / "elastic")
+    (run / "results.json").unlink()
+    assert main(["fit", *arguments_for(recipe_arguments, run)]) == 0
+    after = tensors_of(run)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+class FailingSlices(ResidualSlices):
+    """Gives NaN in the second block as long as `failures` are left, as an overflow would."""
+
+    failures = 0
+    calls = 0
+
+    def prefixes(self, weight: torch.Tensor) -> torch.Tensor:
+        FailingSlices.calls += torch.is_grad_enabled()
+        if torch.is_grad_enabled() and FailingSlices.failures and FailingSlices.calls > 20:
+            FailingSlices.failures -= 1
+            return super().prefixes(weight) * float("nan")
+        return super().prefixes(weight)
+
+
+def failing(recipe_arguments: list[str], folder: Path) -> list[str]:
+    slices = "--model.slices={class_path: tests.test_interruption.FailingSlices, init_args: {group_size: 16}}"
+    return [*arguments_for(recipe_arguments, folder), slices]
+
+
+def test_a_block_with_nan_starts_anew_at_a_lower_rate_and_blocks_before_it_are_kept(
+    recipe_arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FailingSlices, "failures", 1)
+    monkeypatch.setattr(FailingSlices, "calls", 0)
+    assert main(["fit", *failing(recipe_arguments, tmp_path / "run")]) == 0
+    error = capsys.readouterr().err
+    assert "error_routed = nan" in error
+    assert "starts anew at 0.2 of the learning rates, in float32" in error
+    assert (tmp_path / "run" / "results.json").is_file()
+    assert sum(json.loads((tmp_path / "run" / "retries.json").read_text()).values()) == 1
+    assert all(bool(torch.isfinite(v.float()).all()) for v in tensors_of(tmp_path / "run").values())
+
+
+def test_a_block_that_keeps_failing_stops_the_run_with_the_numbers(
+    recipe_arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FailingSlices, "failures", 1000)
+    monkeypatch.setattr(FailingSlices, "calls", 0)
+    assert main(["fit", *failing(recipe_arguments, tmp_path / "run")]) == 1
+    error = capsys.readouterr().err
+    for part in ("try 3 of block", "Learning rates: slices", "Largest input of the block", "Finished blocks are kept"):
+        assert part in error
+
+
+def test_a_collapsed_router_is_reported_and_its_input_gets_static_depths(
+    recipe_arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    router = "--model.router=tests.test_interruption.ConstantRouter"
+    assert main(["fit", *recipe_arguments, router]) == 0
+    assert "Router collapse: at" in capsys.readouterr().err
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert len(results["collapsed"]) == 8
+    assert set(results["collapsed"].values()) == {1.0}
+    row = next(r for r in results["rows"] if r["allocation"] == "router" and r["target_bits"] == 2.5)
+    assert row["used_bits"] == pytest.approx(2.5, abs=0.1)
+
+
+from mobiq_lightning.strategies import Router  # noqa: E402
+
+
+class ConstantRouter(Router):
+    """Cannot tell tokens apart."""
+
+    def scores(self, x: torch.Tensor) -> torch.Tensor:
+        return -torch.arange(self.n_slices - 1.0).expand(*x.shape[:-1], -1)

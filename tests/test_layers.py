@@ -1,0 +1,150 @@
+"""Sliced and elastic linears, and the routed input they share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from mobiq_lightning.errors import BitsError
+from mobiq_lightning.kernels import sliced_linear
+from mobiq_lightning.layers import (
+    ElasticLinear,
+    RoutedInput,
+    SlicedLinear,
+    fixed_depth,
+    full_precision,
+    meet_budget,
+    record_gates,
+    routed_inputs,
+)
+from mobiq_lightning.strategies import MLPRouter, ResidualSlices
+
+BITS = (2, 1, 1, 2, 2)
+
+
+@pytest.fixture
+def pair() -> tuple[nn.Linear, SlicedLinear, ElasticLinear, RoutedInput]:
+    """A linear and its two sliced forms, on one routed input."""
+    torch.manual_seed(0)
+    linear = nn.Linear(44, 24).requires_grad_(False)
+    routed = RoutedInput(MLPRouter(44, len(BITS)), BITS, linear.weight.numel())
+    with torch.no_grad():  # scores spread widely enough that tokens differ
+        routed.router.score.weight.mul_(100)  # type: ignore[union-attr,operator]
+    scheme = ResidualSlices(24, 44, BITS, group_size=16)
+    sliced = SlicedLinear(linear, scheme, routed)
+    elastic = ElasticLinear(44, 24, BITS, 16, bias=True)
+    packed = scheme.pack(linear.weight)
+    elastic.load_state_dict(
+        {f"plane_{p}": plane for p, plane in enumerate(packed.planes)}
+        | {"slice_scale": packed.scale, "slice_bias": packed.bias, "bias": linear.bias.detach()}
+    )
+    elastic.attach(routed)
+    return linear, sliced, elastic, routed.eval()
+
+
+def test_full_precision_is_the_source_layer(pair: tuple) -> None:  # type: ignore[type-arg]
+    linear, sliced, _, routed = pair
+    x = torch.randn(3, 5, 44)
+    with full_precision([routed]):
+        assert torch.equal(sliced(x), linear(x))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+def test_both_forms_agree_bit_by_bit_at_a_fixed_depth(pair: tuple, bits: int) -> None:  # type: ignore[type-arg]
+    _, sliced, elastic, routed = pair
+    x = torch.randn(7, 44)
+    with torch.no_grad(), fixed_depth([routed], bits):
+        weight_product = torch.nn.functional.linear(x, elastic.weight_at(bits)) + elastic.bias
+        assert torch.equal(elastic(x), weight_product)
+        torch.testing.assert_close(sliced(x), elastic(x), atol=1e-5, rtol=0)
+
+
+def test_both_forms_agree_on_tokens_of_mixed_depth(pair: tuple) -> None:  # type: ignore[type-arg]
+    _, sliced, elastic, routed = pair
+    x = torch.randn(4, 50, 44)
+    routed.router.threshold.fill_(-2.0)
+    with torch.no_grad(), record_gates([routed]) as records:
+        ours, theirs = elastic(x), sliced(x)
+    assert len(records[0][0].unique()) > 2, "the test needs tokens of several depths"
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+def test_each_token_of_a_mixed_batch_is_what_it_is_alone(pair: tuple) -> None:  # type: ignore[type-arg]
+    _, _, elastic, _ = pair
+    x = torch.randn(40, 44)
+    bits = torch.tensor([2, 3, 4, 6, 8]).repeat(8)
+    mixed = sliced_linear(x, elastic.packed, bits)
+    for token in range(40):
+        alone = elastic.packed.weight_at(int(bits[token])) @ x[token]
+        torch.testing.assert_close(mixed[token], alone, atol=1e-5, rtol=0)
+
+
+def test_no_tokens_give_no_outputs(pair: tuple) -> None:  # type: ignore[type-arg]
+    _, _, elastic, _ = pair
+    assert sliced_linear(torch.zeros(0, 44), elastic.packed, torch.zeros(0, dtype=torch.long)).shape == (0, 24)
+
+
+def test_linears_of_one_input_share_one_evaluation_of_the_router(pair: tuple) -> None:  # type: ignore[type-arg]
+    _, sliced, elastic, routed = pair
+    calls = []
+    routed.router.register_forward_hook(lambda *_: None)
+    scores = routed.router.scores
+    routed.router.scores = lambda x: calls.append(1) or scores(x)  # type: ignore[assignment,func-returns-value]
+    x = torch.randn(6, 44)
+    with torch.no_grad():
+        sliced(x)
+        elastic(x)
+        assert len(calls) == 1
+        sliced(torch.randn(6, 44))
+        assert len(calls) == 2
+
+
+def test_a_budget_is_met_exactly_on_the_tokens_at_hand(pair: tuple) -> None:  # type: ignore[type-arg]
+    _, sliced, _, routed = pair
+    for bits in (2.0, 2.6, 3.5, 7.0, 8.0):
+        with torch.no_grad(), meet_budget([routed], bits), record_gates([routed]) as records:
+            sliced(torch.randn(500, 44))
+        assert float(records[0][0].mean()) == pytest.approx(bits, abs=0.005)
+
+
+def test_gradients_reach_ranges_and_router_through_the_gates(pair: tuple) -> None:  # type: ignore[type-arg]
+    _, sliced, _, routed = pair
+    routed.train()
+    with meet_budget([routed], 3.0):
+        sliced(torch.randn(100, 44)).square().sum().backward()
+    learned = [*sliced.scheme.parameters(), *routed.router.parameters()]
+    assert all(bool((p.grad != 0).any()) for p in learned)
+    assert sliced.weight.grad is None
+
+
+def test_the_dial_takes_interpolated_thresholds_and_closes_or_opens_all_at_its_ends(pair: tuple) -> None:  # type: ignore[type-arg]
+    routed = pair[3]
+    routed.set_tables(torch.linspace(1, -1, 25), torch.zeros(25))
+    routed.set_bits(2.0, "layer")
+    assert float(routed.router.threshold) == float("inf")
+    routed.set_bits(8.0, "layer")
+    assert float(routed.router.threshold) == -float("inf")
+    routed.set_bits(5.0, "layer")
+    assert float(routed.router.threshold) == pytest.approx(0.0, abs=1e-6)
+    routed.set_bits(5.125, "layer")
+    assert float(routed.router.threshold) == pytest.approx(-1 / 24, abs=1e-6)
+    routed.set_bits(5.125, "global")
+    assert float(routed.router.threshold) == 0.0
+
+
+@pytest.mark.parametrize("bits", [1.9, 8.1])
+def test_bits_out_of_range_are_refused_with_the_range(pair: tuple, bits: float) -> None:  # type: ignore[type-arg]
+    with pytest.raises(BitsError, match=r"2 to 8"):
+        pair[3].set_bits(bits, "layer")
+
+
+def test_a_depth_that_is_no_prefix_is_refused(pair: tuple) -> None:  # type: ignore[type-arg]
+    with pytest.raises(BitsError, match="5 bits"), fixed_depth([pair[3]], 5):
+        pass
+
+
+def test_moving_the_block_does_not_move_what_is_trained(pair: tuple) -> None:  # type: ignore[type-arg]
+    sliced = pair[1]
+    assert {name for name, _ in sliced.named_parameters()} == {"weight", "bias"}
+    assert routed_inputs(sliced) == [pair[3]]

@@ -1,0 +1,124 @@
+"""Recipes: what is in the folder fits the real command line, and what is wrong is answered at once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mobiq_lightning.cli import main
+from mobiq_lightning.recipe import check_recipe, strategy_classes
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.name)
+class TestShippedRecipes:
+    def test_the_first_line_is_the_command_that_runs_it(self, path: Path) -> None:
+        first = path.read_text().splitlines()[0]
+        assert first.startswith(f"# python -m mobiq_lightning fit --config recipes/{path.name}")
+
+    def test_every_key_has_a_comment(self, path: Path) -> None:
+        lines = path.read_text().splitlines()
+        bare = [
+            line
+            for number, line in enumerate(lines)
+            if ":" in line.split("#")[0]
+            and "#" not in line
+            and line.split(":")[0].strip() not in ("model", "data", "trainer", "class_path", "init_args")
+            and not lines[number - 1].lstrip().startswith("#")
+        ]
+        assert bare == []
+
+    def test_it_parses_and_its_plug_ins_build_on_a_tiny_layer(self, path: Path, tmp_path: Path) -> None:
+        from mobiq_lightning.training_cli import ElasticCLI, RunFolder
+
+        class BuildOnly(ElasticCLI):
+            def _run_subcommand(self, subcommand: str) -> None:
+                pass
+
+        folder = f"--trainer.default_root_dir={tmp_path / 'run'}"
+        cli = BuildOnly(
+            ["fit", "--config", str(path), folder, "--trainer.accelerator=cpu", "--trainer.precision=32-true"]
+        )
+        scheme = cli.model.slices(8, 20)
+        assert cli.model.router(20, len(scheme.slice_bits)).n_slices == len(scheme.slice_bits)
+        assert scheme.depths[0] <= cli.model.budget(0.5) <= scheme.depths[-1]
+        assert RunFolder(tmp_path / "run").path.joinpath("config.yaml").is_file()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ({"modle": {}}, "modle: no such key. Did you mean 'model"),
+        ({"model": {"slice": 1}}, "model.slice: no such key. Did you mean 'model.slices'"),
+        ({"data": {"n_sample": 1}}, "Did you mean 'data.n_samples'"),
+        ({"trainer": {"max_epoch": 1}}, "Did you mean 'trainer.max_epochs'"),
+        ({"model": {"seq_len": 1}}, "Did you mean 'data.seq_len'"),
+        ({"model": {"router": "MLPRoter"}}, "Did you mean 'MLPRouter'"),
+        ({"model": {"budget": {"class_path": "CosinBudget"}}}, "Did you mean 'CosineBudget'"),
+        ({"model": {"slices": {"class_path": "ResidualSlices", "init_args": {"group": 4}}}}, "'group_size'"),
+        ({"model": {"slices": {"class_path": "ResidualSlices", "group_size": 4}}}, "go under init_args"),
+        ({"model": {"budget": {"class_path": "LinearBudget", "init_args": {"end": 4}}}}, "'end_bits'"),
+    ],
+)
+def test_a_wrong_key_or_class_gets_the_nearest_name(recipe: dict, message: str) -> None:  # type: ignore[type-arg]
+    problems = check_recipe(recipe)
+    assert len(problems) == 1
+    assert message in problems[0]
+
+
+def test_every_problem_of_a_recipe_is_named_at_once() -> None:
+    assert len(check_recipe({"model": {"slice": 1, "rooter": 2}, "date": {}})) == 3
+
+
+def test_somebodys_own_class_is_left_to_the_parser() -> None:
+    assert check_recipe({"model": {"router": {"class_path": "my.package.Router", "init_args": {"x": 1}}}}) == []
+
+
+def test_arguments_of_strategies_are_those_that_a_recipe_gives() -> None:
+    assert strategy_classes("slices")["ResidualSlices"] == ("slice_bits", "group_size")
+    assert strategy_classes("budgets")["CosineBudget"] == ("start_bits", "end_bits")
+    assert strategy_classes("routers")["RandomRouter"] == ("seed",)
+
+
+def test_typos_and_help_do_not_wait_for_heavy_imports(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(yaml.safe_dump({"model": {"slice": 1}}))
+    code = (
+        "import sys; from mobiq_lightning.cli import main; "
+        f"main(['--help']); assert main(['fit', '--config', {str(recipe)!r}]) == 2; "
+        "heavy = {'torch', 'lightning', 'transformers', 'datasets', 'jsonargparse'} & {*sys.modules}; assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Did you mean 'model.slices'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fti"], "no command 'fti'. Did you mean 'fit'"),
+        (["fit", "--config", "recipes/tini.yaml"], "no such file"),
+        (["fit", "--model.slice", "1"], "Did you mean 'model.slices'"),
+    ],
+)
+def test_a_wrong_command_line_is_answered_in_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_a_recipe_that_is_no_yaml_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.yaml").write_text("model: [unclosed")
+    assert main(["fit", "--config", str(tmp_path / "a.yaml")]) == 2
+    assert "is not valid YAML" in capsys.readouterr().err
+    (tmp_path / "b.yaml").write_text("just text")
+    assert main(["fit", "--config", str(tmp_path / "b.yaml")]) == 2
+    assert "holds no recipe" in capsys.readouterr().err

@@ -1,0 +1,96 @@
+"""The table, the verdict and the loggers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mobiq_lightning.loggers import JsonlLogger, WandbLogger
+from mobiq_lightning.report import print_table, summarize, verdict, write_results
+
+
+def row(allocation: str, bits: float, perplexity: float, seed: int | None = None) -> dict[str, Any]:
+    return {
+        "allocation": allocation,
+        "target_bits": bits,
+        "used_bits": bits,
+        "all_in_bits": bits + 0.5,
+        "perplexity": perplexity,
+        "kl": 0.1,
+        "seed": seed,
+    }
+
+
+ROWS = [
+    row("full", 16, 10.0),
+    row("rtn", 3, 14.0),
+    row("router", 3, 12.0, 0),
+    row("static", 3, 12.5),
+    row("random", 3, 12.2, 0),
+    row("random", 3, 12.6, 1),
+    row("router", 4, 11.0, 0),
+    row("static", 4, 10.9),
+    row("random", 4, 11.2, 0),
+]
+PROTOCOL = {"data": "text", "eval_protocol": "packed", "window": 128, "n_tokens": 1000}
+
+
+def test_seeds_are_merged_into_mean_and_spread() -> None:
+    merged = next(r for r in summarize(ROWS) if r["allocation"] == "random" and r["target_bits"] == 3)
+    assert merged["perplexity"] == pytest.approx(12.4)
+    assert merged["spread"] == pytest.approx(0.2828, abs=1e-3)
+
+
+def test_the_verdict_says_where_the_router_wins_and_where_not() -> None:
+    text = verdict(ROWS)
+    assert "beats static and random at 3 bits" in text
+    assert "4 (static -0.9%)" in text
+    assert "wins nowhere" in verdict([row("router", 3, 12.0), row("static", 3, 11.0), row("random", 3, 13.0)])
+    assert verdict([row("router", 2, 12.0), row("static", 2, 12.0), row("random", 2, 12.0)]) == ""
+
+
+def test_the_table_shows_every_row_and_the_files_hold_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = {"model": "m", "protocol": PROTOCOL, "rows": ROWS}
+    print_table(results)
+    output = capsys.readouterr().out
+    assert output.count("│ random tokens") == 2
+    assert "12.40 ± 0.28" in output
+    write_results(results, tmp_path)
+    assert json.loads((tmp_path / "results.json").read_text())["rows"] == ROWS
+    assert (tmp_path / "results.csv").read_text().splitlines()[0].startswith("allocation,target_bits,used_bits")
+    assert (tmp_path / "results.png").stat().st_size > 10_000
+
+
+def test_the_journal_is_only_ever_appended_to(tmp_path: Path) -> None:
+    JsonlLogger(tmp_path).log_metrics({"a": 1.0}, step=1)
+    JsonlLogger(tmp_path).log_metrics({"a": 2.0}, step=2)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["a"]) for line in lines] == [(1, 1.0), (2, 2.0)]
+
+
+def test_wandb_without_a_key_writes_offline_into_the_run_folder(
+    recipe_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mobiq_lightning.cli import main
+
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    logger = "--trainer.logger={class_path: mobiq_lightning.loggers.WandbLogger, init_args: {group: budgets}}"
+    assert main(["fit", *recipe_arguments, logger, "--model.epochs_per_block=1"]) == 0
+    import wandb
+
+    wandb.finish()
+    assert "written offline" in capsys.readouterr().err
+    files = list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(files) == 1
+    content = files[0].read_bytes()
+    for expected in (b"eval/ppl", b"used_bits/model.layers.0", b"threshold/4_bits", b"block/loss", b"comparison"):
+        assert expected in content
+
+
+def test_a_wandb_key_is_found_without_the_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    assert WandbLogger(save_dir=str(tmp_path))._offline is False

@@ -1,0 +1,290 @@
+"""The contract of every strategy, run on every class that is found under strategies/."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from mobiq_lightning import strategies
+from mobiq_lightning.packing import PackedSlices
+from mobiq_lightning.strategies.base import BudgetSchedule, Objective, Router, SliceScheme
+from mobiq_lightning.strategies.budgets.between import BetweenBudgets
+from mobiq_lightning.strategies.thresholds import average_bits, prefix_scores, threshold_for_budget
+
+SLICE_BITS = [(2, 2, 2, 2), (2, 1, 1, 1, 1, 1, 1), (4, 2, 2), (1, 1, 1)]
+
+
+def subclasses(base: type) -> list[type]:
+    """All concrete classes of the package below a base."""
+    found = [c for sub in base.__subclasses__() for c in (sub, *subclasses(sub))]
+    return [c for c in found if c.__module__.startswith("mobiq_lightning") and not c.__abstractmethods__]  # type: ignore[attr-defined]
+
+
+def test_every_strategy_is_exported_from_the_package() -> None:
+    names = {c.__name__ for base in (SliceScheme, Router, BudgetSchedule, Objective) for c in subclasses(base)}
+    bases = {"BlockRun", "SliceScheme", "Router", "BudgetSchedule", "Objective"}
+    assert names == set(strategies.__all__) - bases
+
+
+@pytest.mark.parametrize("slice_bits", SLICE_BITS)
+@pytest.mark.parametrize("kind", subclasses(SliceScheme))
+class TestSliceSchemes:
+    def scheme(self, kind: Any, slice_bits: tuple[int, ...], columns: int = 172) -> tuple[Any, torch.Tensor]:
+        torch.manual_seed(0)
+        scheme = kind(12, columns, slice_bits=slice_bits)
+        for parameter in scheme.parameters():
+            torch.nn.init.uniform_(parameter, -0.3, 0.3)
+        return scheme, torch.randn(12, columns)
+
+    def test_slices_add_up_to_the_weight_at_every_depth(self, kind: Any, slice_bits: tuple[int, ...]) -> None:
+        scheme, weight = self.scheme(kind, slice_bits)
+        slices = scheme(weight)
+        assert slices.shape == (len(slice_bits), 12, 172)
+        for k in range(1, len(slice_bits) + 1):
+            torch.testing.assert_close(slices[:k].sum(0), scheme.weight_at(weight, k), atol=1e-6, rtol=0)
+
+    def test_what_is_packed_is_what_was_trained_bit_by_bit(self, kind: Any, slice_bits: tuple[int, ...]) -> None:
+        scheme, weight = self.scheme(kind, slice_bits)
+        packed: PackedSlices = scheme.pack(weight)
+        assert packed.scale.dtype == packed.bias.dtype == torch.bfloat16
+        for k, depth in enumerate(scheme.depths, start=1):
+            assert torch.equal(packed.weight_at(depth), scheme.weight_at(weight, k))
+
+    def test_every_slice_lowers_the_error(self, kind: Any, slice_bits: tuple[int, ...]) -> None:
+        scheme = kind(12, 172, slice_bits=slice_bits)
+        weight = torch.randn(12, 172)
+        errors = [(scheme.weight_at(weight, k + 1) - weight).norm().item() for k in range(len(slice_bits))]
+        assert errors == sorted(errors, reverse=True)
+        assert errors[-1] < 2 * errors[0] * 2.0 ** (slice_bits[0] - sum(slice_bits))
+
+    def test_gradients_reach_every_parameter(self, kind: Any, slice_bits: tuple[int, ...]) -> None:
+        scheme, weight = self.scheme(kind, slice_bits)
+        (scheme(weight) * torch.randn(len(slice_bits), 12, 172)).sum().backward()
+        assert all(bool((p.grad != 0).any()) for p in scheme.parameters())
+
+    def test_the_state_dict_restores_the_scheme(self, kind: Any, slice_bits: tuple[int, ...]) -> None:
+        scheme, weight = self.scheme(kind, slice_bits)
+        other = kind(12, 172, slice_bits=slice_bits)
+        other.load_state_dict(scheme.state_dict())
+        assert torch.equal(other(weight), scheme(weight))
+
+    @pytest.mark.parametrize("weight", [torch.zeros(12, 20), torch.full((12, 20), 0.3), torch.full((12, 20), -1e-20)])
+    def test_groups_without_spread_stay_what_they_are(
+        self, kind: Any, slice_bits: tuple[int, ...], weight: torch.Tensor
+    ) -> None:
+        read = kind(12, 20, slice_bits=slice_bits).pack(weight).weight_at(sum(slice_bits))
+        torch.testing.assert_close(read, weight, rtol=2**-7, atol=1e-18)
+
+
+def test_residual_slices_have_the_gradient_that_autograd_gives_straight_through() -> None:
+    torch.manual_seed(1)
+    scheme = strategies.ResidualSlices(6, 20, slice_bits=(2, 1, 1), group_size=8)
+    for parameter in scheme.parameters():
+        torch.nn.init.uniform_(parameter, -1, 0.5)
+    weight, upstream = torch.randn(6, 20), torch.randn(3, 6, 20)
+    (scheme.prefixes(weight) * upstream).sum().backward()
+
+    def expand(values: torch.Tensor) -> torch.Tensor:
+        return values.repeat_interleave(8, dim=1)[:, :20]
+
+    reference = copy.deepcopy(scheme)
+    reference.zero_grad()
+    scale, bias = reference._range(weight)
+    total = torch.zeros(())
+    for grad, depth in zip(upstream, scheme.depths, strict=True):
+        position = ((weight - expand(bias)) / expand(scale) + 0.5) * 2**depth
+        inside = (position >= 0) & (position < 2**depth)
+        through = position + (position.floor() - position).detach()
+        cell = torch.where(inside, through, position.floor().clamp(0, 2**depth - 1).detach())
+        total = total + (grad * (expand(bias) + expand(scale) * ((cell + 0.5) * 2.0**-depth - 0.5))).sum()
+    total.backward()
+    for ours, theirs in zip(scheme.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [[], [0, 2], [4, 4, 2]])
+def test_impossible_slice_bits_are_refused(bad: list[int]) -> None:
+    with pytest.raises(ValueError, match="slice_bits"):
+        strategies.ResidualSlices(4, 8, slice_bits=bad)
+
+
+@pytest.mark.parametrize("n_slices", [4, 7, 2])
+@pytest.mark.parametrize("kind", subclasses(Router))
+class TestRouters:
+    def router(self, kind: Any, n_slices: int) -> Any:
+        torch.manual_seed(0)
+        router = kind(16, n_slices)
+        router.place(1, 3)
+        router.threshold.fill_(-0.7)
+        return router
+
+    @pytest.mark.parametrize("shape", [(0, 16), (1, 16), (3, 5, 16)])
+    def test_scores_and_gates_have_the_shape_of_the_tokens(
+        self, kind: Any, n_slices: int, shape: tuple[int, ...]
+    ) -> None:
+        router = self.router(kind, n_slices)
+        x = torch.randn(shape)
+        assert router.scores(x).shape == (*shape[:-1], n_slices - 1)
+        assert router(x).shape == (*shape[:-1], n_slices)
+
+    def test_gates_are_hard_open_at_the_base_and_have_no_gaps(self, kind: Any, n_slices: int) -> None:
+        gates = self.router(kind, n_slices).eval()(torch.randn(200, 16))
+        assert set(gates.unique().tolist()) <= {0.0, 1.0}
+        assert bool((gates[:, 0] == 1).all())
+        assert bool((gates.diff(dim=-1) <= 0).all())
+
+    def test_training_gates_have_the_value_of_hard_ones_and_reach_every_parameter(
+        self, kind: Any, n_slices: int
+    ) -> None:
+        router = self.router(kind, n_slices).train()
+        x = torch.randn(200, 16)
+        router.reseed(1)
+        gates = router(x)
+        router.reseed(1)
+        torch.testing.assert_close(gates, router.eval()(x), atol=1e-6, rtol=0)
+        if list(router.parameters()):
+            (gates * torch.randn_like(gates)).sum().backward()
+            assert all(bool((p.grad != 0).any()) for p in router.parameters())
+
+    def test_the_same_key_gives_the_same_scores(self, kind: Any, n_slices: int) -> None:
+        router, x = self.router(kind, n_slices), torch.randn(50, 16)
+        router.reseed(5)
+        first = router.scores(x)
+        router.reseed(5)
+        assert torch.equal(first, router.scores(x))
+
+    def test_thresholds_meet_the_budget_over_all_inputs(self, kind: Any, n_slices: int) -> None:
+        slice_bits = (2,) + (1,) * (n_slices - 1)
+        sizes = [3000, 1000, 5400, 2700] * 4  # as of qkv, o, gate and up, down of four blocks
+        routers = [self.router(kind, n_slices) for _ in sizes]
+        for position, router in enumerate(routers):
+            router.place(position, len(sizes))
+        scores = [prefix_scores(router.scores(torch.randn(4000, 16))) for router in routers]
+        budgets = [2.0, 2.3, sum(slice_bits) - 0.5, float(sum(slice_bits))]
+        for scope in ("layer", "global"):
+            table = kind.thresholds_for(scores, sizes, slice_bits, budgets, scope)
+            assert table.shape == (len(sizes), len(budgets))
+            for column, budget in enumerate(budgets):
+                spent = [float(average_bits(s, slice_bits, t)) for s, t in zip(scores, table[:, column], strict=True)]
+                mean = sum(b * n for b, n in zip(spent, sizes, strict=True)) / sum(sizes)
+                assert mean == pytest.approx(budget, abs=0.02)
+
+    def test_the_state_dict_restores_the_router(self, kind: Any, n_slices: int) -> None:
+        router, other = self.router(kind, n_slices), kind(16, n_slices)
+        other.load_state_dict(router.state_dict())
+        assert float(other.threshold) == pytest.approx(-0.7)
+
+
+def test_the_mlp_router_sees_the_norm_of_a_token_but_not_only_that() -> None:
+    torch.manual_seed(0)
+    router = strategies.MLPRouter(16, 4)
+    x = torch.randn(5, 16)
+    assert not torch.allclose(router.scores(x), router.scores(3 * x), atol=1e-4)
+    assert not torch.allclose(router.scores(x), router.scores(x.flip(-1)), atol=1e-4)
+
+
+def test_random_routers_leave_the_global_random_state_alone_and_differ_between_inputs() -> None:
+    before = torch.get_rng_state()
+    first, second = (strategies.RandomRouter(4, 3) for _ in range(2))
+    first.place(0, 2)
+    second.place(1, 2)
+    x = torch.zeros(20, 4)
+    assert not torch.equal(first.scores(x), second.scores(x))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+BUDGETS = {
+    "ConstantBudget": {"bits": 3.0},
+    "SampledBudget": {"low_bits": 2.0, "high_bits": 5.0},
+    "default": {"start_bits": 6.0, "end_bits": 2.5},
+}
+
+
+@pytest.mark.parametrize("kind", subclasses(BudgetSchedule))
+class TestBudgets:
+    def schedule(self, kind: Any) -> Any:
+        return kind(**BUDGETS.get(kind.__name__, BUDGETS["default"]))
+
+    def test_budgets_stay_within_their_bounds(self, kind: Any) -> None:
+        schedule = self.schedule(kind)
+        low, high = schedule.bounds
+        values = [schedule(i / 100) for i in range(101)]
+        assert low <= min(values) <= max(values) <= high
+        assert low <= schedule.final_bits <= high
+
+    def test_the_budget_depends_on_the_progress_alone(self, kind: Any) -> None:
+        first, second = self.schedule(kind), self.schedule(kind)
+        forwards = [first(i / 10) for i in range(11)]
+        backwards = [second(i / 10) for i in reversed(range(11))]
+        assert forwards == backwards[::-1]
+
+    @pytest.mark.parametrize("progress", [-0.01, 1.01, float("nan")])
+    def test_progress_outside_of_the_block_is_refused(self, kind: Any, progress: float) -> None:
+        with pytest.raises(ValueError, match="progress"):
+            self.schedule(kind)(progress)
+
+    def test_a_schedule_between_two_budgets_has_them_at_its_ends(self, kind: Any) -> None:
+        if not issubclass(kind, BetweenBudgets):
+            assert self.schedule(kind).final_bits in (3.0, 3.5)
+            return
+        schedule = self.schedule(kind)
+        assert schedule(0.0) == pytest.approx(6.0)
+        assert schedule(1.0) == pytest.approx(2.5)
+        values = [schedule(i / 50) for i in range(51)]
+        assert values == sorted(values, reverse=True)
+
+
+def test_sampled_budgets_cover_their_interval() -> None:
+    draws = [strategies.SampledBudget(2.0, 6.0)(i / 999) for i in range(1000)]
+    assert sum(draws) / 1000 == pytest.approx(4.0, abs=0.1)
+    assert min(draws) < 2.1
+    assert max(draws) > 5.9
+
+
+def test_a_threshold_opens_the_best_scores_first_and_as_many_as_the_budget_allows() -> None:
+    scores = torch.tensor([[0.9], [0.1], [0.5], [0.3]])
+    thresholds = threshold_for_budget(scores, (2, 2), [2.0, 2.5, 3.0, 4.0])
+    opened = [(scores > t).flatten().tolist() for t in thresholds]
+    assert opened == [[False] * 4, [True, False, False, False], [True, False, True, False], [True] * 4]
+
+
+def test_heavier_tokens_count_more_in_a_pooled_threshold() -> None:
+    scores = torch.tensor([[0.9], [0.1]])
+    threshold = threshold_for_budget(scores, (2, 2), [3.5], weights=torch.tensor([3.0, 1.0]))
+    assert (scores > threshold).flatten().tolist() == [True, False]
+
+
+class FakeRun:
+    """A block whose outputs are known."""
+
+    target = torch.ones(2, 3, 4)
+
+    def at_depth(self, bits: int) -> torch.Tensor:
+        return self.target + 2.0**-bits
+
+    def routed(self, target_bits: float, meet_exactly: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.target + 0.5, torch.tensor(target_bits if meet_exactly else target_bits + 1.0)
+
+    def auxiliary_target(self, bits: int) -> torch.Tensor:
+        return self.target
+
+
+@pytest.mark.parametrize("kind", subclasses(Objective))
+def test_an_objective_has_a_loss_and_reads_the_depths_that_it_names(kind: Any) -> None:
+    objective = kind()
+    terms = objective(FakeRun(), 3.0, True)
+    assert terms["loss"].ndim == 0
+    assert objective.depths == tuple(sorted(objective.depths))
+
+
+def test_block_reconstruction_weighs_depths_and_charges_for_missing_the_budget() -> None:
+    run = FakeRun()
+    plain = strategies.BlockReconstruction({2: 1.0, 4: 0.5}, routed_weight=0.0)
+    assert float(plain(run, 3.0, False)["loss"]) == pytest.approx(2.0**-4 + 0.5 * 2.0**-8)
+    penalty = strategies.BlockReconstruction({2: 1.0}, routed_weight=0.0, budget_rule="penalty", penalty_weight=2.0)
+    assert float(penalty(run, 3.0, True)["loss"]) == pytest.approx(2.0**-4 + 2.0)
+    auxiliary = strategies.BlockReconstruction({2: 1.0}, routed_weight=0.0, auxiliary_weight=1.0)
+    assert float(auxiliary(run, 3.0, False)["loss"]) == pytest.approx(2 * 2.0**-4)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mobiq_lightning.hidden_states import BlockCaller, HiddenStates
-from mobiq_lightning.layers import fixed_depth, full_precision, meet_budget, record_gates
+from mobiq_lightning.routed_input import fixed_depth, full_precision, meet_budget, record_gates
 from mobiq_lightning.source import CalibratedBlock
 
 ROUTED = "routed"

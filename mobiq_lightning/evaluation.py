@@ -13,16 +13,9 @@ from torch import Tensor, nn
 
 from mobiq_lightning.data import IGNORED
 from mobiq_lightning.export import stored_bits
-from mobiq_lightning.layers import (
-    ElasticLinear,
-    RoutedInput,
-    SlicedLinear,
-    fixed_depth,
-    full_precision,
-    record_gates,
-    routed_inputs,
-)
+from mobiq_lightning.layers import ElasticLinear, SlicedLinear, routed_inputs
 from mobiq_lightning.metrics import KLDivergence, Perplexity, UsedBits, log_probabilities
+from mobiq_lightning.routed_input import RoutedInput, fixed_depth, full_precision, record_gates
 from mobiq_lightning.source import BlockLayout
 from mobiq_lightning.strategies import RandomRouter, ResidualSlices, Router, StaticRouter
 from mobiq_lightning.strategies.thresholds import Scope

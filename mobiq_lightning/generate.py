@@ -49,8 +49,9 @@ def continue_prompt(
     from transformers import AutoTokenizer
 
     from mobiq_lightning.hf import load
-    from mobiq_lightning.layers import record_gates, routed_inputs
+    from mobiq_lightning.layers import routed_inputs
     from mobiq_lightning.metrics import UsedBits
+    from mobiq_lightning.routed_input import record_gates
 
     model = load(run, device="cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)

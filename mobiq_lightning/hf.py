@@ -17,7 +17,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mobiq_lightning.errors import CheckpointError
-from mobiq_lightning.layers import ElasticLinear, RoutedInput, routed_inputs
+from mobiq_lightning.layers import ElasticLinear, routed_inputs
+from mobiq_lightning.routed_input import RoutedInput
 from mobiq_lightning.source import BlockLayout, Share
 from mobiq_lightning.strategies.thresholds import Scope
 

@@ -11,15 +11,15 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 
 from mobiq_lightning.block_batch import ROUTED, BlockBatch
+from mobiq_lightning.checks import check_plugins, check_strategy
 from mobiq_lightning.data import TextWindows
-from mobiq_lightning.errors import NonFiniteError, RecipeError
+from mobiq_lightning.errors import NonFiniteError
 from mobiq_lightning.evaluation import Comparison
 from mobiq_lightning.hidden_states import BlockCaller, HiddenStates, Reading, Storage, eval_mode
-from mobiq_lightning.layers import RoutedInput, fixed_depth, full_precision, meet_budget
+from mobiq_lightning.routed_input import RoutedInput, fixed_depth, full_precision, meet_budget
 from mobiq_lightning.source import (
     BlockLayout,
     CalibratedBlock,
@@ -114,41 +114,11 @@ class ElasticCalibration(LightningModule):
         # Not a module attribute: a registered backbone would be saved, moved and wrapped whole.
         self._backbone: list[Source] = []
         self._caller: list[BlockCaller] = []
-        self.check_plugins()
+        check_plugins(
+            slices, router, budget, objective, epochs_per_block, [stage.share for stage in self.stages], self.eval_bits
+        )
 
     # ------------------------------------------------------------------ set-up
-
-    def check_plugins(self) -> None:
-        """Builds every plug-in once on a tiny layer and checks that they fit together.
-
-        Raises:
-            RecipeError: Naming everything that does not fit.
-        """
-        problems: list[str] = []
-        if self.epochs_per_block < 1:
-            problems.append(f"model.epochs_per_block ({self.epochs_per_block}) must be at least 1")
-        shares = [stage.share for stage in self.stages]
-        if not math.isclose(sum(shares), 1.0, abs_tol=0.02) or min(shares) <= 0:
-            problems.append(f"model.stages: shares {shares} must be above 0 and add up to 1")
-        scheme = self.slices(8, 16)
-        self.router(16, len(scheme.slice_bits))
-        depths = scheme.depths
-        missing = [d for d in self.objective.depths if d not in depths]
-        if missing:
-            problems.append(f"model.objective: depths {missing} are no prefix of the slices; depths are {list(depths)}")
-        low, high = self.budget.bounds
-        if low < depths[0] or high > depths[-1]:
-            problems.append(
-                f"model.budget: asks for {low:g} to {high:g} bits; the slices {list(scheme.slice_bits)} give "
-                f"{depths[0]} to {depths[-1]}"
-            )
-        outside = [bits for bits in self.eval_bits if not depths[0] <= bits <= depths[-1]]
-        if outside:
-            problems.append(
-                f"model.eval_bits: {outside} lie outside of what the slices give, {depths[0]} to {depths[-1]}"
-            )
-        if problems:
-            raise RecipeError("\n".join(problems))
 
     @property
     def source(self) -> Source:
@@ -167,7 +137,7 @@ class ElasticCalibration(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Loads the source model, puts sliced linears into its blocks and reads the text with its tokenizer."""
-        self._check_strategy()
+        check_strategy(self.trainer.strategy)
         if not self._backbone:
             self._backbone.append(load_source(self.pretrained, self.dtype_name))
         data = getattr(self.trainer, "datamodule", None)
@@ -184,20 +154,6 @@ class ElasticCalibration(LightningModule):
             "tokenizer": self.source.tokenizer_hash,
             "calibration tokens": data.calibration_digest,
         }
-
-    def _check_strategy(self) -> None:
-        strategy = self.trainer.strategy
-        if isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get("find_unused_parameters"):
-            raise RecipeError(
-                "trainer.strategy: only the current block has gradients, so DDP must look for unused parameters; "
-                "use ddp_find_unused_parameters_true"
-            )
-        if isinstance(self.trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
-            raise RecipeError(
-                f"trainer.strategy: {type(self.trainer.strategy).__name__} shards parameters, which block by block "
-                "calibration cannot use, as it holds one block on the device anyway; use auto or "
-                "ddp_find_unused_parameters_true"
-            )
 
     def build_blocks(self) -> None:
         """Replaces the linears of the decoder blocks by sliced ones."""

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from mobiq_lightning.errors import ModelError
-from mobiq_lightning.layers import RoutedInput, SlicedLinear
+from mobiq_lightning.layers import SlicedLinear
+from mobiq_lightning.routed_input import RoutedInput
 from mobiq_lightning.strategies.base import Router, SliceScheme
 
 SliceFactory = Callable[[int, int], SliceScheme]

@@ -9,7 +9,6 @@ import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 import yaml
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
@@ -70,7 +69,8 @@ class ElasticCLI(LightningCLI):
         _quiet_libraries()
         self.run_folder = RunFolder(".")
         self.resumes = False
-        argv, sys.argv = sys.argv, sys.argv[:1]  # LightningCLI warns if it is given arguments beside sys.argv
+        # LightningCLI reads sys.argv, and DDP starts the other processes with it.
+        argv, sys.argv = sys.argv, [sys.argv[0], *arguments]
         try:
             super().__init__(
                 ElasticCalibration,
@@ -80,7 +80,6 @@ class ElasticCLI(LightningCLI):
                 save_config_callback=None,
                 auto_configure_optimizers=False,
                 parser_class=RecipeParser,
-                args=arguments,
                 run=True,
             )
         finally:
@@ -175,6 +174,7 @@ class ElasticCLI(LightningCLI):
             except NonFiniteError as error:
                 self._prepare_retry(error)
         self._export()
+        self.trainer.strategy.barrier()  # the other ranks load what the first one has written
         self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
 
     def validate(self, model: LightningModule, datamodule: LightningDataModule) -> None:
@@ -238,4 +238,6 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*The dirpath has changed.*")  # a run folder may be moved
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
     warnings.filterwarnings("ignore", message=".*`instantiate_classes` was deprecated.*")
-    torch.set_float32_matmul_precision("highest")
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()

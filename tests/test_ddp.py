@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "mobiq_lightning", "fit", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
 
 
 def test_two_processes_learn_the_same_and_measure_every_window_once(

@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 from mobiq_lightning.cli import main
 from mobiq_lightning.evaluation import RTN_BITS
 from mobiq_lightning.hf import load
-from mobiq_lightning.layers import SlicedLinear, fixed_depth, routed_inputs
+from mobiq_lightning.layers import SlicedLinear, routed_inputs
 from mobiq_lightning.packing import unpack_codes
+from mobiq_lightning.routed_input import fixed_depth
 
 Run = tuple[Path, list[str]]
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import sys
 from datetime import datetime, timezone
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from mobiq_lightning.callbacks.layerwise_calibration import _checked
 from mobiq_lightning.loggers import WandbLogger
 from mobiq_lightning.module import ElasticCalibration
 from mobiq_lightning.report import print_table, write_results
+from mobiq_lightning.run_folder import RESULTS
 
 
 class Results(Callback):
@@ -39,7 +42,7 @@ class Results(Callback):
                 "router_bits": module.comparison.router_bits,
                 "threshold_scope": module.threshold_scope,
             },
-            "collapsed": module.collapsed,
+            "collapsed": module.collapsed or _known_collapsed(module.run_folder),
             "rows": rows,
         }
         write_results(results, module.run_folder)
@@ -62,6 +65,12 @@ class Results(Callback):
                 logger.log_metrics(metrics, step=module.global_step + number + 1)
             if isinstance(logger, WandbLogger):
                 logger.log_comparison(rows, module.run_folder / "results.png")
+
+
+def _known_collapsed(folder: Path) -> dict[str, float]:
+    """What the fit noted of collapsed routers; a later `validate` must not lose it."""
+    path = folder / RESULTS
+    return dict(json.loads(path.read_text(encoding="utf-8"))["collapsed"]) if path.is_file() else {}
 
 
 def environment() -> dict[str, str]:

@@ -9,8 +9,8 @@ from torch import Tensor
 from mobiq_lightning.callbacks.layerwise_calibration import _checked
 from mobiq_lightning.console import say
 from mobiq_lightning.hidden_states import eval_mode
-from mobiq_lightning.layers import meet_budget, record_scores
 from mobiq_lightning.module import ElasticCalibration
+from mobiq_lightning.routed_input import meet_budget, record_scores
 from mobiq_lightning.strategies.routers.static import StaticRouter, split_budget
 from mobiq_lightning.strategies.thresholds import Scope
 

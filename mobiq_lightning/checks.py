@@ -1,0 +1,76 @@
+"""Checks of what a recipe puts together, made before a model is loaded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+
+from mobiq_lightning.errors import RecipeError
+from mobiq_lightning.source import RouterFactory, SliceFactory
+from mobiq_lightning.strategies.base import BudgetSchedule, Objective
+
+
+def check_plugins(
+    slices: SliceFactory,
+    router: RouterFactory,
+    budget: BudgetSchedule,
+    objective: Objective,
+    epochs_per_block: int,
+    stage_shares: Sequence[float],
+    eval_bits: Sequence[float],
+) -> None:
+    """Builds every plug-in once on a tiny layer and checks that they fit together.
+
+    Args:
+        slices: Makes slice schemes.
+        router: Makes routers.
+        budget: The budget schedule.
+        objective: What a block is trained to match.
+        epochs_per_block: Epochs of each block.
+        stage_shares: Shares of the stages in them.
+        eval_bits: Budgets of the comparison, in bits.
+
+    Raises:
+        RecipeError: Naming everything that does not fit.
+    """
+    scheme = slices(8, 16)
+    router(16, len(scheme.slice_bits))
+    depths = scheme.depths
+    lowest, highest = depths[0], depths[-1]
+    problems: list[str] = []
+    if epochs_per_block < 1:
+        problems.append(f"model.epochs_per_block ({epochs_per_block}) must be at least 1")
+    if not math.isclose(sum(stage_shares), 1.0, abs_tol=0.02) or min(stage_shares) <= 0:
+        problems.append(f"model.stages: shares {list(stage_shares)} must be above 0 and add up to 1")
+    missing = [depth for depth in objective.depths if depth not in depths]
+    if missing:
+        problems.append(f"model.objective: depths {missing} are no prefix of the slices; depths are {list(depths)}")
+    low, high = budget.bounds
+    if low < lowest or high > highest:
+        given = f"the slices {list(scheme.slice_bits)} give {lowest} to {highest}"
+        problems.append(f"model.budget: asks for {low:g} to {high:g} bits; {given}")
+    outside = [bits for bits in eval_bits if not lowest <= bits <= highest]
+    if outside:
+        problems.append(f"model.eval_bits: {outside} lie outside of what the slices give, {lowest} to {highest}")
+    if problems:
+        raise RecipeError("\n".join(problems))
+
+
+def check_strategy(strategy: Strategy) -> None:
+    """Refuses trainer strategies under which block by block calibration would go wrong.
+
+    Raises:
+        RecipeError: Saying why, and what to use.
+    """
+    if isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get("find_unused_parameters"):
+        raise RecipeError(
+            "trainer.strategy: only the current block has gradients, so DDP must look for unused parameters; "
+            "use ddp_find_unused_parameters_true"
+        )
+    if isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
+        raise RecipeError(
+            f"trainer.strategy: {type(strategy).__name__} shards parameters, which block by block calibration cannot "
+            "use, as it holds one block on the device anyway; use auto or ddp_find_unused_parameters_true"
+        )

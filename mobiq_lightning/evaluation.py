@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -103,8 +104,6 @@ class Comparison:
             folder: The run folder.
             device: Where to run.
         """
-        import os
-
         from mobiq_lightning.hf import load
 
         elastic = load(folder, dtype=module.source.model.dtype, device=device)

@@ -47,12 +47,14 @@ def continue_prompt(
         )
     import torch
     from transformers import AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
     from mobiq_lightning.hf import load
     from mobiq_lightning.layers import routed_inputs
     from mobiq_lightning.metrics import UsedBits
     from mobiq_lightning.routed_input import record_gates
 
+    disable_progress_bar()
     model = load(run, device="cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
     inputs = routed_inputs(model)

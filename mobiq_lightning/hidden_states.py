@@ -6,7 +6,7 @@ once and passed on to every block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -30,10 +30,19 @@ class BlockCaller:
         model: The causal language model.
         blocks: Its decoder blocks.
         device: Where blocks run. Only the block that runs is there; the others stay where they are.
+        float32_blocks: Blocks that run in float32 until `release`, whatever the dtype of the model.
     """
 
-    def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], device: torch.device) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[nn.Module],
+        device: torch.device,
+        float32_blocks: Collection[int] = (),
+    ) -> None:
         self.model, self.blocks, self.device = model, blocks, device
+        self.float32_blocks = float32_blocks
+        self.dtype = next(model.parameters()).dtype
         self.keywords: dict[str, Any] = {}
         self._resident: int | None = None
 
@@ -74,7 +83,8 @@ class BlockCaller:
     def call(self, index: int, hidden: Tensor) -> Tensor:
         """(B, T, H) -> (B, T, H): block `index` on the device."""
         self.bring(index)
-        output = self.blocks[index](hidden.to(self.device), **_to_device(self.keywords, self.device))
+        dtype = torch.float32 if index in self.float32_blocks else self.dtype
+        output = self.blocks[index](hidden.to(self.device, dtype), **_convert(self.keywords, self.device, dtype))
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result
 
@@ -83,13 +93,13 @@ class BlockCaller:
         if self._resident == index:
             return
         self.release()
-        self.blocks[index].to(self.device)
+        self.blocks[index].to(self.device, torch.float32 if index in self.float32_blocks else self.dtype)
         self._resident = index
 
     def release(self) -> None:
-        """Moves the frozen weights of the resident block back to the host."""
-        if self._resident is not None and self.device.type != "cpu":
-            self.blocks[self._resident].to("cpu")
+        """Moves the frozen weights of the resident block back to the host, in the dtype of the model."""
+        if self._resident is not None:
+            self.blocks[self._resident].to("cpu" if self.device.type != "cpu" else self.device, self.dtype)
         self._resident = None
 
 
@@ -186,12 +196,12 @@ def eval_mode(modules: Sequence[nn.Module]) -> Iterator[None]:
             module.train(training)
 
 
-def _to_device(value: Any, device: torch.device) -> Any:
-    """Tensors anywhere in tuples, lists and dicts, moved to a device."""
+def _convert(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """Tensors anywhere in tuples, lists and dicts, moved to a device; floating ones in a dtype."""
     if isinstance(value, Tensor):
-        return value.to(device)
+        return value.to(device, dtype) if value.is_floating_point() else value.to(device)
     if isinstance(value, (tuple, list)):
-        return type(value)(_to_device(v, device) for v in value)
+        return type(value)(_convert(v, device, dtype) for v in value)
     if isinstance(value, dict):
-        return {k: _to_device(v, device) for k, v in value.items()}
+        return {k: _convert(v, device, dtype) for k, v in value.items()}
     return value

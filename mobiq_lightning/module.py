@@ -186,7 +186,8 @@ class ElasticCalibration(LightningModule):
     def start_hidden_states(self, input_ids: Tensor) -> None:
         """Prepares the tables of block 0 from calibration windows (N, T)."""
         decoder = self.layout.find(self.source.model)
-        self._caller = [BlockCaller(self.source.model, list(decoder), self.device)]
+        # A block that is tried again after NaN or infinity is tried in float32.
+        self._caller = [BlockCaller(self.source.model, list(decoder), self.device, set(self.lr_scales))]
         streams: dict[str, Reading] = {ROUTED: self._read_routed}
         streams |= {str(depth): self._read_at(depth) for depth in self.objective.depths}
         batch_size = self.trainer.datamodule.batch_size  # type: ignore[attr-defined]
@@ -254,10 +255,9 @@ class ElasticCalibration(LightningModule):
             terms = self.objective(run, target_bits, "routers" in self.stage.train)
         if not all(bool(torch.isfinite(value)) for value in terms.values()):
             raise NonFiniteError(self._describe_non_finite(block, batch_idx, terms, run), block)
-        logged = {f"block/{name}": value.detach() for name, value in terms.items()}
-        self.log_dict(
-            {**logged, "block/index": float(block), "block/target_bits": target_bits}, on_step=True, on_epoch=True
-        )
+        logged: dict[str, Any] = {f"block/{name}": value.detach() for name, value in terms.items()}
+        logged |= {"block/index": float(block), "block/target_bits": target_bits}
+        self.log_dict(logged, on_step=True, on_epoch=True, sync_dist=self.trainer.world_size > 1)
         return terms["loss"]
 
     def _describe_non_finite(self, block: int, batch_idx: int, terms: dict[str, Tensor], run: BlockBatch) -> str:

@@ -37,6 +37,7 @@ def check_arguments(arguments: list[str]) -> None:
         RecipeError: With one line for every key or class that does not exist.
     """
     problems: list[str] = []
+    classes: dict[str, str] = {}  # of the strategies, as far as the command line has named them
     pending = list(arguments)
     while pending:
         argument = pending.pop(0)
@@ -45,9 +46,13 @@ def check_arguments(arguments: list[str]) -> None:
         name, equals, value = argument.partition("=")
         if name in ("--config", "-c"):
             path = value if equals else (pending.pop(0) if pending else "")
-            problems += [f"{path}: {problem}" for problem in check_recipe(read_recipe(path))]
+            recipe = read_recipe(path)
+            problems += [f"{path}: {problem}" for problem in check_recipe(recipe)]
+            classes |= {key: _class_name(value) for key, value in _strategies(recipe)}
         elif name.startswith("--") and not name.startswith("--print_") and not name.endswith(".help"):
-            problems += check_key(name[2:].rstrip("+").split("."))
+            keys = name[2:].rstrip("+").split(".")
+            given = value if equals else (pending[0] if pending else "")
+            problems += check_key(keys) or _check_override(keys, given, classes)
     if problems:
         raise RecipeError("\n".join(problems))
 
@@ -74,6 +79,37 @@ def read_recipe(path: str) -> dict[str, Any]:
 def check_recipe(recipe: dict[str, Any]) -> list[str]:
     """One line for every key or class name of a recipe that does not exist."""
     return [problem for keys, value in _walk(recipe, []) for problem in (check_key(keys) or _check_class(keys, value))]
+
+
+def _strategies(recipe: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Keys of the strategies that a recipe names, with what it says of them."""
+    for key in _STRATEGY_KEYS:
+        value = (recipe.get("model") or {}).get(key.partition(".")[2])
+        if value is not None:
+            yield key, value
+
+
+def _class_name(value: Any) -> str:
+    path = value.get("class_path") if isinstance(value, dict) else value
+    return str(path or "").removeprefix("mobiq_lightning.strategies.")
+
+
+def _check_override(keys: list[str], value: str, classes: dict[str, str]) -> list[str]:
+    """A problem if ``--model.router.init_args.x value`` names no argument of the class that the router has by now."""
+    key = ".".join(keys[:2])
+    if key not in _STRATEGY_KEYS:
+        return []
+    if len(keys) == 2 or keys[2] == "class_path":
+        try:
+            spec = yaml.safe_load(value)
+        except yaml.YAMLError:
+            return []  # the parser will say what it makes of it
+        classes[key] = _class_name(spec)
+        return _check_class(keys[:2], spec)
+    argument = keys[3] if keys[2] == "init_args" and len(keys) > 3 else keys[2]
+    if argument in ("init_args", "dict_kwargs"):
+        return []
+    return _check_class(keys[:2], {"class_path": classes.get(key), "init_args": {argument: value}})
 
 
 def _walk(value: Any, keys: list[str]) -> Iterator[tuple[list[str], Any]]:

@@ -51,6 +51,8 @@ class RecipeParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Turns whatever the parser finds into a `RecipeError`."""
+        if "are required" in message:
+            message += ". Give a recipe, as in --config recipes/tiny.yaml"
         raise RecipeError(message) from ex
 
 
@@ -186,6 +188,7 @@ class ElasticCLI(LightningCLI):
         for path in damaged:
             say(f"{path.name} is damaged or was not finished; it is not used.")
             path.unlink()
+            path.with_suffix(".sha256").unlink(missing_ok=True)
         if checkpoint is not None:
             say(f"Resuming from {checkpoint.name} in {self.run_folder.path}.")
         return checkpoint

@@ -61,3 +61,15 @@ def test_streams_see_their_own_reading_of_the_blocks_before(make_model: Callable
     hidden = HiddenStates(caller, torch.randint(3, 300, (4, 8)), {"a": noting("a")}, noting("full"), batch_size=2)
     hidden.advance(1)
     assert seen == [("full", 0, 0), ("full", 0, 1), ("a", 0, 0), ("a", 0, 1), ("full", 1, 0), ("full", 1, 1)]
+
+
+def test_a_block_tried_again_runs_in_float32_and_goes_back_to_its_dtype(make_model: Callable[..., Path]) -> None:
+    model = load_source(str(make_model(dtype=torch.bfloat16))).model
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    caller = BlockCaller(model, list(model.model.layers), torch.device("cpu"), float32_blocks={1})
+    hidden = caller.embed_all(torch.randint(3, 300, (2, 8)))
+    assert caller.call(0, hidden).dtype == torch.bfloat16
+    assert caller.call(1, hidden).dtype == torch.float32
+    caller.release()
+    after = model.state_dict()
+    assert all(torch.equal(before[name], after[name]) and after[name].dtype == torch.bfloat16 for name in before)

@@ -104,6 +104,11 @@ def test_typos_and_help_do_not_wait_for_heavy_imports(tmp_path: Path) -> None:
         (["fti"], "no command 'fti'. Did you mean 'fit'"),
         (["fit", "--config", "recipes/tini.yaml"], "no such file"),
         (["fit", "--model.slice", "1"], "Did you mean 'model.slices'"),
+        (["fit", "--model.router", "MLPRoter"], "Did you mean 'MLPRouter'"),
+        (["fit", "--config", str(RECIPES[-1]), "--model.router.init_args.hiden=3"], "Did you mean 'hidden_features'"),
+        (["fit", "--config", str(RECIPES[-1]), "--model.slices.groupsize", "3"], "Did you mean 'group_size'"),
+        (["fit", "--model.budget=CosineBudget", "--model.budget.start=3"], "Did you mean 'start_bits'"),
+        (["fit"], "Give a recipe"),
     ],
 )
 def test_a_wrong_command_line_is_answered_in_one_line(

@@ -14,6 +14,8 @@ from mobiq_lightning.routed_input import meet_budget, record_scores
 from mobiq_lightning.strategies.routers.static import StaticRouter, split_budget
 from mobiq_lightning.strategies.thresholds import Scope
 
+_BATCH = 4  # windows that go through a block at once
+
 COLLAPSE_SHARE = 0.995
 """Share of tokens at one depth above which a router is no router any more."""
 
@@ -97,13 +99,14 @@ class ThresholdTuning(Callback):
     @torch.no_grad()
     def _scores(self, module: ElasticCalibration, input_ids: Tensor) -> list[Tensor]:
         """For each input, the scores (N * T, S - 1) of all windows, each block run at its present setting."""
-        hidden = module.caller.embed_all(input_ids)
+        batches = list(module.caller.embed_all(input_ids).split(_BATCH))
         with record_scores(module.all_inputs()) as records:
             for block in range(len(module.blocks)):
-                for router in module.block_at(block).routers():
-                    router.reseed(-1)
-                hidden = module.caller.call(block, hidden)
-        return [record[0] for record in records]
+                for number, batch in enumerate(batches):
+                    for router in module.block_at(block).routers():
+                        router.reseed(-1 - number)
+                    batches[number] = module.caller.call(block, batch)
+        return [torch.cat(record) for record in records]
 
     def _store(self, module: ElasticCalibration, tables: dict[Scope, Tensor]) -> None:
         for row, routed in enumerate(module.all_inputs()):

@@ -13,6 +13,8 @@ from typing import Any
 from mobiq_lightning.files import write_atomically, write_json, write_text
 
 COLUMNS = ("allocation", "target_bits", "used_bits", "all_in_bits", "perplexity", "kl", "seed")
+TIE = 0.001
+"""Relative difference in perplexity below which two allocations count as equal."""
 _LABELS = {
     "full": "full precision",
     "rtn": "round to nearest",
@@ -83,28 +85,31 @@ def print_table(results: dict[str, Any]) -> None:
 
 
 def verdict(rows: list[dict[str, Any]]) -> str:
-    """Says at which budgets the router has the lowest perplexity of the three allocations, and where not."""
+    """Says in words at which budgets the router has a lower perplexity than the better control, and where not."""
     by_budget: dict[float, dict[str, float]] = {}
     for row in summarize(rows):
         if row["allocation"] in ("router", "static", "random"):
             by_budget.setdefault(row["target_bits"], {})[row["allocation"]] = row["perplexity"]
-    choices = {b: p for b, p in by_budget.items() if len(p) == 3 and len({round(v, 6) for v in p.values()}) > 1}
-    wins = [b for b, p in choices.items() if p["router"] < min(p["static"], p["random"])]
-    losses = [b for b in choices if b not in wins]
-    parts = []
-    if wins:
-        parts.append(f"The router beats static and random at {_list(wins)} bits.")
-    if losses:
-        best = {b: min(("static", "random"), key=lambda name: choices[b][name]) for b in losses}
-        detail = ", ".join(f"{b:g} ({best[b]} {choices[b][best[b]] / choices[b]['router'] - 1:+.1%})" for b in losses)
-        parts.append(
-            f"It does not beat the better of them at: {detail}." if wins else f"The router wins nowhere: {detail}."
-        )
-    return " ".join(parts)
+    wins: list[str] = []
+    losses: list[str] = []
+    ties: list[str] = []
+    for bits, perplexity in by_budget.items():
+        if len(perplexity) < 3 or len({round(value, 6) for value in perplexity.values()}) == 1:
+            continue  # at the ends of the range nothing is left to choose
+        best = min(("static", "random"), key=lambda name: perplexity[name])
+        lead = perplexity["router"] / perplexity[best] - 1
+        group = ties if abs(lead) < TIE else wins if lead < 0 else losses
+        group.append(f"{bits:g} ({lead:+.1%} against {best})")
+    parts = (
+        [f"The router beats both controls at {_join(wins)}."] if wins else ["The router beats both controls nowhere."]
+    )
+    parts += [f"It is behind at {_join(losses)}."] if losses else []
+    parts += [f"Within {TIE:.1%} at {_join([t.split()[0] for t in ties])}."] if ties else []
+    return " ".join(parts) if wins or losses or ties else ""
 
 
-def _list(bits: list[float]) -> str:
-    return ", ".join(f"{b:g}" for b in bits)
+def _join(items: list[str]) -> str:
+    return ", ".join(items)
 
 
 def plot(results: dict[str, Any], path: Path) -> None:

@@ -46,9 +46,10 @@ def test_seeds_are_merged_into_mean_and_spread() -> None:
 
 def test_the_verdict_says_where_the_router_wins_and_where_not() -> None:
     text = verdict(ROWS)
-    assert "beats static and random at 3 bits" in text
-    assert "4 (static -0.9%)" in text
-    assert "wins nowhere" in verdict([row("router", 3, 12.0), row("static", 3, 11.0), row("random", 3, 13.0)])
+    assert "beats both controls at 3 (-3.2% against random)" in text
+    assert "behind at 4 (+0.9% against static)" in text
+    assert "nowhere" in verdict([row("router", 3, 12.0), row("static", 3, 11.0), row("random", 3, 13.0)])
+    assert "Within 0.1% at 3" in verdict([row("router", 3, 12.0), row("static", 3, 12.001), row("random", 3, 13.0)])
     assert verdict([row("router", 2, 12.0), row("static", 2, 12.0), row("random", 2, 12.0)]) == ""
 
 

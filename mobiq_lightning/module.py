@@ -135,6 +135,11 @@ class ElasticCalibration(LightningModule):
         """Where this run writes."""
         return Path(self.trainer.default_root_dir)
 
+    @property
+    def hidden_states_folder(self) -> Path:
+        """Where the tables lie if they are on disk; every rank has its own."""
+        return self.run_folder / "hidden_states" / f"rank-{self.global_rank}"
+
     def setup(self, stage: str) -> None:
         """Loads the source model, puts sliced linears into its blocks and reads the text with its tokenizer."""
         check_strategy(self.trainer.strategy)
@@ -191,8 +196,9 @@ class ElasticCalibration(LightningModule):
         streams: dict[str, Reading] = {ROUTED: self._read_routed}
         streams |= {str(depth): self._read_at(depth) for depth in self.objective.depths}
         batch_size = self.trainer.datamodule.batch_size  # type: ignore[attr-defined]
-        folder = self.run_folder / "hidden_states"
-        self.hidden = HiddenStates(self.caller, input_ids, streams, self._read_full, batch_size, self.storage, folder)
+        self.hidden = HiddenStates(
+            self.caller, input_ids, streams, self._read_full, batch_size, self.storage, self.hidden_states_folder
+        )
 
     # ------------------------------------------------------------------ how a stream reads a block
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -129,67 +130,40 @@ class RoutedInput(nn.Module):
 
 
 @contextmanager
-def full_precision(inputs: Sequence[RoutedInput]) -> Iterator[None]:
-    """Within it, calibrated linears use their full-precision weights."""
-    before = [routed.full_precision for routed in inputs]
-    for routed in inputs:
-        routed.full_precision = True
+def _with(inputs: Sequence[RoutedInput], attribute: str, values: Sequence[Any]) -> Iterator[None]:
+    """Within it, an attribute of each input has another value."""
+    before = [getattr(routed, attribute) for routed in inputs]
+    for routed, value in zip(inputs, values, strict=True):
+        routed.forget()
+        setattr(routed, attribute, value)
     try:
         yield
     finally:
         for routed, value in zip(inputs, before, strict=True):
-            routed.full_precision = value
+            routed.forget()
+            setattr(routed, attribute, value)
 
 
-@contextmanager
-def fixed_depth(inputs: Sequence[RoutedInput], bits: int) -> Iterator[None]:
+def full_precision(inputs: Sequence[RoutedInput]) -> AbstractContextManager[None]:
+    """Within it, calibrated linears use their full-precision weights."""
+    return _with(inputs, "full_precision", [True] * len(inputs))
+
+
+def fixed_depth(inputs: Sequence[RoutedInput], bits: int) -> AbstractContextManager[None]:
     """Within it, all tokens read `bits` bits.
 
     Raises:
         BitsError: If no prefix of the slices has `bits` bits.
     """
-    before = [routed.fixed_slices for routed in inputs]
     for routed in inputs:
         if bits not in routed.depths:
             raise BitsError(f"no prefix of the slices has {bits} bits; depths are {list(routed.depths)}")
-        routed.fixed_slices = routed.depths.index(bits) + 1
-    try:
-        yield
-    finally:
-        for routed, value in zip(inputs, before, strict=True):
-            routed.fixed_slices = value
+    return _with(inputs, "fixed_slices", [routed.depths.index(bits) + 1 for routed in inputs])
 
 
-@contextmanager
-def meet_budget(inputs: Sequence[RoutedInput], bits: float) -> Iterator[None]:
+def meet_budget(inputs: Sequence[RoutedInput], bits: float) -> AbstractContextManager[None]:
     """Within it, each input takes the quantile of its current scores as threshold, so that its average is `bits`."""
-    before = [routed.target_bits for routed in inputs]
-    for routed in inputs:
-        routed.target_bits = bits
-    try:
-        yield
-    finally:
-        for routed, value in zip(inputs, before, strict=True):
-            routed.target_bits = value
-
-
-@contextmanager
-def record_scores(inputs: Sequence[RoutedInput]) -> Iterator[list[list[Tensor]]]:
-    """Within it, routed forward passes append the scores of their tokens to the list of their input.
-
-    Yields:
-        For each input, a list with one tensor (N, S - 1) of scores under the prefix rule per forward pass.
-    """
-    lists: list[list[Tensor]] = [[] for _ in inputs]
-    for routed, record in zip(inputs, lists, strict=True):
-        routed.forget()
-        routed.recorded_scores = record
-    try:
-        yield lists
-    finally:
-        for routed in inputs:
-            routed.forget()
-            routed.recorded_scores = None
+    return _with(inputs, "target_bits", [bits] * len(inputs))
 
 
 @contextmanager
@@ -200,12 +174,17 @@ def record_gates(inputs: Sequence[RoutedInput]) -> Iterator[list[list[Tensor]]]:
         For each input, a list with one tensor (...) of code bits per forward pass.
     """
     lists: list[list[Tensor]] = [[] for _ in inputs]
-    for routed, record in zip(inputs, lists, strict=True):
-        routed.forget()
-        routed.recorded = record
-    try:
+    with _with(inputs, "recorded", lists):
         yield lists
-    finally:
-        for routed in inputs:
-            routed.forget()
-            routed.recorded = None
+
+
+@contextmanager
+def record_scores(inputs: Sequence[RoutedInput]) -> Iterator[list[list[Tensor]]]:
+    """Within it, routed forward passes append the scores of their tokens to the list of their input.
+
+    Yields:
+        For each input, a list with one tensor (N, S - 1) of scores under the prefix rule per forward pass.
+    """
+    lists: list[list[Tensor]] = [[] for _ in inputs]
+    with _with(inputs, "recorded_scores", lists):
+        yield lists

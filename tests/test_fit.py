@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -128,9 +129,10 @@ class TestCheckpoint:
         source = load_source(config["model"]["pretrained"])
         state = torch.load(max((run / "checkpoints").glob("epoch-*.ckpt")), weights_only=True)["state_dict"]
         layers = source.model.model.layers
+        router = functools.partial(MLPRouter, **config["model"]["router"]["init_args"])
         for index, block in enumerate(layers):
             groups = BlockLayout().group_linears(block, "input")
-            learned = CalibratedBlock(block, groups, lambda o, i: ResidualSlices(o, i, group_size=16), MLPRouter)
+            learned = CalibratedBlock(block, groups, lambda o, i: ResidualSlices(o, i, group_size=16), router)
             prefix = f"blocks.{index}."
             learned.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
         elastic = load(run)
@@ -315,7 +317,8 @@ def test_other_slices_and_routers_run_by_a_change_of_the_recipe(
     )
     rows = json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
     router_row: dict[str, Any] = next(r for r in rows if r["allocation"] == "router" and r["target_bits"] == 2.5)
-    assert router_row["used_bits"] == pytest.approx(2.5, abs=0.25)
+    # Thresholds come from 256 tokens here; a router whose thresholds were lost would read whole slices too many.
+    assert router_row["used_bits"] == pytest.approx(2.5, abs=0.4)
 
 
 @pytest.mark.parametrize(
@@ -338,3 +341,4 @@ def test_models_of_the_family_calibrate_save_and_load(
     loaded = load(tmp_path / "run")
     assert loaded.dtype == model.get("dtype", torch.float32)
     assert not list((tmp_path / "run").rglob("*.tmp"))
+    assert not list((tmp_path / "run").rglob("hidden_states/*/*"))

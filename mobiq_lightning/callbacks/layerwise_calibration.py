@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import torch
@@ -63,6 +64,7 @@ class LayerwiseCalibration(Callback):
         module = _checked(pl_module)
         module.hidden = None
         module.caller.release()
+        shutil.rmtree(module.hidden_states_folder, ignore_errors=True)
 
 
 def _checked(module: LightningModule) -> ElasticCalibration:

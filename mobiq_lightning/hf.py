@@ -97,6 +97,9 @@ def insert_elastic_linears(model: nn.Module, config: ElasticConfig) -> None:
                 slice_bits,
                 sum(linear.weight.numel() for linear in linears),
             )
+            # The model is built in its own dtype, and tensors are loaded in the dtype that they were built in; scores and
+            # thresholds need float32, or tokens that differ would compare equal.
+            routed.float()
             for name, linear in zip(names, linears, strict=True):
                 elastic = ElasticLinear(
                     linear.in_features,

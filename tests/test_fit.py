@@ -340,5 +340,10 @@ def test_models_of_the_family_calibrate_save_and_load(
     assert kl["router", 8.0] < 0.1 * kl["router", 2.0]
     loaded = load(tmp_path / "run")
     assert loaded.dtype == model.get("dtype", torch.float32)
+    attention = loaded.model.layers[0].self_attn
+    assert {value.dtype for value in attention.q_proj.input.state_dict().values()} == {torch.float32}
+    assert attention.q_proj.slice_scale.dtype == torch.bfloat16
+    saved = tensors_of(tmp_path / "run")
+    assert all(torch.equal(saved[name], value) for name, value in loaded.state_dict().items() if name in saved)
     assert not list((tmp_path / "run").rglob("*.tmp"))
     assert not list((tmp_path / "run").rglob("hidden_states/*/*"))

@@ -129,15 +129,16 @@ class TestCheckpoint:
         source = load_source(config["model"]["pretrained"])
         state = torch.load(max((run / "checkpoints").glob("epoch-*.ckpt")), weights_only=True)["state_dict"]
         layers = source.model.model.layers
+        scheme = functools.partial(ResidualSlices, **config["model"]["slices"]["init_args"])
         router = functools.partial(MLPRouter, **config["model"]["router"]["init_args"])
         for index, block in enumerate(layers):
             groups = BlockLayout().group_linears(block, "input")
-            learned = CalibratedBlock(block, groups, lambda o, i: ResidualSlices(o, i, group_size=16), router)
+            learned = CalibratedBlock(block, groups, scheme, router)
             prefix = f"blocks.{index}."
             learned.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
         elastic = load(run)
         ids = torch.randint(3, 300, (2, 20))
-        for bits in (2, 3, 5, 8):
+        for bits in (2, 3, 6, 8):
             with (
                 torch.no_grad(),
                 fixed_depth(routed_inputs(source.model), bits),

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mobiq_lightning.files import folder_replaced_atomically, sha256, write_json
-from mobiq_lightning.layers import SlicedLinear
+from mobiq_lightning.layers import ElasticLinear, SlicedLinear, routed_inputs
+from mobiq_lightning.packing import FORMAT_VERSION, QUANT_METHOD
 from mobiq_lightning.source import BlockLayout, CalibratedBlock, Share, Source
 
 _COPIED = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "*.jinja", "generation_config.json")
@@ -60,8 +61,8 @@ def export(
         config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
         scheme = next(iter(calibrated[0].schemes.values()))
         config["quantization_config"] = {
-            "quant_method": "mobiq",
-            "format_version": 1,
+            "quant_method": QUANT_METHOD,
+            "format_version": FORMAT_VERSION,
             "slice_bits": list(scheme.slice_bits),  # type: ignore[arg-type]
             "group_size": scheme.group_size,
             "router": describe(router),
@@ -137,8 +138,6 @@ def stored_bits(model: nn.Module) -> tuple[float, float]:
     Returns:
         Scale and bias; routers.
     """
-    from mobiq_lightning.layers import ElasticLinear, routed_inputs
-
     linears = [m for m in model.modules() if isinstance(m, ElasticLinear)]
     n_weights = sum(linear.packed.n_weights for linear in linears)
     overhead = sum(linear.packed.overhead_bits * linear.packed.n_weights for linear in linears) / n_weights

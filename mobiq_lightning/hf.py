@@ -18,12 +18,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mobiq_lightning.errors import CheckpointError
 from mobiq_lightning.layers import ElasticLinear, routed_inputs
+from mobiq_lightning.packing import FORMAT_VERSION, QUANT_METHOD
 from mobiq_lightning.routed_input import RoutedInput
 from mobiq_lightning.source import BlockLayout, Share
 from mobiq_lightning.strategies.thresholds import Scope
-
-FORMAT_VERSION = 1
-QUANT_METHOD = "mobiq"
 
 
 @register_quantization_config(QUANT_METHOD)

@@ -19,6 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+QUANT_METHOD = "mobiq"
+FORMAT_VERSION = 1
+"""Of the names and the meaning of the saved tensors."""
+
 SCALE_DTYPE = torch.bfloat16
 _BIT_WEIGHTS = (128, 64, 32, 16, 8, 4, 2, 1)
 
@@ -63,12 +67,9 @@ def unpack_codes(planes: Tensor | list[Tensor], in_features: int) -> Tensor:
         (O, I) uint8 codes of p bits.
     """
     shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=planes[0].device)
-    codes: Tensor | None = None
+    codes = torch.zeros_like(planes[0]).repeat_interleave(8, dim=1)
     for plane in planes:
-        bits = ((plane.unsqueeze(-1) >> shifts) & 1).flatten(1)
-        codes = bits if codes is None else (codes << 1) | bits
-    if codes is None:
-        raise ValueError("unpack_codes needs at least one plane")
+        codes = (codes << 1) | ((plane.unsqueeze(-1) >> shifts) & 1).flatten(1)
     return codes[:, :in_features]
 
 

@@ -80,7 +80,6 @@ def test_no_tokens_give_no_outputs(pair: tuple) -> None:  # type: ignore[type-ar
 def test_linears_of_one_input_share_one_evaluation_of_the_router(pair: tuple) -> None:  # type: ignore[type-arg]
     _, sliced, elastic, routed = pair
     calls = []
-    routed.router.register_forward_hook(lambda *_: None)
     scores = routed.router.scores
     routed.router.scores = lambda x: calls.append(1) or scores(x)  # type: ignore[assignment,func-returns-value]
     x = torch.randn(6, 44)

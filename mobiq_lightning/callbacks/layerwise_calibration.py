@@ -23,18 +23,18 @@ class LayerwiseCalibration(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sets the number of epochs, and makes sure that an interrupted run had this model and this text."""
-        module = _checked(pl_module)
+        module = checked(pl_module)
         if trainer.is_global_zero:
             check_identity(module.run_folder, module.identity())
         trainer.fit_loop.max_epochs = len(module.blocks) * module.epochs_per_block
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Catches up after a resume."""
-        self.catch_up(trainer, _checked(pl_module))
+        self.catch_up(trainer, checked(pl_module))
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Moves on when a block begins."""
-        self.catch_up(trainer, _checked(pl_module))
+        self.catch_up(trainer, checked(pl_module))
 
     def catch_up(self, trainer: Trainer, module: ElasticCalibration) -> None:
         """Brings the hidden states to the current block; does nothing if they are there."""
@@ -49,7 +49,7 @@ class LayerwiseCalibration(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """At the end of a block, makes sure that all processes learned the same."""
-        module = _checked(pl_module)
+        module = checked(pl_module)
         if trainer.world_size > 1 and (module.current_epoch + 1) % module.epochs_per_block == 0:
             values = [p.detach().double().sum() for p in module.block_at(module.block_index).parameters()]
             sums: Any = module.all_gather(torch.stack(values))
@@ -61,13 +61,18 @@ class LayerwiseCalibration(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Releases the tables and the device memory of the last block."""
-        module = _checked(pl_module)
+        module = checked(pl_module)
         module.hidden = None
         module.caller.release()
         shutil.rmtree(module.hidden_states_folder, ignore_errors=True)
 
 
-def _checked(module: LightningModule) -> ElasticCalibration:
+def checked(module: LightningModule) -> ElasticCalibration:
+    """`module` as the one that this package's callbacks work on.
+
+    Raises:
+        TypeError: If it is another.
+    """
     if not isinstance(module, ElasticCalibration):
         raise TypeError(f"this callback works on ElasticCalibration, not on {type(module).__name__}")
     return module

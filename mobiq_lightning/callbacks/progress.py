@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
-from mobiq_lightning.callbacks.layerwise_calibration import _checked
+from mobiq_lightning.callbacks.layerwise_calibration import checked
 
 
 class CalibrationProgress(ProgressBar):
@@ -35,7 +35,7 @@ class CalibrationProgress(ProgressBar):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the clock and, on a terminal, the bar."""
-        module = _checked(pl_module)
+        module = checked(pl_module)
         self._started, self._first_epoch = time.monotonic(), module.current_epoch
         if self._enabled and sys.stderr.isatty():
             steps = int(trainer.num_training_batches)
@@ -54,7 +54,7 @@ class CalibrationProgress(ProgressBar):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prints a line where there is no terminal."""
-        module = _checked(pl_module)
+        module = checked(pl_module)
         if self._enabled and self._bar is None:
             epoch = module.current_epoch % module.epochs_per_block + 1
             done = module.current_epoch + 1 - self._first_epoch
@@ -104,7 +104,7 @@ class CalibrationProgress(ProgressBar):
         self.on_train_end(trainer, pl_module)
 
     def _place(self, pl_module: LightningModule) -> str:
-        module = _checked(pl_module)
+        module = checked(pl_module)
         return f"block {module.block_index + 1}/{len(module.blocks)}"
 
     def _state(self, trainer: Trainer) -> str:

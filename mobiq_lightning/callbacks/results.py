@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from mobiq_lightning import __version__
-from mobiq_lightning.callbacks.layerwise_calibration import _checked
+from mobiq_lightning.callbacks.layerwise_calibration import checked
 from mobiq_lightning.loggers import WandbLogger
 from mobiq_lightning.module import ElasticCalibration
 from mobiq_lightning.report import print_table, write_results
@@ -26,7 +26,7 @@ class Results(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gathers the rows on all ranks, writes them on the first."""
-        module = _checked(pl_module)
+        module = checked(pl_module)
         assert module.comparison is not None
         rows = module.comparison.rows()
         bits_per_input = module.comparison.bits_per_input()

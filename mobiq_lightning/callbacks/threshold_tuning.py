@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from mobiq_lightning.callbacks.layerwise_calibration import _checked
+from mobiq_lightning.callbacks.layerwise_calibration import checked
 from mobiq_lightning.console import say
 from mobiq_lightning.hidden_states import eval_mode
 from mobiq_lightning.module import ElasticCalibration
@@ -38,7 +38,7 @@ class ThresholdTuning(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tunes after the last epoch of the last block, before its checkpoint is written."""
-        module = _checked(pl_module)
+        module = checked(pl_module)
         if module.current_epoch + 1 == trainer.max_epochs:
             self.tune(module, trainer.datamodule.calibration_ids()[: self.windows])  # type: ignore[attr-defined]
 

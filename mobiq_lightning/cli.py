@@ -17,6 +17,12 @@ commands:
                                   resumes an interrupted run
   validate --config RECIPE.yaml   compare a finished run again, at other bits or on other text
   generate RUN --prompt "..."     continue a prompt with a finished run, at any --bits
+  export RUN --to FOLDER          copy a checkpoint; --max-bits 4 keeps only the first planes
+  inspect RUN                     what a checkpoint holds: layers, planes, routers, measured bits, provenance
+  verify RUN                      check every byte, shape, code and threshold, and a forward pass at every depth
+  evaluate RUN --tasks A,B        tasks of lm-evaluation-harness at --bits 2,3,4 (pip install "mobiq-lightning[evaluate]")
+
+RUN is a run folder, an elastic checkpoint, or its id on the Hugging Face hub.
 
 Recipes are in recipes/; keys are overridden on the command line, as in
   python -m mobiq_lightning fit --config recipes/tiny.yaml --model.epochs_per_block 2
@@ -44,11 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"mobiq-lightning {__version__}")
         return 0
     try:
-        commands: dict[str, Callable[[str, list[str]], None]] = {
-            "fit": _train,
-            "validate": _train,
-            "generate": _generate,
-        }
+        commands: dict[str, Callable[[str, list[str]], None]] = {"fit": _train, "validate": _train}
+        commands |= dict.fromkeys(("generate", "export", "inspect", "verify", "evaluate"), _run)
         if command not in commands:
             raise RecipeError(f"no command {command!r}. {nearest(command, commands)} Commands: {', '.join(commands)}")
         commands[command](command, rest)
@@ -70,7 +73,7 @@ def _train(command: str, rest: list[str]) -> None:
     ElasticCLI([command, *rest])
 
 
-def _generate(command: str, rest: list[str]) -> None:
-    from mobiq_lightning.generate import parse
+def _run(command: str, rest: list[str]) -> None:
+    from mobiq_lightning.commands import COMMANDS, run
 
-    parse(rest)
+    run(COMMANDS[command], rest)

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mobiq_lightning.data import IGNORED
-from mobiq_lightning.export import stored_bits
-from mobiq_lightning.layers import ElasticLinear, SlicedLinear, routed_inputs
+from mobiq_lightning.layers import ElasticLinear, SlicedLinear, routed_inputs, stored_bits
 from mobiq_lightning.metrics import KLDivergence, Perplexity, UsedBits, log_probabilities
 from mobiq_lightning.routed_input import RoutedInput, fixed_depth, full_precision, record_gates
 from mobiq_lightning.source import BlockLayout
@@ -69,7 +68,7 @@ class Comparison:
     def __init__(
         self,
         full: nn.Module,
-        elastic: nn.Module,
+        elastic: Any,
         layout: BlockLayout,
         eval_bits: Sequence[float],
         random_seeds: Sequence[int],
@@ -104,7 +103,7 @@ class Comparison:
             folder: The run folder.
             device: Where to run.
         """
-        from mobiq_lightning.hf import load
+        from mobiq_lightning.checkpoint import load
 
         elastic = load(folder, dtype=module.source.model.dtype, device=device)
         seed = os.environ.get("PL_GLOBAL_SEED")
@@ -174,8 +173,7 @@ class Comparison:
             with fixed_depth(self.rounded, int(arm.target_bits)):
                 return self.full(input_ids=ids, use_cache=False).logits, []
         if arm.allocation == "router":
-            for routed in self.inputs:
-                routed.set_bits(arm.target_bits, self.scope)
+            self.elastic.set_bits(arm.target_bits, self.scope)
         with self._controls(arm, batch_idx), record_gates(self.inputs) as records:
             logits = self.elastic(input_ids=ids, use_cache=False).logits
         return logits, [record[0] for record in records]

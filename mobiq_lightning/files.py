@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,21 +56,25 @@ def sha256(path: Path) -> str:
 @contextmanager
 def folder_replaced_atomically(folder: Path) -> Iterator[Path]:
     """Yields a new folder that takes the place of `folder` when the block ends without an error."""
-    import shutil
-
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
-        for path in temporary.iterdir():
-            sync(path)
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(temporary, folder)
-        sync(folder.parent)
+        replace_folder(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Puts a folder, synced to disk, in the place of another beside it, which need not exist."""
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    for path in new.iterdir():
+        sync(path)
+    sync(new)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(new, folder)
+    sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)

@@ -6,13 +6,16 @@ is saved and run: bit planes. Both ask the `RoutedInput` of the linears that sha
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mobiq_lightning.kernels import sliced_linear
+from mobiq_lightning.kernels import mixed_depth_product, sliced_linear
 from mobiq_lightning.packing import PackedSlices
-from mobiq_lightning.routed_input import RoutedInput
+from mobiq_lightning.routed_input import RoutedInput, held_slices, without_casts
 from mobiq_lightning.strategies.base import SliceScheme
 
 
@@ -51,9 +54,16 @@ class SlicedLinear(nn.Module):
         if routed.full_precision:
             return F.linear(x, self.weight, self.bias)
         if routed.fixed_slices is not None:
-            return F.linear(x, self.scheme.weight_at(self.weight, routed.fixed_slices).to(x.dtype), self.bias)
-        slices = self.scheme(self.weight).to(x.dtype)
-        return F.linear(routed.gated(x), slices.transpose(0, 1).flatten(1), self.bias)
+            y = F.linear(x, self.scheme.weight_at(self.weight, routed.fixed_slices).to(x.dtype))
+        elif torch.is_grad_enabled():
+            slices = self.scheme(self.weight).to(x.dtype)
+            y = F.linear(routed.gated(x), slices.transpose(0, 1).flatten(1))
+        else:  # the way of ElasticLinear, so that the saved model computes what the calibrated one did, bit by bit
+            weights = dict(zip(routed.depths, self.scheme.prefixes(self.weight), strict=True))
+            bits = routed.bits_of(routed.gates(x)).long().flatten()
+            y = mixed_depth_product(x.flatten(0, -2), bits, weights.__getitem__, self.out_features)
+            y = y.unflatten(0, x.shape[:-1])
+        return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
         """Shown by `print(module)`."""
@@ -71,7 +81,7 @@ class ElasticLinear(nn.Module):
         slice_bits: Bits of each slice.
         group_size: Columns per group.
         bias: Whether the layer adds a bias.
-        n_planes: Planes held; by default all that `slice_bits` add up to.
+        max_bits: The depth up to which planes are held; by default all that `slice_bits` add up to.
         dtype: Of the bias term.
     """
 
@@ -82,13 +92,13 @@ class ElasticLinear(nn.Module):
         slice_bits: tuple[int, ...],
         group_size: int,
         bias: bool,
-        n_planes: int | None = None,
+        max_bits: int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.slice_bits, self.group_size = slice_bits, group_size
-        self.n_planes = sum(slice_bits) if n_planes is None else n_planes
+        self.slice_bits, self.group_size = held_slices(slice_bits, max_bits), group_size
+        self.n_planes = sum(self.slice_bits)
         row = -(-in_features // 8)
         for plane in range(self.n_planes):
             self.register_buffer(f"plane_{plane}", torch.zeros(out_features, row, dtype=torch.uint8))
@@ -137,9 +147,19 @@ class ElasticLinear(nn.Module):
         if routed.fixed_slices is not None:
             y = F.linear(x, self.weight_at(routed.depths[routed.fixed_slices - 1]).to(x.dtype))
         else:
-            bits = routed.bits_of(routed.gates(x)).long().flatten()
-            y = sliced_linear(x.flatten(0, -2), self.packed, bits, self.weight_at).unflatten(0, x.shape[:-1])
+            bits = routed.bits_of(routed.gates(x)).long()
+            if "input" in self._modules:  # the first of the linears that share the input
+                routed.count(bits)
+            product = sliced_linear(x.flatten(0, -2), self.packed, bits.flatten(), self.weight_at)
+            y = product.unflatten(0, x.shape[:-1])
         return y if self.bias is None else y + self.bias
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        moved_only = without_casts(fn)
+        # Only the bias, a parameter, takes part in the computation in the model's dtype.
+        return super()._apply(  # type: ignore[no-untyped-call]
+            lambda t: fn(t) if isinstance(t, nn.Parameter) else moved_only(t), recurse
+        )
 
     def extra_repr(self) -> str:
         """Shown by `print(module)`."""
@@ -156,3 +176,17 @@ def routed_inputs(model: nn.Module) -> list[RoutedInput]:
         if isinstance(module, (SlicedLinear, ElasticLinear)):
             found.setdefault(id(module.routed), module.routed)
     return list(found.values())
+
+
+def stored_bits(model: nn.Module) -> tuple[float, float]:
+    """Bits per linear weight that an elastic model spends beside its codes.
+
+    Returns:
+        Scale and bias; routers.
+    """
+    linears = [m for m in model.modules() if isinstance(m, ElasticLinear)]
+    n_weights = sum(linear.packed.n_weights for linear in linears)
+    overhead = sum(linear.packed.overhead_bits * linear.packed.n_weights for linear in linears) / n_weights
+    parameters = [p for routed in routed_inputs(model) for p in routed.router.parameters()]
+    routers = sum(torch.finfo(p.dtype).bits * p.numel() for p in parameters) / n_weights
+    return overhead, routers

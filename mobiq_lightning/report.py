@@ -8,14 +8,17 @@ import shutil
 import statistics
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mobiq_lightning.files import write_atomically, write_json, write_text
+
+if TYPE_CHECKING:
+    from mobiq_lightning.checkpoint.summary import Summary
 
 COLUMNS = ("allocation", "target_bits", "used_bits", "all_in_bits", "perplexity", "kl", "seed")
 TIE = 0.001
 """Relative difference in perplexity below which two allocations count as equal."""
-_LABELS = {
+LABELS = {
     "full": "full precision",
     "rtn": "round to nearest",
     "router": "router",
@@ -47,7 +50,7 @@ def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         mean = {key: statistics.fmean(row[key] for row in group) for key in COLUMNS[2:6]}
         spread = statistics.stdev(row["perplexity"] for row in group) if len(group) > 1 else 0.0
         summary.append({**group[0], **mean, "spread": spread, "n_seeds": len(group)})
-    order = list(_LABELS)
+    order = list(LABELS)
     return sorted(
         summary, key=lambda row: (row["allocation"] != "full", row["target_bits"], order.index(row["allocation"]))
     )
@@ -74,7 +77,7 @@ def print_table(results: dict[str, Any]) -> None:
         spread = f" ± {row['spread']:.2f}" if row["n_seeds"] > 1 else ""
         cells = [f"{row[key]:.2f}" for key in ("used_bits", "all_in_bits")]
         table.add_row(
-            _LABELS[row["allocation"]],
+            LABELS[row["allocation"]],
             f"{row['target_bits']:g}",
             *cells,
             f"{row['perplexity']:.2f}{spread}",
@@ -137,7 +140,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
             markersize=5,
             linewidth=1.3 if allocation != "rtn" else 0,
             capsize=2,
-            label=_LABELS[allocation],
+            label=LABELS[allocation],
         )
     axes.set_yscale("log")
     axes.set_xlabel("used code bits per weight")
@@ -152,3 +155,71 @@ def plot(results: dict[str, Any], path: Path) -> None:
     )
     axes.legend()
     figure.savefig(path, format="png")
+
+
+def print_summary(summary: Summary) -> None:
+    """Prints what a checkpoint holds."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else max(100, shutil.get_terminal_size().columns))
+    elastic, origin = summary.config, summary.provenance
+    held = elastic["slice_bits"]
+    table = Table(title=str(summary.folder), show_header=False, title_justify="left")
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    shapes = ", ".join(f"{count} x ({shape[0]} x {shape[1]})" for shape, count in summary.linears.items())
+    table.add_row("model", f"{summary.architecture}, {summary.n_blocks} blocks")
+    table.add_row(
+        "sliced linears", f"{sum(summary.linears.values())}, {summary.n_weights / 1e6:,.2f} M weights: {shapes}"
+    )
+    table.add_row("slices", f"{held} bits; {summary.n_planes} planes held, readable at {summary.depths} bits")
+    table.add_row("groups", f"{elastic['group_size']} columns")
+    table.add_row("routers", f"{summary.n_routers} x {elastic['router']['class_path'].rpartition('.')[2]}")
+    table.add_row("dial", f"stands at {elastic['default_bits']:g} bits, thresholds per {elastic['threshold_scope']}")
+    stored = summary.bits_per_weight("planes", "scales and biases")
+    routers = summary.bits_per_weight("routers", "threshold tables")
+    table.add_row("stored bits per weight", f"{stored:.3f} with scales and biases, {stored + routers:.3f} with routers")
+    sizes = ", ".join(f"{kind} {size / 1e6:,.2f} MB" for kind, size in summary.bytes_by_kind.most_common())
+    table.add_row("sizes", sizes)
+    if origin:
+        source, calibration, versions = origin["source"], origin["calibration"], origin["environment"]
+        table.add_section()
+        table.add_row("source model", f"{source['name']}, weights {source['weights']}, tokenizer {source['tokenizer']}")
+        table.add_row(
+            "calibration",
+            f"{calibration['n_samples']} x {calibration['seq_len']} tokens of {calibration['data']}, data hash "
+            f"{calibration['data_hash']}, seed {origin['seed']}",
+        )
+        table.add_row(
+            "code", f"mobiq-lightning {versions['mobiq_lightning']}, commit {origin['git_commit'] or 'unknown'}"
+        )
+        table.add_row("made", f"{versions['date']}, torch {versions['torch']}, transformers {versions['transformers']}")
+    console.print(table)
+    if summary.results.get("rows"):
+        print_table(summary.results)
+    if summary.results.get("lm_eval"):
+        print_harness(summary.results["lm_eval"])
+    if not summary.results:
+        console.print("No results are stored with it.")
+
+
+def print_harness(entries: list[dict[str, Any]]) -> None:
+    """Prints what tasks of lm-evaluation-harness gave."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="lm-evaluation-harness")
+    for column in ("task", "metric", "bits", "used bits", "value", "examples"):
+        table.add_column(column, justify="left" if column in ("task", "metric") else "right", no_wrap=True)
+    for entry in entries:
+        used = "" if entry["used_bits"] is None else f"{entry['used_bits']:.2f}"
+        error = "" if entry["stderr"] is None else f" ± {entry['stderr']:.4f}"
+        values = [entry["task"], entry["metric"], bits_text(entry), used, f"{entry['value']:.4f}{error}"]
+        table.add_row(*values, str(entry["n_examples"]))
+    Console(width=None if sys.stdout.isatty() else max(100, shutil.get_terminal_size().columns)).print(table)
+
+
+def bits_text(entry: dict[str, Any]) -> str:
+    """Of what the harness gave: the budget, or ``full``."""
+    return entry["bits"] if isinstance(entry["bits"], str) else f"{entry['bits']:g}"

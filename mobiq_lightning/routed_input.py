@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,10 +14,51 @@ from torch import Tensor, nn
 from mobiq_lightning.errors import BitsError
 from mobiq_lightning.packing import depths_of
 from mobiq_lightning.strategies.base import Router
-from mobiq_lightning.strategies.thresholds import Scope, prefix_scores, threshold_for_budget, with_budget_gradient
+from mobiq_lightning.strategies.thresholds import prefix_scores, threshold_for_budget, with_budget_gradient
 
 TABLE_STEP = 0.25
 """Distance in bits between the budgets whose thresholds are stored."""
+
+
+def held_slices(slice_bits: tuple[int, ...], max_bits: int | None) -> tuple[int, ...]:
+    """The slices that a model reads which holds only the first `max_bits` bits.
+
+    Raises:
+        BitsError: If no prefix of the slices has `max_bits` bits.
+    """
+    depths = depths_of(slice_bits)
+    if max_bits is None:
+        return slice_bits
+    if max_bits not in depths:
+        raise BitsError(f"max_bits ({max_bits:g}) is no prefix of the slices; give one of {list(depths)}")
+    return slice_bits[: depths.index(max_bits) + 1]
+
+
+def without_casts(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """What `nn.Module.to` does to a tensor, leaving its dtype: scales are exact in bfloat16 alone, and scores that tell
+    tokens apart in float32 are equal in half precision.
+    """
+
+    def move(tensor: Tensor) -> Tensor:
+        moved = fn(tensor)
+        return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+    return move
+
+
+@dataclass
+class ReadState:
+    """What the inputs of one model share while it runs.
+
+    Args:
+        per_row: Whether every row of a batch has a threshold of its own.
+        expanded: Whether a batch may hold each row several times in a row, as beam search makes them.
+        mask: (B, T) which tokens of the current forward pass are no padding; None if all count.
+    """
+
+    per_row: bool = False
+    expanded: bool = False
+    mask: Tensor | None = None
 
 
 class RoutedInput(nn.Module):
@@ -26,29 +68,38 @@ class RoutedInput(nn.Module):
     tokens if that is set; else the gates of `control` if that is set, else those of `router`.
 
     Args:
-        router: Scores the tokens of this input.
+        router: Scores the tokens of this input; built for all of `slice_bits`.
         slice_bits: Bits of each slice.
         n_weights: Weights that read this input.
+        max_bits: The depth up to which slices are held; by default all.
     """
 
     budgets: Tensor
     layer_thresholds: Tensor
     global_thresholds: Tensor
+    bits_read: Tensor
+    tokens_read: Tensor
 
-    def __init__(self, router: Router, slice_bits: tuple[int, ...], n_weights: int) -> None:
+    def __init__(
+        self, router: Router, slice_bits: tuple[int, ...], n_weights: int, max_bits: int | None = None
+    ) -> None:
         super().__init__()
         self.router = router
-        self.slice_bits = slice_bits
+        self.slice_bits = held_slices(slice_bits, max_bits)
         self.n_weights = n_weights
-        lowest, highest = self.depths[0], self.depths[-1]
+        lowest, highest = slice_bits[0], sum(slice_bits)
         budgets = torch.linspace(lowest, highest, round((highest - lowest) / TABLE_STEP) + 1)
         self.register_buffer("budgets", budgets)
-        self.register_buffer("layer_thresholds", torch.zeros_like(budgets))
-        self.register_buffer("global_thresholds", torch.zeros_like(budgets))
+        # Row k: thresholds for a model that holds only the first k + 1 slices.
+        self.register_buffer("layer_thresholds", torch.zeros(len(slice_bits), len(budgets)))
+        self.register_buffer("global_thresholds", torch.zeros(len(slice_bits), len(budgets)))
+        self.register_buffer("bits_read", torch.zeros(1, dtype=torch.int64), persistent=False)
+        self.register_buffer("tokens_read", torch.zeros(1, dtype=torch.int64), persistent=False)
         self.full_precision = False
         self.fixed_slices: int | None = None
         self.control: Router | None = None
         self.target_bits: float | None = None
+        self.state = ReadState()
         self.recorded: list[Tensor] | None = None
         self.recorded_scores: list[Tensor] | None = None
         self._last: tuple[weakref.ref[Tensor], Tensor] | None = None
@@ -56,7 +107,7 @@ class RoutedInput(nn.Module):
 
     @property
     def depths(self) -> tuple[int, ...]:
-        """Bits read by the first 1, 2, ... slices."""
+        """Bits read by the first 1, 2, ... slices that are held."""
         return depths_of(self.slice_bits)
 
     def gates(self, x: Tensor) -> Tensor:
@@ -84,41 +135,62 @@ class RoutedInput(nn.Module):
         self._last = self._last_gated = None
 
     def set_tables(self, layer: Tensor, pooled: Tensor) -> None:
-        """Stores thresholds (budgets,) of both scopes, at which the average depth meets each of `self.budgets`."""
+        """Stores thresholds (S, budgets) of both scopes; row k is for a model that holds the first k + 1 slices."""
         self.layer_thresholds.copy_(layer)
         self.global_thresholds.copy_(pooled)
 
-    def set_bits(self, bits: float, scope: Scope) -> None:
-        """Turns the dial: takes the threshold for `bits`, interpolated between the stored budgets.
+    def reset_count(self, rows: int) -> None:
+        """Begins to count what is read anew, for each of `rows` rows of the batches to come."""
+        for name in ("bits_read", "tokens_read"):
+            count = getattr(self, name)
+            if len(count) == rows:
+                count.zero_()
+            else:
+                with torch.inference_mode(False):  # or it could not be counted up outside of it
+                    setattr(self, name, count.new_zeros(rows))
 
-        Raises:
-            BitsError: If `bits` is outside of what the slices can give.
-        """
-        lowest, highest = self.depths[0], self.depths[-1]
-        if not lowest <= bits <= highest:
-            raise BitsError(f"{bits:g} bits asked for; this model runs at {lowest} to {highest} bits per weight")
-        self.forget()
-        table = self.layer_thresholds if scope == "layer" else self.global_thresholds
-        upper = int(torch.searchsorted(self.budgets, bits).clamp(1, self.budgets.numel() - 1))
-        low, high = self.budgets[upper - 1], self.budgets[upper]
-        threshold = torch.lerp(table[upper - 1], table[upper], (bits - low) / (high - low))
-        # At the ends of the range nothing is left to choose, whatever the scores of new text are.
-        threshold = torch.full_like(threshold, -torch.inf) if bits == highest else threshold
-        threshold = torch.full_like(threshold, torch.inf) if bits == lowest else threshold
-        self.router.threshold.copy_(threshold)
+    def count(self, bits: Tensor) -> None:
+        """Adds tokens that read `bits` (..., ) code bits of each weight, int64."""
+        tokens, mask = torch.ones_like(bits), self.state.mask
+        if mask is not None and mask.shape == bits.shape:
+            tokens = mask.to(bits.dtype)
+            bits = bits * tokens
+        rows = len(self.bits_read)
+        self.bits_read += bits.reshape(rows, -1).sum(1)
+        self.tokens_read += tokens.reshape(rows, -1).sum(1)
 
     def _gates(self, x: Tensor) -> Tensor:
         router = self.control or self.router
-        scores = router.scores(x)
+        scores = router.scores(x)[..., : len(self.slice_bits) - 1]
         flat = prefix_scores(scores).flatten(0, -2)
         if self.recorded_scores is not None:
             self.recorded_scores.append(flat.detach())
         if self.target_bits is None:
-            return router.gates(scores, router.threshold)
+            return router.gates(scores, self._threshold_of_rows(router, x) if self.state.per_row else router.threshold)
         threshold = threshold_for_budget(flat, self.slice_bits, [self.target_bits])[0]
         if router.training and torch.is_grad_enabled():
             threshold = with_budget_gradient(threshold, flat, self.slice_bits, router.temperature)
         return router.gates(scores, threshold)
+
+    def _threshold_of_rows(self, router: Router, x: Tensor) -> Tensor:
+        """Thresholds that fit tokens (B, T, I), one for each row: (B, 1, 1)."""
+        threshold = router.threshold
+        if threshold.ndim == 0:  # a control spends the same on all rows
+            return threshold
+        rows, batch = len(threshold), x.shape[0]
+        if x.ndim != 3 or (rows != batch and not (self.state.expanded and batch % rows == 0)):
+            raise BitsError(
+                f"{rows} budgets were set, one for each row, but the input is of shape {tuple(x.shape)}, not "
+                f"({rows}, tokens, {x.shape[-1]}); give as many budgets as rows, or one for all"
+            )
+        return threshold if rows == batch else threshold.repeat_interleave(batch // rows, dim=0)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        return super()._apply(without_casts(fn), recurse)  # type: ignore[no-untyped-call]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is kept for the last tensor, which cannot be pickled and is of no use elsewhere."""
+        return {**self.__dict__, "_last": None, "_last_gated": None}
 
     def bits_of(self, gates: Tensor) -> Tensor:
         """Code bits (...) that gates (..., S) read."""

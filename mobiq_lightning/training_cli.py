@@ -16,12 +16,11 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from mobiq_lightning.callbacks import CalibrationProgress, LayerwiseCalibration, Results, ThresholdTuning
+from mobiq_lightning.callbacks import BlockExport, CalibrationProgress, LayerwiseCalibration, Results, ThresholdTuning
+from mobiq_lightning.callbacks.block_export import finish_checkpoint
 from mobiq_lightning.console import say
 from mobiq_lightning.data import TextWindows
 from mobiq_lightning.errors import MobiqError, NonFiniteError, RecipeError, RunFolderError
-from mobiq_lightning.export import export
-from mobiq_lightning.files import write_text
 from mobiq_lightning.loggers import JsonlLogger, WandbLogger
 from mobiq_lightning.module import ElasticCalibration
 from mobiq_lightning.report import print_table
@@ -125,7 +124,8 @@ class ElasticCLI(LightningCLI):
         """Adds the callbacks, loggers and checkpoint writer that every run has."""
         config = self._get(self.config_init, "trainer")
         given: list[Callback] = list(config.get("callbacks") or [])
-        own = [LayerwiseCalibration(), ThresholdTuning(), CalibrationProgress(), Results(), *self._checkpoints()]
+        own = [LayerwiseCalibration(), ThresholdTuning(), BlockExport(), CalibrationProgress(), Results()]
+        own += self._checkpoints()
         config["callbacks"] = given + [
             c for c in own if not any(type(c) is type(g) for g in given) or _is_checkpoint(c)
         ]
@@ -219,10 +219,9 @@ class ElasticCLI(LightningCLI):
     @rank_zero_only
     def _export(self) -> None:
         folder = self.run_folder.path / ELASTIC
-        model = self.model
-        blocks = [model.block_at(index) for index in range(len(model.blocks))]
-        export(model.source, blocks, model.layout, model.share_routers, model.router, model.threshold_scope, folder)
-        write_text(folder / "recipe.yaml", yaml.safe_dump(self.config_dump, sort_keys=False))
+        damaged = finish_checkpoint(self.model, yaml.safe_dump(self.config_dump, sort_keys=False))
+        for block in damaged:
+            say(f"The shard of block {block + 1} was damaged since it was written; it is written again.")
         say(f"Elastic checkpoint written to {folder}.")
 
 

@@ -94,13 +94,12 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return make
 
 
-@pytest.fixture
-def recipe_arguments(make_model: Callable[..., Path], text_file: Path, tmp_path: Path) -> list[str]:
-    """A command line that calibrates a small model in seconds."""
+def small_recipe(model: Path, text_file: Path, folder: Path) -> list[str]:
+    """A command line that calibrates a small model in seconds, in ``folder/run``."""
     return [
         "--config",
         str(Path(__file__).parents[1] / "recipes" / "tiny.yaml"),
-        f"--model.pretrained={make_model()}",
+        f"--model.pretrained={model}",
         f"--data.source={text_file}",
         f"--data.eval_source={text_file}",
         "--model.slices.init_args.group_size=16",
@@ -114,5 +113,25 @@ def recipe_arguments(make_model: Callable[..., Path], text_file: Path, tmp_path:
         "--data.eval_seq_len=64",
         "--data.eval_max_windows=8",
         "--trainer.accelerator=cpu",
-        f"--trainer.default_root_dir={tmp_path / 'run'}",
+        f"--trainer.default_root_dir={folder / 'run'}",
     ]
+
+
+@pytest.fixture
+def recipe_arguments(make_model: Callable[..., Path], text_file: Path, tmp_path: Path) -> list[str]:
+    """A command line that calibrates a small model in seconds."""
+    return small_recipe(make_model(), text_file, tmp_path)
+
+
+Run = tuple[Path, list[str]]
+
+
+@pytest.fixture(scope="session")
+def finished(make_model: Callable[..., Path], text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A finished run and the command line that made it. Not to be changed by tests."""
+    from mobiq_lightning.cli import main
+
+    folder = tmp_path_factory.mktemp("finished")
+    arguments = small_recipe(make_model(), text_file, folder)
+    assert main(["fit", *arguments]) == 0
+    return folder / "run", arguments

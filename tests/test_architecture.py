@@ -63,5 +63,7 @@ def test_importing_the_package_and_its_strategies_changes_no_global_state() -> N
 
 
 def test_the_package_imports_without_gpu_and_triton() -> None:
-    code = "import sys; sys.modules['triton'] = None; import mobiq_lightning.hf, mobiq_lightning.kernels"
+    code = (
+        "import sys; sys.modules['triton'] = None; import mobiq_lightning.checkpoint.loading, mobiq_lightning.kernels"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -109,27 +109,6 @@ def test_gradients_reach_ranges_and_router_through_the_gates(pair: tuple) -> Non
     assert sliced.weight.grad is None
 
 
-def test_the_dial_takes_interpolated_thresholds_and_closes_or_opens_all_at_its_ends(pair: tuple) -> None:  # type: ignore[type-arg]
-    routed = pair[3]
-    routed.set_tables(torch.linspace(1, -1, 25), torch.zeros(25))
-    routed.set_bits(2.0, "layer")
-    assert float(routed.router.threshold) == float("inf")
-    routed.set_bits(8.0, "layer")
-    assert float(routed.router.threshold) == -float("inf")
-    routed.set_bits(5.0, "layer")
-    assert float(routed.router.threshold) == pytest.approx(0.0, abs=1e-6)
-    routed.set_bits(5.125, "layer")
-    assert float(routed.router.threshold) == pytest.approx(-1 / 24, abs=1e-6)
-    routed.set_bits(5.125, "global")
-    assert float(routed.router.threshold) == 0.0
-
-
-@pytest.mark.parametrize("bits", [1.9, 8.1])
-def test_bits_out_of_range_are_refused_with_the_range(pair: tuple, bits: float) -> None:  # type: ignore[type-arg]
-    with pytest.raises(BitsError, match=r"2 to 8"):
-        pair[3].set_bits(bits, "layer")
-
-
 def test_a_depth_that_is_no_prefix_is_refused(pair: tuple) -> None:  # type: ignore[type-arg]
     with pytest.raises(BitsError, match="5 bits"), fixed_depth([pair[3]], 5):
         pass

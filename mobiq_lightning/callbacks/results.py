@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import json
-import platform
-import sys
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from mobiq_lightning import __version__
 from mobiq_lightning.callbacks.layerwise_calibration import checked
+from mobiq_lightning.checkpoint.provenance import environment
+from mobiq_lightning.checkpoint.write import add_results
 from mobiq_lightning.loggers import WandbLogger
 from mobiq_lightning.module import ElasticCalibration
 from mobiq_lightning.report import print_table, write_results
-from mobiq_lightning.run_folder import RESULTS
+from mobiq_lightning.run_folder import ELASTIC, RESULTS
 
 
 class Results(Callback):
-    """Ends every validation: one table on the terminal, the same rows in the run folder and in the loggers."""
+    """Ends every validation: one table on the terminal, the same rows in the run folder, the checkpoint and the loggers."""
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gathers the rows on all ranks, writes them on the first."""
@@ -32,7 +28,8 @@ class Results(Callback):
         bits_per_input = module.comparison.bits_per_input()
         if not trainer.is_global_zero:
             return
-        results = {
+        known = _known_results(module.run_folder)
+        results: dict[str, Any] = {
             "model": module.pretrained,
             "protocol": trainer.datamodule.protocol,  # type: ignore[attr-defined]
             "environment": environment(),
@@ -42,10 +39,13 @@ class Results(Callback):
                 "router_bits": module.comparison.router_bits,
                 "threshold_scope": module.threshold_scope,
             },
-            "collapsed": module.collapsed or _known_collapsed(module.run_folder),
+            "collapsed": module.collapsed or known.get("collapsed", {}),
             "rows": rows,
         }
+        if "lm_eval" in known:
+            results["lm_eval"] = known["lm_eval"]
         write_results(results, module.run_folder)
+        add_results(module.run_folder / ELASTIC, results)
         print_table(results)
         self._log(trainer, module, rows, bits_per_input)
 
@@ -67,22 +67,7 @@ class Results(Callback):
                 logger.log_comparison(rows, module.run_folder / "results.png")
 
 
-def _known_collapsed(folder: Path) -> dict[str, float]:
-    """What the fit noted of collapsed routers; a later `validate` must not lose it."""
+def _known_results(folder: Path) -> dict[str, Any]:
+    """What was found before: a later `validate` must not lose collapsed routers and the harness's tasks."""
     path = folder / RESULTS
-    return dict(json.loads(path.read_text(encoding="utf-8"))["collapsed"]) if path.is_file() else {}
-
-
-def environment() -> dict[str, str]:
-    """Versions and machine that a result was measured with."""
-    packages = ("torch", "lightning", "transformers")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return {
-        "mobiq_lightning": __version__,
-        **{name: version(name) for name in packages},
-        "python": sys.version.split()[0],
-        "platform": platform.platform(terse=True),
-        "device": device,
-        "threads": str(torch.get_num_threads()),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from mobiq_lightning.callbacks.layerwise_calibration import checked
 from mobiq_lightning.console import say
+from mobiq_lightning.dial import Dial
 from mobiq_lightning.hidden_states import eval_mode
 from mobiq_lightning.module import ElasticCalibration
+from mobiq_lightning.packing import depths_of
 from mobiq_lightning.routed_input import meet_budget, record_scores
+from mobiq_lightning.strategies.base import Router
 from mobiq_lightning.strategies.routers.static import StaticRouter, split_budget
-from mobiq_lightning.strategies.thresholds import Scope
+from mobiq_lightning.strategies.thresholds import Scope, falling
 
 _BATCH = 4  # windows that go through a block at once
 
@@ -52,42 +57,47 @@ class ThresholdTuning(Callback):
             with meet_budget(inputs, module.budget.final_bits):
                 scores = self._scores(module, input_ids)
             scopes: tuple[Scope, Scope] = ("layer", "global")
-            tables = {s: kind.thresholds_for(scores, sizes, slice_bits, budgets, s) for s in scopes}
+            tables = {s: _tables_for(kind, scores, sizes, slice_bits, budgets, s) for s in scopes}
             self._store(module, tables)
             for _ in range(self.rounds - 1):
                 tables = {scope: self._refine(module, input_ids, table, scope) for scope, table in tables.items()}
                 self._store(module, tables)
-        for routed in inputs:  # what a loaded checkpoint runs at before its dial is turned
-            routed.set_bits(module.budget.final_bits, module.threshold_scope)
         for logger in module.trainer.loggers:
-            logger.log_metrics(_threshold_metrics(module, tables["layer"]), step=module.global_step)
+            logger.log_metrics(_threshold_metrics(module, tables["layer"][:, -1]), step=module.global_step)
 
     def _refine(self, module: ElasticCalibration, input_ids: Tensor, table: Tensor, scope: Scope) -> Tensor:
-        """The table (inputs, budgets) from the scores that the model has when it runs at each budget."""
+        """The tables (inputs, S, budgets) from the scores that the model has when it runs at each budget."""
         inputs = module.all_inputs()
         sizes, slice_bits = [routed.n_weights for routed in inputs], inputs[0].slice_bits
-        kind, refined = type(inputs[0].router), table.clone()
+        kind, refined, dial = type(inputs[0].router), table.clone(), Dial(inputs)
         for column, bits in enumerate(inputs[0].budgets.tolist()):
-            for routed in inputs:
-                routed.set_bits(bits, scope)
+            dial.set_bits(bits, scope)
             scores = self._scores(module, input_ids)
-            refined[:, column] = kind.thresholds_for(scores, sizes, slice_bits, [bits], scope)[:, 0]
+            refined[..., column] = _tables_for(kind, scores, sizes, slice_bits, [bits], scope)[..., 0]
             if scope == "layer" and kind.per_token:
-                self._mend_collapse(module, scores, refined[:, column], bits)
-        return refined
+                self._mend_collapse(module, scores, refined[..., column], bits)
+        return falling(refined) if kind.per_token else refined
 
     def _mend_collapse(self, module: ElasticCalibration, scores: list[Tensor], thresholds: Tensor, bits: float) -> None:
-        """Gives inputs whose tokens cannot be told apart a static depth, and reports them."""
+        """Gives inputs whose tokens cannot be told apart a static depth, and reports them.
+
+        Args:
+            module: The calibrated model.
+            scores: Of each input, at this budget.
+            thresholds: (inputs, S), mended in place.
+            bits: The budget.
+        """
         inputs = module.all_inputs()
         slice_bits = inputs[0].slice_bits
         share_of_upper = split_budget(slice_bits, bits)[1]
         if not 1 - COLLAPSE_SHARE < share_of_upper < COLLAPSE_SHARE:
             return  # here all tokens at one depth is what was asked for
-        shares = [most_common_share(s, float(t)) for s, t in zip(scores, thresholds, strict=True)]
+        shares = [most_common_share(s, float(t[-1])) for s, t in zip(scores, thresholds, strict=True)]
         collapsed = [i for i, share in enumerate(shares) if share > COLLAPSE_SHARE]
         sizes = [inputs[i].n_weights for i in collapsed]
         for i, n_open in zip(collapsed, StaticRouter.allocate(sizes, slice_bits, bits), strict=True):
-            thresholds[i] = _threshold_for_depth(scores[i], n_open)
+            held = thresholds[i] > -torch.inf  # a model that holds less than the budget reads all that it holds
+            thresholds[i][held] = _threshold_for_depth(scores[i], n_open)
             name = module.input_names()[i]
             if name not in module.collapsed:
                 say(
@@ -111,6 +121,29 @@ class ThresholdTuning(Callback):
     def _store(self, module: ElasticCalibration, tables: dict[Scope, Tensor]) -> None:
         for row, routed in enumerate(module.all_inputs()):
             routed.set_tables(tables["layer"][row], tables["global"][row])
+
+
+def _tables_for(
+    kind: type[Router],
+    scores: Sequence[Tensor],
+    sizes: Sequence[int],
+    slice_bits: tuple[int, ...],
+    budgets: Sequence[float],
+    scope: Scope,
+) -> Tensor:
+    """Thresholds (inputs, S, budgets); entry k of the middle is for a model that holds the first k + 1 slices alone.
+
+    Capping the depth of a model that was tuned without a cap would spend less than asked: some tokens read beyond it.
+    Budgets above what such a model holds open all its slices.
+    """
+    tables = torch.full((len(scores), len(slice_bits), len(budgets)), -torch.inf, device=scores[0].device)
+    for k, highest in enumerate(depths_of(slice_bits)):
+        within = [column for column, bits in enumerate(budgets) if bits <= highest]
+        if within:
+            held = [s[:, :k] for s in scores]
+            asked = [budgets[column] for column in within]
+            tables[:, k, within] = kind.thresholds_for(held, sizes, slice_bits[: k + 1], asked, scope).to(tables)
+    return tables
 
 
 def most_common_share(scores: Tensor, threshold: float) -> float:

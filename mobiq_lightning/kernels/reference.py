@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mobiq_lightning.packing import PackedSlices
+from mobiq_lightning.packing import PackedSlices, depths_of
 
 
 def sliced_linear(
@@ -17,24 +17,76 @@ def sliced_linear(
     bits_per_token: Tensor,
     weight_at: Callable[[int], Tensor] | None = None,
 ) -> Tensor:
-    """``y[t] = W(bits_per_token[t]) @ x[t]``: one matmul per depth that occurs, over the tokens that read it.
+    """``y[t] = W(bits_per_token[t]) @ x[t]``.
+
+    On a CPU one matmul per depth that occurs, over the tokens that read it. Elsewhere which depths occur is known to the
+    device alone, and asking it would make the host wait: one matmul per depth over all tokens, of which each takes its own.
 
     Args:
         x: (T, I) tokens, any floating dtype.
         packed: The stored weight.
-        bits_per_token: (T,) integers, each a depth between 1 and the stored planes.
+        bits_per_token: (T,) integers, each a depth of ``packed.slice_bits``.
         weight_at: Where to take a dequantized weight (O, I) from instead of unpacking it here, for callers that keep
-            them.
+            them. Not used while a model is compiled.
 
     Returns:
         (T, O) in the dtype of `x`.
     """
+    if torch.compiler.is_compiling():
+        sizes = (packed.in_features, packed.group_size, list(packed.slice_bits))
+        result: Tensor = _sliced_linear(x, list(packed.planes), packed.scale, packed.bias, bits_per_token, *sizes)
+        return result
     weight_at = weight_at or packed.weight_at
+    if x.device.type == "cpu":
+        return mixed_depth_product(x, bits_per_token, weight_at, packed.out_features)
+    depths = [depth for depth in depths_of(packed.slice_bits) if depth <= len(packed.planes)]
+    y = F.linear(x, weight_at(depths[-1]).to(x.dtype))
+    for depth in depths[:-1]:
+        product = F.linear(x, weight_at(depth).to(x.dtype))
+        y = torch.where((bits_per_token == depth).unsqueeze(-1), product, y)
+    return y
+
+
+def mixed_depth_product(
+    x: Tensor, bits_per_token: Tensor, weight_at: Callable[[int], Tensor], out_features: int
+) -> Tensor:
+    """``y[t] = weight_at(bits_per_token[t]) @ x[t]``: one matmul per depth that occurs.
+
+    Args:
+        x: (T, I) tokens, any floating dtype.
+        bits_per_token: (T,) integers.
+        weight_at: Gives the weight (O, I) at a depth.
+        out_features: O.
+
+    Returns:
+        (T, O) in the dtype of `x`.
+    """
     depths = torch.unique(bits_per_token).tolist()
     if len(depths) == 1:
         return F.linear(x, weight_at(depths[0]).to(x.dtype))
-    y = x.new_empty(x.shape[0], packed.out_features)
+    y = x.new_empty(x.shape[0], out_features)
     for depth in depths:
         tokens = (bits_per_token == depth).nonzero().squeeze(1)
         y[tokens] = F.linear(x[tokens], weight_at(depth).to(x.dtype))
     return y
+
+
+@torch.library.custom_op("mobiq::sliced_linear", mutates_args=())
+def _sliced_linear(
+    x: Tensor,
+    planes: Sequence[Tensor],
+    scale: Tensor,
+    bias: Tensor,
+    bits_per_token: Tensor,
+    in_features: int,
+    group_size: int,
+    slice_bits: Sequence[int],
+) -> Tensor:
+    """`sliced_linear` as one operator: which depths occur is data, which a compiler cannot look through."""
+    packed = PackedSlices(tuple(planes), scale, bias, in_features, group_size, tuple(slice_bits))
+    return sliced_linear(x, packed, bits_per_token)
+
+
+@_sliced_linear.register_fake
+def _(x: Tensor, planes: Sequence[Tensor], *_: object) -> Tensor:
+    return x.new_empty(x.shape[0], planes[0].shape[0])

@@ -92,13 +92,15 @@ class Router(nn.Module, ABC):
     """Whether tokens of one input may read different depths at one threshold."""
 
     threshold: Tensor
+    """Scalar, or (B, 1, 1) if every row of a batch has a budget of its own. Where the dial stands is no part of a
+    checkpoint, so it is not saved."""
 
     def __init__(self, in_features: int, n_slices: int) -> None:
         super().__init__()
         self.in_features = in_features
         self.n_slices = n_slices
         self.temperature = 1.0
-        self.register_buffer("threshold", torch.zeros(()))
+        self.register_buffer("threshold", torch.zeros(()), persistent=False)
 
     @abstractmethod
     def scores(self, x: Tensor) -> Tensor:
@@ -124,7 +126,7 @@ class Router(nn.Module, ABC):
         return self.gates(self.scores(x), self.threshold)
 
     def gates(self, scores: Tensor, threshold: Tensor) -> Tensor:
-        """Gates (..., S) of scores (..., S - 1) at a threshold (scalar)."""
+        """Gates (..., S) of scores (..., S - 1) at a threshold that broadcasts against them."""
         above = prefix_scores(scores) - threshold
         hard = (above > 0).to(scores.dtype)
         if self.training and torch.is_grad_enabled():

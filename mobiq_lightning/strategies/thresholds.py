@@ -84,6 +84,28 @@ def with_budget_gradient(threshold: Tensor, scores: Tensor, slice_bits: Sequence
     return threshold + mean - mean.detach()
 
 
+def falling(table: Tensor) -> Tensor:
+    """The nearest table, in the mean square, whose thresholds do not rise with the budget.
+
+    Thresholds tuned budget by budget may: each is measured on inputs that the layers before it made at that budget. A dial
+    must never close a slice when it is turned up. Neighbours that rise are pooled (pool adjacent violators).
+
+    Args:
+        table: (..., budgets); ends of a row may be -inf.
+    """
+    rows = table.reshape(-1, table.shape[-1]).tolist()
+    for row in rows:
+        pools: list[tuple[float, int]] = []
+        for value in row:
+            pool = (value, 1)
+            while pools and pools[-1][0] < pool[0]:
+                mean, count = pools.pop()
+                pool = ((mean * count + pool[0] * pool[1]) / (count + pool[1]), count + pool[1])
+            pools.append(pool)
+        row[:] = [mean for mean, count in pools for _ in range(count)]
+    return torch.tensor(rows, dtype=table.dtype, device=table.device).reshape(table.shape)
+
+
 def average_bits(scores: Tensor, slice_bits: Sequence[int], threshold: Tensor | float) -> Tensor:
     """Average bits (scalar, float64) of tokens with prefix scores (N, S - 1) at a threshold."""
     bits = torch.tensor(slice_bits[1:], dtype=torch.float64, device=scores.device)

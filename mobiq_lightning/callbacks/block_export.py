@@ -1,0 +1,62 @@
+"""Writes the elastic checkpoint: each block's shard when the block is done, the rest when all are."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from mobiq_lightning.callbacks.layerwise_calibration import checked
+from mobiq_lightning.checkpoint.names import PROVENANCE, RECIPE
+from mobiq_lightning.checkpoint.provenance import provenance
+from mobiq_lightning.checkpoint.write import CheckpointWriter, describe_factory
+from mobiq_lightning.module import ElasticCalibration
+from mobiq_lightning.packing import FORMAT_VERSION, QUANT_METHOD
+from mobiq_lightning.run_folder import ELASTIC
+
+
+class BlockExport(Callback):
+    """Writes blocks as they finish: nothing finished is lost, and saving needs no more memory than one block.
+
+    A resumed run that calibrates a block again, bit for bit, writes its shard again.
+    """
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the block whose last epoch this was."""
+        module = checked(pl_module)
+        if trainer.is_global_zero and (module.current_epoch + 1) % module.epochs_per_block == 0:
+            _writer(module).write_block(module.block_index)
+
+
+def finish_checkpoint(module: ElasticCalibration, recipe: str) -> list[int]:
+    """Completes the elastic checkpoint of a calibrated model in its run folder.
+
+    Args:
+        module: At the end of its fit.
+        recipe: The YAML that made it.
+
+    Returns:
+        Blocks whose shard was damaged since it was written, and was written again.
+    """
+    blocks = [module.block_at(index) for index in range(len(module.blocks))]
+    scheme: Any = next(iter(blocks[0].schemes.values()))
+    quantization = {
+        "quant_method": QUANT_METHOD,
+        "format_version": FORMAT_VERSION,
+        "slice_bits": list(scheme.slice_bits),
+        "group_size": scheme.group_size,
+        "router": describe_factory(module.router),
+        "layout": asdict(module.layout),
+        "share_routers": module.share_routers,
+        "threshold_scope": module.threshold_scope,
+        "default_bits": float(module.budget.final_bits),
+        "max_bits": None,
+    }
+    extra = {RECIPE: recipe, PROVENANCE: json.dumps(provenance(module), indent=2) + "\n"}
+    return _writer(module).finish(blocks, quantization, extra)
+
+
+def _writer(module: ElasticCalibration) -> CheckpointWriter:
+    return CheckpointWriter(module.source, module.layout, module.run_folder / ELASTIC)

@@ -1,0 +1,136 @@
+"""The model card: how to load the checkpoint, and what was measured of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mobiq_lightning.checkpoint.names import CARD, CONFIG, PROVENANCE, RESULTS
+from mobiq_lightning.files import write_text
+from mobiq_lightning.packing import depths_of
+from mobiq_lightning.report import LABELS, bits_text, summarize, verdict
+
+
+def write_card(folder: Path) -> None:
+    """Writes README.md from what lies in the checkpoint's folder."""
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    origin = _read(folder / PROVENANCE)
+    results = _read(folder / RESULTS)
+    write_text(folder / CARD, card(config, origin, results))
+
+
+def card(config: dict[str, Any], origin: dict[str, Any], results: dict[str, Any]) -> str:
+    """The text of a model card.
+
+    Args:
+        config: config.json.
+        origin: provenance.json, or empty.
+        results: results.json, or empty if nothing was measured yet.
+    """
+    elastic = config["quantization_config"]
+    depths = depths_of(tuple(elastic["slice_bits"]))
+    highest = elastic.get("max_bits") or depths[-1]
+    name = origin.get("source", {}).get("name", config.get("model_type", "model"))
+    head: dict[str, Any] = {"library_name": "transformers", "tags": ["mobiq", "quantized", "elastic-precision"]}
+    if name.count("/") == 1 and not name.startswith(".") and not Path(name).exists():  # a hub id
+        head["base_model"] = name
+    parts = [
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n",
+        f"# {name.rstrip('/').rsplit('/', 1)[-1]}, elastic from {depths[0]} to {highest} bits\n",
+        f"One checkpoint that runs at any average bit-width from {depths[0]} to {highest}, chosen at run time, token by "
+        f"token. Made with MoBiQ-Lightning (MoBiQuant, arXiv 2602.20191): slices of {elastic['slice_bits']} bits, groups "
+        f"of {elastic['group_size']}.\n",
+        _usage(depths[0], highest),
+        _measured(results, highest, highest < depths[-1]),
+        _origin(origin),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _usage(lowest: int, highest: int) -> str:
+    middle = (lowest + highest) / 2
+    return f"""## Use
+
+```python
+import mobiq_lightning                      # pip install mobiq-lightning
+from transformers import AutoTokenizer
+
+model = mobiq_lightning.load("path/to/this/folder")      # max_bits=... reads only the first planes
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+inputs = tokenizer("Once", return_tensors="pt")
+model.set_bits({middle:g})
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]), model.bits_used())
+model.generate(**inputs, bits={lowest})                      # or a tensor with a budget for each row of the batch
+```
+`AutoModelForCausalLM.from_pretrained` works too, **after** `import mobiq_lightning`. Without that import transformers does not
+know this format: it warns of an unknown quantization type and goes on with random weights.
+"""
+
+
+def _measured(results: dict[str, Any], highest: int, capped: bool) -> str:
+    if not results.get("rows"):
+        tasks = _harness_table(results["lm_eval"]) if results.get("lm_eval") else "\nNothing yet."
+        return f"## Measured\n{tasks}\n"
+    protocol = results["protocol"]
+    lines = [
+        "## Measured\n",
+        f"{results['model']} on {protocol['data']}: {protocol['eval_protocol']}, window {protocol['window']}, "
+        f"{protocol['n_tokens']} predicted tokens.\n",
+        "| allocation | target bits | used bits | all-in bits | perplexity | KL (nats) |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in summarize(results["rows"]):
+        if row["allocation"] != "full" and row["target_bits"] > highest:
+            continue
+        spread = f" ± {row['spread']:.2f}" if row["n_seeds"] > 1 else ""
+        lines.append(
+            f"| {LABELS[row['allocation']]} | {row['target_bits']:g} | {row['used_bits']:.2f} | {row['all_in_bits']:.2f} "
+            f"| {row['perplexity']:.2f}{spread} | {row['kl']:.4f} |"
+        )
+    said = verdict([row for row in results["rows"] if row["target_bits"] <= highest or row["allocation"] == "full"])
+    lines += [f"\n{said}"] if said else []
+    if capped:
+        lines.append(
+            f"\nMeasured with all planes. This file holds the first {highest} bits, so between the depths of its slices its "
+            "router chooses among fewer of them."
+        )
+    lines += [_harness_table(results["lm_eval"])] if results.get("lm_eval") else []
+    return "\n".join(lines) + "\n"
+
+
+def _harness_table(entries: list[dict[str, Any]]) -> str:
+    lines = ["\n| task | metric | bits | used bits | value |", "|---|---|---:|---:|---:|"]
+    for entry in entries:
+        error = f" ± {entry['stderr']:.4f}" if entry.get("stderr") is not None else ""
+        used = f"{entry['used_bits']:.2f}" if entry["used_bits"] is not None else ""
+        lines.append(
+            f"| {entry['task']} | {entry['metric']} | {bits_text(entry)} | {used} | {entry['value']:.4f}{error} |"
+        )
+    return "\n".join(lines)
+
+
+def _origin(origin: dict[str, Any]) -> str:
+    if not origin:
+        return ""
+    source, calibration, versions = origin["source"], origin["calibration"], origin["environment"]
+    return f"""## Provenance
+
+| | |
+|---|---|
+| source model | {source["name"]}, weights {source["weights"]} |
+| calibration | {calibration["n_samples"]} windows of {calibration["seq_len"]} tokens of {calibration["data"]}, data hash \
+{calibration["data_hash"]} |
+| seed | {origin["seed"]} |
+| code | mobiq-lightning {versions["mobiq_lightning"]}, commit {origin["git_commit"] or "unknown"} |
+| versions | torch {versions["torch"]}, transformers {versions["transformers"]}, Python {versions["python"]} |
+| made | {versions["date"]} on {versions["device"]} |
+
+The recipe is `recipe.yaml`; `python -m mobiq_lightning verify` checks every file against `hashes.json`.
+"""
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}

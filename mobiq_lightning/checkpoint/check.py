@@ -1,0 +1,162 @@
+"""Compares the tensors in files with what they should be: names, shapes, bytes. Loading and `verify` both do."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mobiq_lightning.errors import CheckpointError
+
+_SHOWN = 6  # problems that a message lists
+_THREADS = 4  # hashlib and the file system work outside of Python's lock
+
+
+class Expected(NamedTuple):
+    """What a tensor should be.
+
+    Args:
+        shape: Its shape.
+        is_bytes: Whether it is uint8; else any floating dtype.
+        required: Whether it may not be left out.
+    """
+
+    shape: tuple[int, ...]
+    is_bytes: bool
+    required: bool
+
+
+def check_tensors(files: Sequence[Path], expected: Mapping[str, Expected], hashes: Mapping[str, str] | None) -> None:
+    """Raises unless the files hold what is expected.
+
+    Args:
+        files: Safetensors files.
+        expected: The tensors that will be read.
+        hashes: SHA-256 of every tensor's bytes, or None not to compare them.
+
+    Raises:
+        CheckpointError: Naming what is damaged, missing or left over.
+    """
+    problems = tensor_problems(files, expected, hashes)
+    if problems:
+        raise CheckpointError(describe_problems(files[0].parent, problems))
+
+
+def describe_problems(folder: Path, problems: Sequence[str], effect: str = "nothing was loaded") -> str:
+    """The message of an error that lists problems."""
+    more = f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+    return (
+        f"{folder} is damaged; {effect}.\n  " + "\n  ".join(problems[:_SHOWN]) + more + "\n"
+        "Copy or export the checkpoint again"
+    )
+
+
+def tensor_problems(
+    files: Iterable[Path], expected: Mapping[str, Expected], hashes: Mapping[str, str] | None
+) -> list[str]:
+    """What differs, one line each; empty if nothing does."""
+    problems: list[str] = []
+    found: dict[str, Path] = {}
+    unreadable = False
+    for path in files:
+        try:
+            header = read_header(path)
+        except CheckpointError as error:
+            problems.append(str(error))
+            unreadable = True
+            continue
+        found |= dict.fromkeys(header, path)
+        for name, entry in header.items():
+            wanted = expected.get(name)
+            if wanted is None:
+                continue
+            if tuple(entry["shape"]) != wanted.shape:
+                problems.append(f"{path.name}: {name} has shape {entry['shape']}, should have {list(wanted.shape)}")
+            elif (entry["dtype"] == "U8") != wanted.is_bytes:
+                problems.append(f"{path.name}: {name} has dtype {entry['dtype']}")
+    if not unreadable:  # what is missing is in the file that cannot be read
+        missing = [name for name, wanted in expected.items() if wanted.required and name not in found]
+        problems += _describe_missing(missing)
+        planes = [name for name in found if name not in expected and not name.rpartition(".")[2].startswith("plane_")]
+        problems += [f"{found[name].name}: {name} is not part of this model" for name in planes]
+    if hashes is not None and not problems:
+        known = {name: path for name, path in found.items() if name in expected and name in hashes}
+        problems += [
+            f"{known[name].name}: the bytes of {name} are not those that were written"
+            for name in differing_tensors(known, hashes)
+        ]
+    return problems
+
+
+def differing_tensors(where: Mapping[str, Path], hashes: Mapping[str, str]) -> list[str]:
+    """Names of the tensors, of those in `where`, whose SHA-256 is another than in `hashes`."""
+    by_file: dict[Path, list[str]] = {}
+    for name, path in where.items():
+        by_file.setdefault(path, []).append(name)
+
+    def differing(path: Path) -> list[str]:
+        return [name for name, tensor in read_tensors(path, by_file[path]) if hash_tensor(tensor) != hashes[name]]
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return [name for names in pool.map(differing, by_file) for name in names]
+
+
+def read_tensors(path: Path, names: Iterable[str]) -> Iterable[tuple[str, Tensor]]:
+    """Named tensors of a file, one after the other."""
+    with safe_open(path, framework="pt") as file:
+        for name in names:
+            yield name, file.get_tensor(name)
+
+
+def read_header(path: Path) -> dict[str, dict[str, Any]]:
+    """Name -> ``{"dtype", "shape", "data_offsets"}`` of a safetensors file, without reading its tensors.
+
+    Raises:
+        CheckpointError: If the file is missing, or is not as long as its header says, or has none.
+    """
+    try:
+        with path.open("rb") as file:
+            length = struct.unpack("<Q", file.read(8))[0]
+            size = path.stat().st_size
+            if length > size:
+                raise ValueError(f"its header should be {length} bytes long, the file has {size}")
+            header: dict[str, dict[str, Any]] = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if end != size:
+            raise ValueError(f"it should be {end} bytes long and has {size}")
+        with safe_open(path, framework="pt"):  # the library's own checks of the header
+            pass
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path.name} is missing") from error
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error, SafetensorError) as error:
+        raise CheckpointError(f"{path.name} is cut off or damaged: {error}") from error
+    return header
+
+
+def hash_tensor(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's bytes, in hex."""
+    data: Any = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(data).hexdigest()
+
+
+def _describe_missing(names: Sequence[str]) -> list[str]:
+    """Missing tensors, those of one router or one set of tables together."""
+    kinds: dict[str, Callable[[str], bool]] = {
+        "the router of": lambda tail: tail.startswith("router."),
+        "the thresholds of": lambda tail: tail.endswith(("thresholds", "budgets")),
+    }
+    lines: dict[str, None] = {}
+    for name in names:
+        linear, _, tail = name.partition(".input.")
+        kind = next((kind for kind, matches in kinds.items() if tail and matches(tail)), None)
+        lines[f"{kind} {linear} {'is' if 'router' in kind else 'are'} missing" if kind else f"{name} is missing"] = None
+    return list(lines)

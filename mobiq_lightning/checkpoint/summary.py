@@ -1,0 +1,112 @@
+"""What a checkpoint holds, read from headers and notes: no weight is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from mobiq_lightning.checkpoint.check import read_header
+from mobiq_lightning.checkpoint.loading import resolve
+from mobiq_lightning.checkpoint.names import CONFIG, PROVENANCE, RESULTS
+from mobiq_lightning.checkpoint.quantizer import ElasticConfig, insert_elastic_linears
+from mobiq_lightning.errors import CheckpointError
+from mobiq_lightning.layers import ElasticLinear, routed_inputs
+from mobiq_lightning.packing import QUANT_METHOD, depths_of
+from mobiq_lightning.source import BlockLayout
+
+
+@dataclass
+class Summary:
+    """Of an elastic checkpoint.
+
+    Args:
+        folder: Where it is.
+        config: `quantization_config`.
+        architecture: Class of the model.
+        linears: (O, I) -> how many sliced linears of that shape.
+        n_weights: Weights of the sliced linears.
+        n_blocks: Decoder blocks.
+        bytes_by_kind: Bytes of planes, scales and biases, routers, threshold tables, and everything else.
+        n_routers: Routers.
+        n_planes: Planes held of every weight.
+        provenance: Of provenance.json.
+        results: Of results.json.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    architecture: str
+    linears: Counter[tuple[int, int]] = field(default_factory=Counter)
+    n_weights: int = 0
+    n_blocks: int = 0
+    bytes_by_kind: Counter[str] = field(default_factory=Counter)
+    n_routers: int = 0
+    n_planes: int = 0
+    provenance: dict[str, Any] = field(default_factory=dict)
+    results: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def depths(self) -> list[int]:
+        """Depths at which the held slices can be read."""
+        return [depth for depth in depths_of(tuple(self.config["slice_bits"])) if depth <= self.n_planes]
+
+    def bits_per_weight(self, *kinds: str) -> float:
+        """Stored bits per sliced weight of some kinds of tensors."""
+        return 8 * sum(self.bytes_by_kind[kind] for kind in kinds) / self.n_weights
+
+
+def summarize_checkpoint(source: str | Path) -> Summary:
+    """Reads the headers of a checkpoint's shards and what lies beside them.
+
+    Raises:
+        CheckpointError: If there is no elastic checkpoint, or a header is damaged.
+    """
+    folder = resolve(source)
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    elastic = config.get("quantization_config", {})
+    if elastic.get("quant_method") != QUANT_METHOD:
+        raise CheckpointError(f"{folder} holds no elastic model (its quant_method is not {QUANT_METHOD!r})")
+    model = skeleton(folder, elastic)
+    summary = Summary(folder, elastic, type(model).__name__)
+    for path in sorted(folder.glob("*.safetensors")):
+        for name, entry in read_header(path).items():
+            start, end = entry["data_offsets"]
+            summary.bytes_by_kind[_kind(name)] += end - start
+    for module in model.modules():
+        if isinstance(module, ElasticLinear):
+            summary.linears[module.out_features, module.in_features] += 1
+            summary.n_weights += module.out_features * module.in_features
+            summary.n_planes = module.n_planes
+    summary.n_routers = len(routed_inputs(model))
+    summary.n_blocks = len(BlockLayout(**elastic["layout"]).find(model))
+    for key, file in (("provenance", PROVENANCE), ("results", RESULTS)):
+        if (folder / file).is_file():
+            setattr(summary, key, json.loads((folder / file).read_text(encoding="utf-8")))
+    return summary
+
+
+def skeleton(folder: Path, elastic: dict[str, Any]) -> Any:
+    """The model that a checkpoint is for, without its weights."""
+    config = AutoConfig.from_pretrained(folder)
+    del config.quantization_config
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        insert_elastic_linears(model, ElasticConfig.from_dict(elastic))
+    return model
+
+
+def _kind(name: str) -> str:
+    last = name.rpartition(".")[2]
+    if last.startswith("plane_"):
+        return "planes"
+    if last in ("slice_scale", "slice_bias"):
+        return "scales and biases"
+    if ".input." in name:
+        return "routers" if ".input.router." in name else "threshold tables"
+    return "not sliced"

@@ -1,0 +1,195 @@
+"""Writes a calibrated model as an elastic checkpoint, block by block as they finish: no more than a block is in memory."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mobiq_lightning.checkpoint.card import write_card
+from mobiq_lightning.checkpoint.check import differing_tensors, hash_tensor, read_header
+from mobiq_lightning.checkpoint.names import COMPANIONS, CONFIG, HASHES, INDEX, LATER, RESULTS, shard_name
+from mobiq_lightning.errors import CheckpointError
+from mobiq_lightning.files import replace_folder, sha256, write_atomically, write_json
+from mobiq_lightning.layers import SlicedLinear
+from mobiq_lightning.source import BlockLayout, CalibratedBlock, Source
+
+
+class CheckpointWriter:
+    """Collects an elastic checkpoint in a folder of its own, which takes its place once it is complete.
+
+    A writer that was killed is taken up by a new one on the same folder: shards that are there and whole are kept.
+
+    Args:
+        source: The source model, its blocks holding `SlicedLinear`.
+        layout: Where its blocks are.
+        folder: Where the checkpoint will be.
+    """
+
+    def __init__(self, source: Source, layout: BlockLayout, folder: Path) -> None:
+        self.source, self.layout, self.folder = source, layout, folder
+        self.partial = folder.with_name(f"{folder.name}.partial")
+        self.blocks = layout.find(source.model)
+        self.n_shards = len(self.blocks) + 1
+
+    def write_block(self, index: int) -> None:
+        """Writes the shard of block `index`: planes, scales and what is not sliced. Routers and tables come last."""
+        tensors = block_tensors(f"{self.layout.blocks}.{index}", self.blocks[index])
+        _write_shard(self.partial / shard_name(index, self.n_shards), tensors)
+
+    def finish(
+        self, calibrated: Sequence[CalibratedBlock], quantization: Mapping[str, Any], extra: Mapping[str, str]
+    ) -> list[int]:
+        """Writes what is missing, and puts the checkpoint in its place.
+
+        Args:
+            calibrated: What was learned of each block.
+            quantization: `quantization_config` of config.json.
+            extra: Further text files by name: recipe, provenance.
+
+        Returns:
+            Blocks whose shard was there but damaged, and was written again.
+        """
+        damaged: list[int] = []
+        for index in range(len(calibrated)):
+            path = self.partial / shard_name(index, self.n_shards)
+            if not _is_whole(path):
+                damaged += [index] if path.exists() else []
+                self.write_block(index)
+        last = _other_tensors(self.source.model, self.layout.blocks)
+        for index, learned in enumerate(calibrated):
+            last |= _input_tensors(f"{self.layout.blocks}.{index}", learned)
+        _write_shard(self.partial / shard_name(len(calibrated), self.n_shards), last)
+        for name, text in extra.items():
+            (self.partial / name).write_text(text, encoding="utf-8")
+        copy_companions(self.source.folder, self.partial)
+        config = json.loads((self.source.folder / CONFIG).read_text(encoding="utf-8"))
+        config["quantization_config"] = dict(quantization)
+        write_json(self.partial / CONFIG, config)
+        seal(self.partial)
+        write_card(self.partial)
+        replace_folder(self.partial, self.folder)
+        return damaged
+
+
+def seal(folder: Path) -> None:
+    """Writes index and hashes of a folder whose shards are complete, and removes what was noted beside the shards."""
+    weight_map: dict[str, str] = {}
+    hashes: dict[str, str] = {}
+    size = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        header = read_header(path)
+        weight_map |= dict.fromkeys(header, path.name)
+        size += sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in header.values())
+        hashes |= json.loads(_noted(path).read_text(encoding="utf-8"))
+        _noted(path).unlink()
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+    write_json(folder / INDEX, index)
+    kept = [p for p in sorted(folder.iterdir()) if p.suffix != ".safetensors" and p.name not in LATER]
+    files = {path.name: sha256(path) for path in kept}
+    write_json(folder / HASHES, {"files": files, "tensors": dict(sorted(hashes.items()))})
+
+
+def add_results(folder: Path, results: Mapping[str, Any]) -> None:
+    """Puts what was measured into a checkpoint: results.json and the model card."""
+    write_json(folder / RESULTS, results)
+    write_card(folder)
+
+
+def block_tensors(prefix: str, block: nn.Module) -> dict[str, Tensor]:
+    """Tensors of one block, except of its inputs, under the names that elastic linears give them."""
+    tensors: dict[str, Tensor] = {}
+    sliced = {name: module for name, module in block.named_modules() if isinstance(module, SlicedLinear)}
+    for name, linear in sliced.items():
+        device = next(linear.scheme.parameters(), linear.weight).device
+        packed = linear.scheme.pack(linear.weight.to(device))
+        base = f"{prefix}.{name}"
+        tensors |= {f"{base}.plane_{p}": plane for p, plane in enumerate(packed.planes)}
+        tensors |= {f"{base}.slice_scale": packed.scale, f"{base}.slice_bias": packed.bias}
+        if linear.bias is not None:
+            tensors[f"{base}.bias"] = linear.bias
+    for name, value in block.state_dict().items():
+        if not any(name.startswith(f"{linear}.") for linear in sliced):
+            tensors[f"{prefix}.{name}"] = value
+    return tensors
+
+
+def describe_factory(factory: Callable[..., Any]) -> dict[str, Any]:
+    """``{"class_path", "init_args"}`` of a factory: a class, or a `functools.partial` of one as recipes give."""
+    keywords: dict[str, Any] = {}
+    found: Any = factory
+    if isinstance(factory, functools.partial):
+        keywords = dict(factory.keywords)
+        found = next((a for a in (factory.func, *factory.args) if inspect.isclass(a)), factory.func)
+    if not inspect.isclass(found):
+        raise TypeError(f"a router factory must be a class or a functools.partial of one, not {factory!r}")
+    return {"class_path": f"{found.__module__}.{found.__qualname__}", "init_args": keywords}
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Tokenizer, chat template, generation config and licence, unchanged."""
+    for pattern in COMPANIONS:
+        for path in source.glob(pattern):
+            if path.is_file():
+                shutil.copyfile(path, folder / path.name)
+
+
+def write_shard(path: Path, tensors: Mapping[str, Tensor], hashes: Mapping[str, str]) -> None:
+    """Writes tensors into a file, atomically, and notes their hashes beside it until `seal`."""
+    write_json(_noted(path), dict(hashes))
+
+    def write(temporary: Path) -> None:
+        save_file(dict(tensors), temporary, metadata={"format": "pt"})
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)  # safetensors leaves files that only their owner can read
+
+    write_atomically(path, write)
+
+
+def _write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_shard(path, ready, {name: hash_tensor(tensor) for name, tensor in ready.items()})
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a shard and its noted hashes are there and agree."""
+    try:
+        header = read_header(path)
+        hashes = json.loads(_noted(path).read_text(encoding="utf-8"))
+    except (CheckpointError, OSError, ValueError):
+        return False
+    return set(hashes) == set(header) and not differing_tensors(dict.fromkeys(header, path), hashes)
+
+
+def _noted(path: Path) -> Path:
+    return path.with_name(f"{path.name}.hashes")
+
+
+def _input_tensors(prefix: str, learned: CalibratedBlock) -> dict[str, Tensor]:
+    """Routers and threshold tables of one block."""
+    return {
+        f"{prefix}.{key.replace('-', '.')}.input.{name}": value
+        for key, routed in learned.inputs.items()
+        for name, value in routed.state_dict().items()
+    }
+
+
+def _other_tensors(model: Any, blocks: str) -> dict[str, Tensor]:
+    """Tensors outside of the blocks; of tied ones only the first."""
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, value in model.state_dict().items():
+        if name.startswith(f"{blocks}.") or value.data_ptr() in seen:
+            continue
+        seen.add(value.data_ptr())
+        tensors[name] = value
+    return tensors

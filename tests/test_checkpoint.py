@@ -1,0 +1,542 @@
+"""The elastic checkpoint: what loads, what runs, what is refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+import mobiq_lightning
+from mobiq_lightning.checkpoint.check import hash_tensor
+from mobiq_lightning.checkpoint.elastic_model import input_names
+from mobiq_lightning.checkpoint.exporting import export
+from mobiq_lightning.checkpoint.names import COMPANIONS, HASHES, INDEX
+from mobiq_lightning.checkpoint.verification import verify
+from mobiq_lightning.checkpoint.write import CheckpointWriter
+from mobiq_lightning.cli import main
+from mobiq_lightning.errors import BitsError, CheckpointError
+from mobiq_lightning.layers import ElasticLinear
+from mobiq_lightning.packing import n_groups
+from tests.conftest import Run, small_recipe
+
+IDS = torch.randint(3, 300, (2, 12), generator=torch.Generator().manual_seed(0))
+DEPTHS = (2, 3, 4, 6, 8)
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {k: v for path in sorted(folder.glob("*.safetensors")) for k, v in load_file(path).items()}
+
+
+@pytest.fixture(scope="module")
+def model(finished: Run) -> Any:
+    """Loaded once; every test sets the dial itself."""
+    return mobiq_lightning.load(finished[0])
+
+
+@pytest.fixture
+def broken(finished: Run, tmp_path: Path) -> Path:
+    """A copy of the checkpoint, to be broken."""
+    return shutil.copytree(finished[0] / "elastic", tmp_path / "elastic")
+
+
+def logits(model: Any, bits: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
+    with torch.no_grad(), model.bits(bits):
+        return model(ids).logits  # type: ignore[no-any-return]
+
+
+def generate(model: Any, ids: torch.Tensor = IDS, **settings: Any) -> torch.Tensor:
+    settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "do_sample": False, **settings}
+    return model.generate(ids, pad_token_id=0, **settings)  # type: ignore[no-any-return]
+
+
+class TestLoading:
+    @pytest.mark.parametrize(
+        "imports",
+        [
+            "import mobiq_lightning; from transformers import AutoModelForCausalLM",
+            "from transformers import AutoModelForCausalLM; import mobiq_lightning",
+            "import transformers.quantizers.auto, mobiq_lightning; from transformers import AutoModelForCausalLM",
+        ],
+    )
+    def test_transformers_loads_it_after_the_import(self, finished: Run, imports: str) -> None:
+        code = (
+            f"{imports}; model = AutoModelForCausalLM.from_pretrained({str(finished[0] / 'elastic')!r});"
+            "model.set_bits(3.2); assert 'ElasticLinear' in str(model), model"
+        )
+        subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+    def test_importing_the_package_imports_neither_torch_nor_transformers(self) -> None:
+        code = "import sys, mobiq_lightning; assert not {'torch', 'transformers', 'lightning'} & set(sys.modules)"
+        subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+    def test_both_ways_in_give_the_same_model(self, finished: Run, model: Any) -> None:
+        other = AutoModelForCausalLM.from_pretrained(finished[0] / "elastic")
+        assert isinstance(other, LlamaForCausalLM)
+        assert (
+            other.budget
+            == model.budget
+            == yaml.safe_load(finished[0].joinpath("config.yaml").read_text())["model"]["budget"]["init_args"].get(
+                "final_bits", other.budget
+            )
+        )
+        assert torch.equal(logits(other, 3.3), logits(model, 3.3))
+
+    def test_saving_what_was_loaded_gives_the_same_bytes(self, finished: Run, model: Any, tmp_path: Path) -> None:
+        model.set_bits(2.7)  # where the dial stands is no part of a checkpoint
+        model.save_pretrained(tmp_path / "one")
+        mobiq_lightning.load(tmp_path / "one").save_pretrained(tmp_path / "two")
+        stored, one = tensors_of(finished[0] / "elastic"), tensors_of(tmp_path / "one")
+        assert set(one) == set(stored)
+        assert all(hash_tensor(one[name]) == hash_tensor(stored[name]) for name in stored)
+        assert (tmp_path / "one" / "model.safetensors").read_bytes() == (
+            tmp_path / "two" / "model.safetensors"
+        ).read_bytes()
+        assert (tmp_path / "one" / "config.json").read_bytes() == (tmp_path / "two" / "config.json").read_bytes()
+
+    def test_fewer_planes_compute_what_all_of_them_do_at_their_depths(self, finished: Run, model: Any) -> None:
+        small = mobiq_lightning.load(finished[0], max_bits=4)
+        assert {m.n_planes for m in small.modules() if isinstance(m, ElasticLinear)} == {4}
+        for bits in (2, 3, 4):
+            assert torch.equal(logits(small, bits), logits(model, bits))
+        with pytest.raises(BitsError, match="holds 2 to 4"):
+            small.set_bits(4.5)
+
+    def test_fewer_planes_meet_budgets_between_their_depths(self, finished: Run) -> None:
+        small = mobiq_lightning.load(finished[0], max_bits=4)
+        text = Path(yaml.safe_load((finished[0] / "config.yaml").read_text())["data"]["source"]).read_text()
+        from transformers import AutoTokenizer
+
+        ids = AutoTokenizer.from_pretrained(finished[0] / "elastic")(text)["input_ids"][:1024]
+        for bits in (2.5, 3.5, 3.75):
+            small.set_bits(bits)
+            small(torch.tensor(ids).reshape(8, 128))
+            assert small.bits_used().code_bits == pytest.approx(bits, abs=0.12)
+
+    def test_a_saved_part_says_what_it_holds(self, finished: Run, tmp_path: Path) -> None:
+        mobiq_lightning.load(finished[0], max_bits=3).save_pretrained(tmp_path / "three")
+        with pytest.raises(CheckpointError, match=r"max_bits \(4\) is more than the 3 bits"):
+            mobiq_lightning.load(tmp_path / "three", max_bits=4)
+        assert mobiq_lightning.load(tmp_path / "three").dial.highest == 3
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_it_runs_in_half_precision(self, finished: Run, model: Any, dtype: torch.dtype) -> None:
+        half = mobiq_lightning.load(finished[0], dtype=dtype)
+        assert half.dtype == dtype
+        for other in (half, mobiq_lightning.load(finished[0]).to(dtype)):
+            difference = (logits(other, 8).float() - logits(model, 8)).abs().max() / logits(model, 8).abs().max()
+            assert 0 < float(difference) < 0.03
+
+    @pytest.mark.parametrize("device_map", ["auto", {"": "cpu"}])
+    def test_a_device_map_is_taken(self, finished: Run, model: Any, device_map: Any) -> None:
+        mapped = mobiq_lightning.load(finished[0], device_map=device_map)
+        assert torch.equal(logits(mapped, 3.3), logits(model, 3.3))
+
+    def test_copies_and_pickles_turn_their_own_dial(self, model: Any) -> None:
+        model.set_bits(5)
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            other.set_bits(2)
+            assert model.budget == 5
+            assert torch.equal(logits(other, 3.3), logits(model, 3.3))
+            assert other.bits_used().code_bits != 5
+
+    def test_everything_that_belongs_to_the_tokenizer_comes_along(self) -> None:
+        names = [
+            "added_tokens.json",
+            "tokenizer.model",
+            "chat_template.jinja",
+            "LICENSE.txt",
+            "merges.txt",
+            "vocab.json",
+        ]
+        assert all(any(Path(name).match(pattern) for pattern in COMPANIONS) for name in names)
+
+    def test_eight_stored_bits_in_groups_of_128_take_at_most_8_3_bits(self) -> None:
+        for columns in (4096, 11008, 14336, 4000):
+            linear = ElasticLinear(columns, 64, (2, 2, 2, 2), 128, bias=False)
+            size = sum(buffer.numel() * buffer.element_size() for buffer in linear.buffers())
+            assert n_groups(columns, 128) == linear.get_buffer("slice_scale").shape[1]
+            assert 8 * size / (columns * 64) <= 8.3
+
+
+class TestDial:
+    def test_a_budget_for_one_call_leaves_the_dial_where_it_was(self, model: Any) -> None:
+        model.set_bits(6)
+        generate(model, bits=2)
+        assert model.budget == 6
+        assert model.bits_used().code_bits == 2
+        assert model.bits_used().n_tokens == 2 * (12 + 5)
+
+    def test_each_row_of_a_batch_is_what_it_is_alone(self, model: Any) -> None:
+        together = generate(model, bits=torch.tensor([2.0, 8.0]))
+        assert model.bits_used().per_row == [2.0, 8.0]
+        for row, bits in enumerate((2.0, 8.0)):
+            assert torch.equal(together[row], generate(model, IDS[row : row + 1], bits=bits)[0])
+
+    def test_rows_keep_their_budgets_under_beam_search(self, model: Any) -> None:
+        together = generate(model, bits=[2.0, 8.0], num_beams=3)
+        assert model.bits_used().per_row == [2.0, 8.0]
+        for row, bits in enumerate((2.0, 8.0)):
+            assert torch.equal(together[row], generate(model, IDS[row : row + 1], bits=bits, num_beams=3)[0])
+
+    def test_padding_in_front_of_a_row_is_not_counted(self, model: Any) -> None:
+        mask = torch.ones_like(IDS)
+        mask[0, :7] = 0
+        generate(model, attention_mask=mask, bits=3.3)
+        assert model.bits_used().n_tokens == 2 * 12 - 7 + 2 * 5
+
+    @pytest.mark.parametrize(
+        ("bits", "message"), [([2.0, 3.0, 4.0], "3 budgets for a batch of 2"), (1, "1 bits"), (9, "9 bits")]
+    )
+    def test_impossible_budgets_are_refused_and_change_nothing(self, model: Any, bits: Any, message: str) -> None:
+        model.set_bits(4)
+        with pytest.raises(BitsError, match=message):
+            generate(model, bits=bits)
+        assert model.budget == 4
+
+    def test_rows_that_do_not_match_a_forward_pass_are_refused(self, model: Any) -> None:
+        with pytest.raises(BitsError, match="3 budgets were set"), model.bits([2.0, 3.0, 4.0]):
+            model(IDS)
+
+    def test_the_dial_may_turn_between_tokens_and_the_cache_is_kept(self, model: Any) -> None:
+        """The first tokens at 8 bits, the rest at 2, equal the same done by hand with one cache."""
+
+        def turn(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            model.set_bits(2.0 if ids.shape[1] >= 14 else 8.0)
+            return scores
+
+        model.set_bits(8.0)
+        turned = generate(model, logits_processor=[turn], max_new_tokens=8)
+        used = model.bits_used()
+        ids, cache = IDS, None
+        for step in range(8):
+            with torch.no_grad(), model.bits(8.0 if step < 3 else 2.0):
+                out = model(ids if cache is None else ids[:, -1:], past_key_values=cache, use_cache=True)
+            cache, ids = out.past_key_values, torch.cat([ids, out.logits[:, -1:].argmax(-1)], 1)
+        assert torch.equal(turned, ids)
+        assert used.code_bits == pytest.approx((14 * 8 + 5 * 2) / 19)
+
+    def test_a_static_cache_gives_the_same_tokens(self, model: Any) -> None:
+        for bits in (2.5, [3.3, 6.0]):
+            static = generate(model, bits=bits, cache_implementation="static")
+            assert torch.equal(static, generate(model, bits=bits))
+
+    def test_per_layer_figures_average_to_the_whole(self, model: Any) -> None:
+        logits(model, 3.3)
+        used = model.bits_used(per_layer=True)
+        assert list(used.per_layer) == input_names(model)
+        assert "model.layers.1.mlp.down_proj" in used.per_layer
+        sizes = [routed.n_weights for routed in model.dial.inputs]
+        mean = sum(b * n for b, n in zip(used.per_layer.values(), sizes, strict=True)) / sum(sizes)
+        assert used.code_bits == pytest.approx(mean)
+
+    def test_it_compiles_whole_and_the_dial_turns_without_compiling_again(self, model: Any) -> None:
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        mask = torch.ones_like(IDS)
+        mask[0, :3] = 0
+        model.set_bits(4)
+        with torch.no_grad():
+            compiled(IDS, attention_mask=mask)
+            with torch.compiler.set_stance("fail_on_recompile"):
+                for bits in (2, 2.3, 3.9, 8):
+                    model.set_bits(bits)
+                    ours = compiled(IDS, attention_mask=mask).logits
+                    counted = model.bits_used()
+                    model.set_bits(bits)
+                    torch.testing.assert_close(ours, model(IDS, attention_mask=mask).logits, atol=1e-4, rtol=1e-4)
+                    assert counted == model.bits_used()
+                    assert counted.n_tokens == 2 * 12 - 3
+
+    def test_a_hundred_turns_leave_nothing_behind(self, model: Any) -> None:
+        import gc
+
+        def turn(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            model.set_bits(2 + (ids.shape[1] * 0.37) % 6)
+            return scores
+
+        def tensors_alive() -> int:
+            gc.collect()
+            return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+        generate(model, logits_processor=[turn], max_new_tokens=2)
+        before = tensors_alive()
+        generate(model, logits_processor=[turn], max_new_tokens=100)
+        assert tensors_alive() == before
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any], shard: int = 0) -> str:
+    """Changes the tensors of a shard; returns its name."""
+    path = sorted(folder.glob("*.safetensors"))[shard]
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+    return path.name
+
+
+def rehash(folder: Path) -> None:
+    """Hashes that fit the tensors: what is wrong was wrong when it was written."""
+    hashes = json.loads((folder / HASHES).read_text())
+    hashes["tensors"] = {name: hash_tensor(value) for name, value in tensors_of(folder).items()}
+    (folder / HASHES).write_text(json.dumps(hashes))
+
+
+PLANE = "model.layers.0.mlp.down_proj.plane_3"
+Q = "model.layers.0.self_attn.q_proj"
+
+
+class TestDamage:
+    """Everything is refused by both ways in, and named by `verify`."""
+
+    def refused(self, folder: Path, message: str, by_verify: str | None = None) -> None:
+        for load in (mobiq_lightning.load, AutoModelForCausalLM.from_pretrained):
+            with pytest.raises(CheckpointError, match=message):
+                load(folder)
+        problems = verify(folder)
+        assert any(by_verify or "" in problem for problem in problems)
+        assert problems
+
+    def test_a_truncated_shard(self, broken: Path) -> None:
+        path = sorted(broken.glob("*.safetensors"))[1]
+        path.write_bytes(path.read_bytes()[:-100])
+        self.refused(broken, rf"{path.name} is cut off or damaged: it should be \d+ bytes long and has \d+")
+
+    def test_a_shard_without_a_header(self, broken: Path) -> None:
+        path = sorted(broken.glob("*.safetensors"))[0]
+        path.write_bytes(path.read_bytes()[:5])
+        self.refused(broken, f"{path.name} is cut off or damaged")
+
+    def test_a_flipped_byte(self, broken: Path) -> None:
+        def flip(tensors: dict[str, torch.Tensor]) -> None:
+            tensors[PLANE].view(-1)[7] ^= 4
+
+        name = edit_tensors(broken, flip)
+        self.refused(broken, f"{name}: the bytes of {PLANE} are not those that were written", PLANE)
+        assert mobiq_lightning.load(broken, check_hashes=False) is not None
+
+    def test_a_flipped_byte_in_a_plane_that_is_not_read_does_not_matter(self, broken: Path) -> None:
+        def flip(tensors: dict[str, torch.Tensor]) -> None:
+            tensors["model.layers.0.mlp.down_proj.plane_7"].view(-1)[0] ^= 1
+
+        edit_tensors(broken, flip)
+        assert mobiq_lightning.load(broken, max_bits=6) is not None
+        with pytest.raises(CheckpointError, match="plane_7"):
+            mobiq_lightning.load(broken)
+
+    def test_a_wrong_shape(self, broken: Path) -> None:
+        name = edit_tensors(broken, lambda t: t.update({PLANE: t[PLANE][:-1].clone()}))
+        self.refused(broken, rf"{name}: {PLANE} has shape \[31, 6\], should have \[32, 6\]")
+
+    def test_a_wrong_dtype(self, broken: Path) -> None:
+        name = edit_tensors(broken, lambda t: t.update({PLANE: t[PLANE].float()}))
+        self.refused(broken, f"{name}: {PLANE} has dtype F32")
+
+    def test_a_missing_plane(self, broken: Path) -> None:
+        edit_tensors(broken, lambda t: t.pop(PLANE))
+        self.refused(broken, f"{PLANE} is missing")
+
+    def test_a_missing_router(self, broken: Path) -> None:
+        edit_tensors(broken, lambda t: [t.pop(n) for n in list(t) if n.startswith(f"{Q}.input.router.")], -1)
+        self.refused(broken, f"the router of {Q} is missing")
+
+    def test_missing_thresholds(self, broken: Path) -> None:
+        edit_tensors(broken, lambda t: t.pop(f"{Q}.input.layer_thresholds"), -1)
+        self.refused(broken, f"the thresholds of {Q} are missing")
+
+    def test_a_missing_norm(self, broken: Path) -> None:
+        edit_tensors(broken, lambda t: t.pop("model.layers.0.input_layernorm.weight"))
+        self.refused(broken, r"model\.layers\.0\.input_layernorm\.weight is missing")
+
+    def test_a_tensor_of_another_model(self, broken: Path) -> None:
+        edit_tensors(broken, lambda t: t.update({"model.layers.0.extra": torch.zeros(2)}))
+        self.refused(broken, r"model\.layers\.0\.extra is not part of this model")
+
+    def test_a_missing_shard(self, broken: Path) -> None:
+        sorted(broken.glob("*.safetensors"))[0].unlink()
+        with pytest.raises(CheckpointError, match="model-00001-of-00003"):
+            mobiq_lightning.load(broken)
+        assert "model-00001-of-00003.safetensors is missing" in verify(broken)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"format_version": 99}, "format version 99.*up to 1"),
+            ({"slice_bits": None}, "quantization_config lacks slice_bits"),
+            ({"router": {"class_path": "subprocess.Popen", "init_args": {}}}, "no mobiq_lightning.strategies.Router"),
+            ({"router": {"class_path": "nowhere.Router", "init_args": {}}}, "cannot be imported here"),
+            (
+                {"router": {"class_path": "mobiq_lightning.strategies.MLPRouter", "init_args": {"x": 1}}},
+                "cannot be built",
+            ),
+        ],
+    )
+    def test_a_config_that_does_not_fit(self, broken: Path, change: dict[str, Any], message: str) -> None:
+        config = json.loads((broken / "config.json").read_text())
+        config["quantization_config"] |= change
+        config["quantization_config"] = {k: v for k, v in config["quantization_config"].items() if v is not None}
+        (broken / "config.json").write_text(json.dumps(config))
+        self.refused(broken, message)
+
+    def test_a_model_that_is_not_elastic(self, make_model: Callable[..., Path]) -> None:
+        with pytest.raises(CheckpointError, match="holds no elastic model"):
+            mobiq_lightning.load(make_model())
+
+    @pytest.mark.parametrize("name", ["nowhere", "/nowhere/at/all", "runs/a/b"])
+    def test_no_checkpoint_at_all(self, name: str) -> None:
+        with pytest.raises(CheckpointError, match="holds no elastic checkpoint"):
+            mobiq_lightning.load(name)
+
+    def test_a_hub_id_that_cannot_be_reached(self) -> None:
+        with pytest.raises(CheckpointError, match=r"neither a folder .* nor reachable on the hub"):
+            mobiq_lightning.load("nobody/nothing-elastic")
+
+
+class TestVerify:
+    def test_a_whole_checkpoint_passes(self, finished: Run, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["verify", str(finished[0])]) == 0
+        assert "DAMAGED" not in capsys.readouterr().out
+
+    def test_damage_is_named_and_the_command_fails(self, broken: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (broken / "tokenizer.json").write_text("{}")
+        assert main(["verify", str(broken)]) == 1
+        output = capsys.readouterr()
+        assert "DAMAGED  files and hashes" in output.out
+        assert "tokenizer.json is not what was written" in output.out
+        assert "1 problem" in output.err
+
+    @pytest.mark.parametrize(
+        ("tensor", "shard", "change", "message"),
+        [
+            (f"{Q}.input.layer_thresholds", -1, lambda v: v[-1].flip(0), "thresholds must not rise with the budget"),
+            (f"{Q}.slice_scale", 0, lambda v: v * 0, "scales are not above 0"),
+            (f"{Q}.slice_bias", 0, lambda v: v / 0, "values are NaN or infinite"),
+            (PLANE, 0, lambda v: v | 1, "bits beyond the last of 44 weights are set"),
+        ],
+    )
+    def test_values_that_cannot_be_are_named(
+        self, broken: Path, tensor: str, shard: int, change: Callable[[torch.Tensor], torch.Tensor], message: str
+    ) -> None:
+        def edit(tensors: dict[str, torch.Tensor]) -> None:
+            value = change(tensors[tensor])
+            tensors[tensor] = value.expand_as(tensors[tensor]).contiguous()
+
+        edit_tensors(broken, edit, shard)
+        rehash(broken)
+        problems = verify(broken)
+        assert any(message in problem and tensor.rpartition(".")[0] in problem for problem in problems), problems
+
+
+class TestExport:
+    def test_a_part_holds_the_first_planes_and_runs_alike(self, finished: Run, model: Any, tmp_path: Path) -> None:
+        assert main(["export", str(finished[0]), "--to", str(tmp_path / "four"), "--max-bits", "4"]) == 0
+        assert verify(tmp_path / "four") == []
+        planes = {name.rpartition(".")[2] for name in tensors_of(tmp_path / "four") if ".plane_" in name}
+        assert planes == {f"plane_{p}" for p in range(4)}
+        small, capped = mobiq_lightning.load(tmp_path / "four"), mobiq_lightning.load(finished[0], max_bits=4)
+        for bits in (2, 2.6, 3.7, 4):
+            assert torch.equal(logits(small, bits), logits(capped, bits))
+        assert "Measured with all planes" in (tmp_path / "four" / "README.md").read_text()
+        assert (tmp_path / "four" / "tokenizer.json").is_file()
+
+    def test_a_whole_copy_has_the_same_tensors(self, finished: Run, tmp_path: Path) -> None:
+        export(finished[0], tmp_path / "copy")
+        for path in (finished[0] / "elastic").glob("*.safetensors"):
+            assert (tmp_path / "copy" / path.name).read_bytes() == path.read_bytes()
+        for name in ("config.json", INDEX):
+            assert json.loads((tmp_path / "copy" / name).read_text()) == json.loads(
+                (finished[0] / "elastic" / name).read_text()
+            )
+        assert verify(tmp_path / "copy") == []
+
+    def test_damage_is_not_copied(self, broken: Path, tmp_path: Path) -> None:
+        edit_tensors(broken, lambda t: t.update({PLANE: t[PLANE] ^ 2}))
+        with pytest.raises(CheckpointError, match=f"nothing was exported.\n.*{PLANE}"):
+            export(broken, tmp_path / "copy")
+        assert not (tmp_path / "copy").exists()
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--max-bits", "5"], "no prefix of the slices; give one of"),
+            ([], "exists; give another folder, or --overwrite"),
+            (["--to", ""], "--to is missing"),
+        ],
+    )
+    def test_what_cannot_be_exported_is_answered(
+        self, finished: Run, tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        target = tmp_path / ("new" if arguments else "")
+        assert main(["export", str(finished[0]), "--to", str(target), *arguments]) != 0
+        assert message in capsys.readouterr().err
+
+    def test_it_never_replaces_its_own_source(self, finished: Run) -> None:
+        with pytest.raises(CheckpointError, match="is the checkpoint itself"):
+            export(finished[0], finished[0] / "elastic", overwrite=True)
+
+
+class TestWriting:
+    def test_a_shard_that_was_damaged_before_the_end_is_written_again(
+        self, make_model: Callable[..., Path], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        finish, found = CheckpointWriter.finish, []
+
+        def damage_first(self: CheckpointWriter, *arguments: Any) -> Any:
+            shards = sorted(self.partial.glob("*.safetensors"))
+            assert len(shards) == 2, "every block was written when it was done"
+            edit_tensors(self.partial, lambda t: t.update({PLANE: t[PLANE] ^ 1}))
+            found.append(finish(self, *arguments))
+            return found[-1]
+
+        monkeypatch.setattr(CheckpointWriter, "finish", damage_first)
+        assert main(["fit", *small_recipe(make_model(), text_file, tmp_path)]) == 0
+        assert found == [[0]]
+        assert verify(tmp_path / "run") == []
+        assert not (tmp_path / "run" / "elastic.partial").exists()
+
+    def test_provenance_recipe_and_results_lie_with_the_tensors(self, finished: Run) -> None:
+        elastic = finished[0] / "elastic"
+        provenance = json.loads((elastic / "provenance.json").read_text())
+        assert provenance["calibration"]["n_samples"] == 8
+        assert len(provenance["calibration"]["data_hash"]) >= 16
+        assert provenance["seed"] == 0
+        assert provenance["environment"]["torch"] == torch.__version__
+        assert yaml.safe_load((elastic / "recipe.yaml").read_text())["data"]["seq_len"] == 32
+        assert json.loads((elastic / "results.json").read_text()) == json.loads(
+            (finished[0] / "results.json").read_text()
+        )
+
+    def test_the_card_shows_how_to_load_and_what_was_measured(self, finished: Run) -> None:
+        text = (finished[0] / "elastic" / "README.md").read_text()
+        rows = json.loads((finished[0] / "results.json").read_text())["rows"]
+        router = next(r for r in rows if r["allocation"] == "router" and r["target_bits"] == 2.5)
+        assert f"| router | 2.5 | {router['used_bits']:.2f} |" in text
+        assert f"{router['perplexity']:.2f}" in text
+        code = text.split("```python\n")[1].split("```")[0].replace("path/to/this/folder", str(finished[0] / "elastic"))
+        subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+    def test_others_may_read_the_files(self, finished: Run) -> None:
+        modes = {path.stat().st_mode & 0o777 for path in (finished[0] / "elastic").iterdir()}
+        assert len(modes) == 1
+
+    def test_inspect_prints_what_it_holds(self, finished: Run, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["inspect", str(finished[0])]) == 0
+        output = " ".join(capsys.readouterr().out.split())
+        for expected in (
+            "LlamaForCausalLM, 2 blocks",
+            "8 planes held",
+            "8 x MLPRouter",
+            "round to nearest",
+            "8 x 32 tokens",
+        ):
+            assert expected in output

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from mobiq_lightning.callbacks.threshold_tuning import nested_allocation
 from mobiq_lightning.dial import Dial
 from mobiq_lightning.errors import BitsError
 from mobiq_lightning.layers import ElasticLinear
@@ -245,3 +246,16 @@ def test_rising_thresholds_are_pooled_and_falling_ones_left_alone() -> None:
     table = torch.tensor([[3.0, 1.0, 2.0, 0.0, -torch.inf], [4.0, 3.0, 2.0, 1.0, 0.0]])
     expected = torch.tensor([[3.0, 1.5, 1.5, 0.0, -torch.inf], [4.0, 3.0, 2.0, 1.0, 0.0]])
     assert torch.equal(falling(table), expected)
+
+
+def test_static_depths_of_collapsed_inputs_grow_with_the_budget_and_come_near_it() -> None:
+    sizes = [5, 3, 8, 2, 5, 3, 8, 2]
+    before = [0] * len(sizes)
+    for step in range(25):
+        bits = 2 + step / 4
+        n_open = nested_allocation(sizes, BITS, bits)
+        assert all(new >= old for new, old in zip(n_open, before, strict=True))
+        depths = [2, 3, 4, 6, 8]
+        mean = sum(depths[n] * size for n, size in zip(n_open, sizes, strict=True)) / sum(sizes)
+        assert mean == pytest.approx(bits, abs=2 * max(sizes) / sum(sizes))
+        before = n_open

@@ -16,7 +16,7 @@ from mobiq_lightning.module import ElasticCalibration
 from mobiq_lightning.packing import depths_of
 from mobiq_lightning.routed_input import meet_budget, record_scores
 from mobiq_lightning.strategies.base import Router
-from mobiq_lightning.strategies.routers.static import StaticRouter, split_budget
+from mobiq_lightning.strategies.routers.static import split_budget
 from mobiq_lightning.strategies.thresholds import Scope, falling
 
 _BATCH = 4  # windows that go through a block at once
@@ -76,6 +76,9 @@ class ThresholdTuning(Callback):
             refined[..., column] = _tables_for(kind, scores, sizes, slice_bits, [bits], scope)[..., 0]
             if scope == "layer" and kind.per_token:
                 self._mend_collapse(module, scores, refined[..., column], bits)
+        for k, highest in enumerate(depths_of(slice_bits)):  # above what is held, all stays open
+            held = int((inputs[0].budgets <= highest).sum())
+            refined[:, k, held:] = refined[:, k, held - 1 : held]
         return falling(refined) if kind.per_token else refined
 
     def _mend_collapse(self, module: ElasticCalibration, scores: list[Tensor], thresholds: Tensor, bits: float) -> None:
@@ -95,9 +98,9 @@ class ThresholdTuning(Callback):
         shares = [most_common_share(s, float(t[-1])) for s, t in zip(scores, thresholds, strict=True)]
         collapsed = [i for i, share in enumerate(shares) if share > COLLAPSE_SHARE]
         sizes = [inputs[i].n_weights for i in collapsed]
-        for i, n_open in zip(collapsed, StaticRouter.allocate(sizes, slice_bits, bits), strict=True):
-            held = thresholds[i] > -torch.inf  # a model that holds less than the budget reads all that it holds
-            thresholds[i][held] = _threshold_for_depth(scores[i], n_open)
+        first = sum(depth < bits for depth in depths_of(slice_bits))  # models that hold less read all that they hold
+        for i, n_open in zip(collapsed, nested_allocation(sizes, slice_bits, bits), strict=True):
+            thresholds[i, first:] = _threshold_for_depth(scores[i], n_open)
             name = module.input_names()[i]
             if name not in module.collapsed:
                 say(
@@ -134,16 +137,36 @@ def _tables_for(
     """Thresholds (inputs, S, budgets); entry k of the middle is for a model that holds the first k + 1 slices alone.
 
     Capping the depth of a model that was tuned without a cap would spend less than asked: some tokens read beyond it.
-    Budgets above what such a model holds open all its slices.
+    Budgets above what such a model holds are those of all that it holds.
     """
-    tables = torch.full((len(scores), len(slice_bits), len(budgets)), -torch.inf, device=scores[0].device)
+    tables = []
     for k, highest in enumerate(depths_of(slice_bits)):
-        within = [column for column, bits in enumerate(budgets) if bits <= highest]
-        if within:
-            held = [s[:, :k] for s in scores]
-            asked = [budgets[column] for column in within]
-            tables[:, k, within] = kind.thresholds_for(held, sizes, slice_bits[: k + 1], asked, scope).to(tables)
-    return tables
+        asked = [min(bits, highest) for bits in budgets]
+        tables.append(kind.thresholds_for([s[:, :k] for s in scores], sizes, slice_bits[: k + 1], asked, scope))
+    return torch.stack(tables, dim=1)
+
+
+def nested_allocation(sizes: Sequence[int], slice_bits: tuple[int, ...], target_bits: float) -> list[int]:
+    """Static depths that only grow with the budget, as thresholds must: an input that has moved up stays there.
+
+    `StaticRouter.allocate` comes nearer to a budget, but may take a slice away from an input when the budget rises.
+
+    Args:
+        sizes: Weights that each input feeds.
+        slice_bits: Bits of each slice.
+        target_bits: Average bits per weight over these inputs.
+
+    Returns:
+        Slices after the base that each input reads.
+    """
+    lower, share = split_budget(slice_bits, target_bits)
+    n_open, given = [lower] * len(sizes), 0
+    for i in sorted(range(len(sizes)), key=lambda i: i * 0.6180339887 % 1):  # golden ratio: spread over the model
+        if given + sizes[i] / 2 > share * sum(sizes):
+            break
+        n_open[i] += 1
+        given += sizes[i]
+    return n_open
 
 
 def most_common_share(scores: Tensor, threshold: float) -> float:

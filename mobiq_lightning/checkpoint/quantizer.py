@@ -136,7 +136,7 @@ class ElasticQuantizer(HfQuantizer):
             pattern = rf"\.({'|'.join(left)})$"
             ignored: Any = model._keys_to_ignore_on_load_unexpected  # a set, in earlier versions a list or None
             both = ignored | {pattern} if isinstance(ignored, set) else [*(ignored or []), pattern]
-            model._keys_to_ignore_on_load_unexpected = both
+            model._keys_to_ignore_on_load_unexpected = both  # type: ignore[assignment]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> None:
         model.requires_grad_(False)

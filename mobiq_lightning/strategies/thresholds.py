@@ -91,7 +91,7 @@ def falling(table: Tensor) -> Tensor:
     must never close a slice when it is turned up. Neighbours that rise are pooled (pool adjacent violators).
 
     Args:
-        table: (..., budgets); ends of a row may be -inf.
+        table: (..., budgets).
     """
     rows = table.reshape(-1, table.shape[-1]).tolist()
     for row in rows:

@@ -19,7 +19,7 @@ from mobiq_lightning import BitsPolicy
 from mobiq_lightning.checkpoint.loading import resolve
 from mobiq_lightning.speed import measure_speed, store_speed
 
-ARRIVALS = [1, 1, 2, 6, 10, 10, 6, 4, 2, 1, 1, 0, 0, 0]
+ARRIVALS = [1, 1, 2, 5, 8, 6, 4, 3, 2, 1, 1, 0, 0, 0, 0, 0, 0]
 """Requests that arrive per step on average."""
 
 

@@ -178,6 +178,10 @@ class Dial:
 
     def _keep_count(self, before: Tensor | None, scope: Scope) -> None:
         """Sets aside what was counted, turns the dial back to `before` unless that is None, and begins counting anew."""
+        if self._generating:  # a context within a generation: the generation goes on counting
+            if before is not None:
+                self._turn(before, scope)
+            return
         kept = [(routed.bits_read.clone(), routed.tokens_read.clone()) for routed in self.inputs]
         if before is not None:
             self._turn(before, scope)

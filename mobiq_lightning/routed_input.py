@@ -194,7 +194,9 @@ class RoutedInput(nn.Module):
 
     def bits_of(self, gates: Tensor) -> Tensor:
         """Code bits (...) that gates (..., S) read."""
-        return gates @ torch.tensor(self.slice_bits, dtype=gates.dtype, device=gates.device)
+        # Not a product with a tensor of slice bits: copying that to a device would make the host wait for it.
+        terms = [gate * bits for gate, bits in zip(gates.unbind(-1), self.slice_bits, strict=True)]
+        return torch.stack(terms).sum(0)
 
     def extra_repr(self) -> str:
         """Shown by `print(module)`."""

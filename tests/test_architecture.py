@@ -23,6 +23,9 @@ FORBIDDEN = {
     },
     "layers.py": {"lightning", "transformers", "datasets", "triton", "mobiq_lightning.module"},
     "hidden_states.py": {"lightning", "datasets", "mobiq_lightning.module", "mobiq_lightning.callbacks"},
+    "dial.py": {"lightning", "transformers", "datasets", "triton", "mobiq_lightning.checkpoint"},
+    "checkpoint": {"lightning", "datasets", "triton", "mobiq_lightning.callbacks", "mobiq_lightning.training_cli"},
+    "policy.py": {"lightning", "transformers", "torch"},
     "metrics.py": {"lightning", "transformers", "datasets", "mobiq_lightning.module"},
     "module.py": {"mobiq_lightning.callbacks", "mobiq_lightning.training_cli", "datasets"},
 }
@@ -66,4 +69,9 @@ def test_the_package_imports_without_gpu_and_triton() -> None:
     code = (
         "import sys; sys.modules['triton'] = None; import mobiq_lightning.checkpoint.loading, mobiq_lightning.kernels"
     )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_serving_a_checkpoint_needs_no_training_framework() -> None:
+    code = "import sys, mobiq_lightning.checkpoint.loading; assert not {'lightning', 'datasets', 'wandb'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -170,6 +170,17 @@ class TestCounting:
             read(linears, torch.randn(1, 10, 40))
         assert (dial.bits_used().code_bits, dial.bits_used().n_tokens) == (5.0, 20)
 
+    def test_a_context_within_a_generation_does_not_end_its_counting(
+        self, dial: Dial, linears: list[ElasticLinear]
+    ) -> None:
+        dial.set_bits(8.0)
+        with dial.generation(None, batch=1):
+            read(linears, torch.randn(1, 10, 40))
+            with dial.bits(2.0):
+                read(linears, torch.randn(1, 10, 40))
+            assert dial.budget == 8.0
+        assert (dial.bits_used().code_bits, dial.bits_used().n_tokens) == (5.0, 20)
+
     def test_what_a_context_counted_can_be_asked_after_it(self, dial: Dial, linears: list[ElasticLinear]) -> None:
         dial.set_bits(8.0)
         with dial.bits(2.0):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pydoc_data.topics
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -135,3 +136,17 @@ def finished(make_model: Callable[..., Path], text_file: Path, tmp_path_factory:
     arguments = small_recipe(make_model(), text_file, folder)
     assert main(["fit", *arguments]) == 0
     return folder / "run", arguments
+
+
+@pytest.fixture(scope="session")
+def model(finished: Run) -> Any:
+    """The elastic model of that run; every test sets the dial itself."""
+    import mobiq_lightning
+
+    return mobiq_lightning.load(finished[0])
+
+
+@pytest.fixture
+def broken(finished: Run, tmp_path: Path) -> Path:
+    """A copy of the checkpoint, to be broken."""
+    return shutil.copytree(finished[0] / "elastic", tmp_path / "elastic")

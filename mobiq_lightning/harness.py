@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from mobiq_lightning.checkpoint.loading import load, resolve
-from mobiq_lightning.checkpoint.names import RESULTS
+from mobiq_lightning.checkpoint.names import ELASTIC, RESULTS
 from mobiq_lightning.checkpoint.provenance import environment
 from mobiq_lightning.checkpoint.write import add_results
 from mobiq_lightning.console import say
@@ -195,7 +195,7 @@ def _append(folder: Path, entries: list[dict[str, Any]]) -> None:
     results["lm_eval"] = [*results.get("lm_eval", []), *entries]
     add_results(folder, results)
     of_run = folder.parent / RESULTS
-    if of_run.is_file():
+    if folder.name == ELASTIC and of_run.is_file():  # not whatever lies beside an exported copy
         stored = json.loads(of_run.read_text(encoding="utf-8"))
         write_json(of_run, {**stored, "lm_eval": [*stored.get("lm_eval", []), *entries]})
 

@@ -12,13 +12,13 @@ from typing import Any
 import yaml
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from mobiq_lightning.checkpoint.names import ELASTIC
 from mobiq_lightning.errors import RunFolderError
 from mobiq_lightning.files import sha256, write_atomically, write_json, write_text
 
-CONFIG, RESULTS, ELASTIC, CHECKPOINTS, IDENTITY, RETRIES = (
+CONFIG, RESULTS, CHECKPOINTS, IDENTITY, RETRIES = (
     "config.yaml",
     "results.json",
-    "elastic",
     "checkpoints",
     "identity.json",
     "retries.json",

@@ -18,13 +18,14 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from mobiq_lightning.callbacks import BlockExport, CalibrationProgress, LayerwiseCalibration, Results, ThresholdTuning
 from mobiq_lightning.callbacks.block_export import finish_checkpoint
+from mobiq_lightning.checkpoint.names import ELASTIC
 from mobiq_lightning.console import say
 from mobiq_lightning.data import TextWindows
 from mobiq_lightning.errors import MobiqError, NonFiniteError, RecipeError, RunFolderError
 from mobiq_lightning.loggers import JsonlLogger, WandbLogger
 from mobiq_lightning.module import ElasticCalibration
 from mobiq_lightning.report import print_table
-from mobiq_lightning.run_folder import CHECKPOINTS, ELASTIC, RESULTS, RunFolder, SafeCheckpointIO
+from mobiq_lightning.run_folder import CHECKPOINTS, RESULTS, RunFolder, SafeCheckpointIO
 
 MAX_RETRIES = 2
 RETRY_FACTOR = 0.2

@@ -9,12 +9,11 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from mobiq_lightning.callbacks.layerwise_calibration import checked
-from mobiq_lightning.checkpoint.names import PROVENANCE, RECIPE
+from mobiq_lightning.checkpoint.names import ELASTIC, PROVENANCE, RECIPE
 from mobiq_lightning.checkpoint.provenance import provenance
 from mobiq_lightning.checkpoint.write import CheckpointWriter, describe_factory
 from mobiq_lightning.module import ElasticCalibration
 from mobiq_lightning.packing import FORMAT_VERSION, QUANT_METHOD
-from mobiq_lightning.run_folder import ELASTIC
 
 
 class BlockExport(Callback):

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mobiq_lightning.checkpoint.check import describe_problems
-from mobiq_lightning.checkpoint.names import CONFIG
+from mobiq_lightning.checkpoint.names import CONFIG, ELASTIC
 from mobiq_lightning.checkpoint.quantizer import ElasticConfig
 from mobiq_lightning.errors import CheckpointError, MobiqError
 from mobiq_lightning.packing import QUANT_METHOD
@@ -80,8 +80,8 @@ def resolve(source: str | Path) -> Path:
         CheckpointError: If there is none.
     """
     path = Path(source).expanduser()
-    if (path / "elastic" / CONFIG).is_file():
-        return path / "elastic"
+    if (path / ELASTIC / CONFIG).is_file():
+        return path / ELASTIC
     if (path / CONFIG).is_file():
         return path
     if path.exists() or path.is_absolute() or str(source).startswith(".") or str(source).count("/") != 1:

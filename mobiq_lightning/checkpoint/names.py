@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+ELASTIC = "elastic"
+"""Folder of the checkpoint in its run folder."""
+
 CONFIG, INDEX, HASHES = "config.json", "model.safetensors.index.json", "hashes.json"
 PROVENANCE, RECIPE, RESULTS, SPEED, CARD = "provenance.json", "recipe.yaml", "results.json", "speed.json", "README.md"
 

@@ -142,6 +142,12 @@ class TestVerify:
         assert "tokenizer.json is not what was written" in output.out
         assert "1 problem" in output.err
 
+    def test_hashes_that_cannot_be_read_are_named(self, broken: Path) -> None:
+        (broken / "hashes.json").write_text("{")
+        assert any("hashes.json cannot be read" in problem for problem in verify(broken))
+        with pytest.raises(CheckpointError, match="JSONDecodeError"):
+            mobiq_lightning.load(broken)
+
     @pytest.mark.parametrize(
         ("tensor", "shard", "change", "message"),
         [

@@ -73,23 +73,27 @@ def _check_files(folder: Path) -> list[str]:
     problems += [f"{f}: {n} is missing" for n, f in index.items() if n not in where and f not in unreadable]
     if not (folder / HASHES).is_file():
         return [*problems, f"{HASHES} is missing, so bytes cannot be compared with what was written"]
-    hashes = json.loads((folder / HASHES).read_text(encoding="utf-8"))
-    for name, value in hashes["files"].items():
+    try:
+        hashes = json.loads((folder / HASHES).read_text(encoding="utf-8"))
+        files, tensors = dict(hashes["files"]), dict(hashes["tensors"])
+    except (ValueError, KeyError, TypeError) as error:
+        return [*problems, f"{HASHES} cannot be read: {type(error).__name__}: {error}"]
+    for name, value in files.items():
         if not (folder / name).is_file():
             problems.append(f"{name} is missing")
         elif sha256(folder / name) != value:
             problems.append(f"{name} is not what was written")
-    known = {name: path for name, path in where.items() if name in hashes["tensors"]}
+    known = {name: path for name, path in where.items() if name in tensors}
     problems += [
         f"{known[name].name}: the bytes of {name} are not those that were written"
-        for name in differing_tensors(known, hashes["tensors"])
+        for name in differing_tensors(known, tensors)
     ]
-    problems += [f"{where[n].name}: {n} has no hash in {HASHES}" for n in where if n not in hashes["tensors"]]
+    problems += [f"{where[n].name}: {n} has no hash in {HASHES}" for n in where if n not in tensors]
     return problems
 
 
 def _check_values(folder: Path) -> list[str]:
-    """Scales and routers are finite, codes are padded with zeros, thresholds fall as budgets rise."""
+    """Scales and routers are finite, scales above 0, and thresholds fall as budgets rise."""
     problems: list[str] = []
     falls = _thresholds_fall(folder)
     for path in sorted(folder.glob("*.safetensors")):

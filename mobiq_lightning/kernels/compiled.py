@@ -1,0 +1,232 @@
+"""What the kernels become for a GPU that need not be there: registers, spills, instructions per weight.
+
+``python -m mobiq_lightning.kernels.compiled`` compiles every variant for sm_80 and sm_90 with the assembler that comes with
+Triton and prints one line of JSON for each. Must run without ``TRITON_INTERPRET``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+
+from mobiq_lightning.kernels.decode import decode_kernel, decode_warps
+from mobiq_lightning.kernels.dequantize import dequantize_kernel
+from mobiq_lightning.kernels.grouped import BLOCK_TOKENS, WARPS, grouped_kernel
+from mobiq_lightning.kernels.prepare import prepare_kernel
+
+ARCHITECTURES = (80, 90)
+_LOOP_INSTRUCTIONS = 60  # shorter loops are no main loops
+
+
+@dataclass(frozen=True)
+class Loop:
+    """One loop of a compiled kernel.
+
+    Args:
+        instructions: Its length.
+        tensor_core: Its products of the tensor core.
+        per_weight: Instructions per weight and thread, of the weights that one iteration multiplies.
+        shared_stores: Stores to shared memory that are no copies from global memory.
+        shuffles: Exchanges between threads.
+    """
+
+    instructions: int
+    tensor_core: int
+    per_weight: float
+    shared_stores: int
+    shuffles: int
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel, compiled.
+
+    Args:
+        name: Kernel and variant.
+        architecture: 80 for sm_80.
+        registers: Per thread.
+        spills: Instructions that spill registers to memory.
+        shared_bytes: Shared memory of a program.
+        wgmma: Whether it uses Hopper's tensor core instructions.
+        instructions: Of the whole kernel.
+        loops: Those that multiply.
+    """
+
+    name: str
+    architecture: int
+    registers: int
+    spills: int
+    shared_bytes: int
+    wgmma: bool
+    instructions: int
+    loops: list[Loop] = field(default_factory=list)
+
+
+def variants(architecture: int) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], tuple[str, ...], int, int]]:
+    """Name, kernel, types of its arguments, constants, arguments divisible by 16, warps, weights per thread and iteration."""
+    pointers = {"x_one": "*bf16", "x_two": "*bf16", "sums": "*fp32", "units": "*i32", "meta": "*i32", "y": "*bf16"}
+    sizes = {"M": "i32", "R": "i32", "NY": "i32", "T": "i32", "block0": "i32"}
+    decode = {**pointers, **sizes, "bits": "*i32", "info": "*i32", "part": "*fp32", "counters": "*i32"}
+    decode |= {"TS": "i32", "SPLIT": "i32"}
+    for columns, tiles, stages, step in (
+        *((8, 1, 4, s) for s in (32, 64, 128)),
+        (8, 2, 3, 128),
+        (16, 2, 3, 128),
+        (32, 1, 3, 128),
+        (64, 1, 3, 128),
+    ):
+        for pairs, odd in ((0, 0), (1, 0), (1, 1)):
+            constants = {
+                "MULTI": 1,
+                "MR": 1 if columns == 8 else columns,
+                "SC": 16 if columns == 8 else max(1, 16 // columns),
+                "BN": 128,
+                "MP": columns,
+                "TPI": tiles,
+                "NS": stages,
+                "STEP": step,
+                "SUB": 1,
+                "BACK": 2.0**33,
+                "KW4": int(columns == 8 or architecture < 90),
+                "PAIRS": pairs,
+                "ODD": odd,
+            }
+            warps = decode_warps(columns)
+            kind = "2 bits only" if not pairs else "all depths" if odd else "even depths"
+            name = f"decode of {columns} tokens, {kind}, groups of {step}, {tiles} tile(s) at once"
+            yield name, decode_kernel, decode, constants, ("R", "NY"), warps, 128 * 128 * tiles // (32 * warps)
+    grouped = {**pointers, **sizes, **{name: "*i32" for name in ("order", "tile_depth", "tile_start", "tile_count")}}
+    for odd in (0, 1):
+        constants = {"BN": 128, "BM": BLOCK_TOKENS, "NS": 3, "TOGETHER": 8, "STEP": 128, "SUB": 1, "BACK": 2.0**33}
+        constants |= {"KW4": int(architecture < 90), "ODD": odd}
+        name = f"grouped, {'all' if odd else 'even'} depths"
+        yield name, grouped_kernel, grouped, constants, ("R", "NY"), WARPS, 128 * 128 // (32 * WARPS)
+    plain = {"units": "*i32", "meta": "*i32", "out": "*bf16", "R": "i32", "K": "i32", "T": "i32", "block0": "i32"}
+    for depth in (2, 3, 4, 8):
+        constants = {"DEPTH": depth, "BN": 64, "GROUP": 128, "PADDED": 128, "STEP": 128}
+        yield f"dequantize to {depth} bits", dequantize_kernel, plain, constants, ("R", "K"), 4, 64
+    prepare = {
+        **{name: "*bf16" for name in ("x", "other", "y", "one", "two")},
+        **{name: "*fp32" for name in ("sums", "hidden", "small", "thresholds", "part")},
+        **{name: "*i32" for name in ("bits", "info", "depths", "counters")},
+        **{name: "*i64" for name in ("valid", "bits_read", "tokens_read")},
+        **{"M": "i32", "K": "i32", "T": "i32", "per_row": "i32", "eps": "fp32"},
+    }
+    for mode, meaning in enumerate(("plain", "norm", "gated")):
+        constants = {"MODE": mode, "ROUTE": 1, "COUNT": 1, "INFO": 1, "CT": 4, "GROUP": 128, "PADDED": 128, "STEP": 128}
+        constants |= {"KP": 4096, "HP": 16, "SLICES": 5, "SP": 8, "PP": 8, "MI": 64, "SCALE": 2.0**100}
+        constants |= {"BACK": 2.0**33, "KW4": 1}
+        yield f"prepare and route, {meaning}", prepare_kernel, prepare, constants, ("K",), 4, 1
+
+
+def compile_variant(
+    name: str,
+    kernel: Any,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    divisible: tuple[str, ...],
+    warps: int,
+    weights_per_thread: int,
+    architecture: int,
+) -> Compiled:
+    """Compiles one variant for one architecture; arguments as `variants` gives them."""
+    names = kernel.arg_names
+    source = triton.compiler.ASTSource(
+        fn=kernel,
+        signature={n: "constexpr" if n in constants else types[n] for n in names},
+        constexprs={(names.index(n),): value for n, value in constants.items()},
+        attrs={
+            (i,): [["tt.divisibility", 16]]
+            for i, n in enumerate(names)
+            if n not in constants and (types[n].startswith("*") or n in divisible)
+        },
+    )
+    made: Any = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": warps})
+    resources, assembly = _disassemble(made.asm["cubin"])
+    registers = re.search(r"REG:(\d+)", resources)
+    assert registers is not None
+    instructions, loops = _loops(assembly)
+    return Compiled(
+        name,
+        architecture,
+        int(registers[1]),
+        sum(_opcode(line) in ("LDL", "STL") for line in instructions),
+        made.metadata.shared,
+        "warp_group_dot" in made.asm["ttgir"],
+        len(instructions),
+        [_describe(loop, weights_per_thread) for loop in loops],
+    )
+
+
+def _disassemble(cubin: bytes) -> tuple[str, str]:
+    """Resource usage and instructions, by the tools that come with Triton."""
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return tuple(
+            subprocess.run([str(tools / command[0]), *command[1:], file.name], capture_output=True, text=True, check=True).stdout
+            for command in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
+        )  # type: ignore[return-value]
+
+
+def _loops(assembly: str) -> tuple[list[str], list[list[str]]]:
+    """All instructions, and those of each innermost loop that multiplies."""
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    for line in assembly.splitlines():
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            labels[label[1]] = len(instructions)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            instructions.append(instruction[1])
+    spans = []
+    for at, line in enumerate(instructions):
+        branch = re.search(r"BRA(?:\.\w+)*\s.*`\((\.L_\w+)\)", line)
+        if branch and at - labels.get(branch[1], at) > _LOOP_INSTRUCTIONS:
+            spans.append((labels[branch[1]], at + 1))
+    inner = [s for s in spans if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in spans)]
+    loops = [instructions[a:b] for a, b in inner]
+    return instructions, [loop for loop in loops if any("MMA" in _opcode(line) for line in loop)]
+
+
+def _describe(loop: list[str], weights_per_thread: int) -> Loop:
+    counts = Counter(_opcode(line) for line in loop)
+    return Loop(
+        len(loop),
+        counts["HMMA"] + counts["HGMMA"],
+        round(len(loop) / weights_per_thread, 2),
+        counts["STS"],
+        counts["SHFL"] + counts["PRMT"],
+    )
+
+
+def _opcode(instruction: str) -> str:
+    without_predicate = re.sub(r"^@!?U?P\w+\s+", "", instruction)
+    return without_predicate.split()[0].split(".")[0]
+
+
+def report(pattern: str = "") -> Iterator[Compiled]:
+    """Compiles the variants whose names match a pattern, for every architecture."""
+    for architecture in ARCHITECTURES:
+        for variant in variants(architecture):
+            if re.search(pattern, variant[0]):
+                yield compile_variant(*variant, architecture)
+
+
+if __name__ == "__main__":
+    import sys
+
+    assert os.environ.get("TRITON_INTERPRET", "0") != "1", "TRITON_INTERPRET is set: there is nothing to compile"
+    for compiled in report(sys.argv[1] if len(sys.argv) > 1 else ""):
+        print(json.dumps(asdict(compiled)), flush=True)

@@ -11,13 +11,13 @@ from torch.nn import functional as F
 from mobiq_lightning.packing import PackedSlices, depths_of
 
 
-def sliced_linear(
+def reference_linear(
     x: Tensor,
     packed: PackedSlices,
     bits_per_token: Tensor,
     weight_at: Callable[[int], Tensor] | None = None,
 ) -> Tensor:
-    """``y[t] = W(bits_per_token[t]) @ x[t]``.
+    """`mobiq_lightning.kernels.sliced_linear` of a weight as it is saved: what is correct.
 
     On a CPU one matmul per depth that occurs, over the tokens that read it. Elsewhere which depths occur is known to the
     device alone, and asking it would make the host wait: one matmul per depth over all tokens, of which each takes its own.
@@ -82,9 +82,9 @@ def _sliced_linear(
     group_size: int,
     slice_bits: Sequence[int],
 ) -> Tensor:
-    """`sliced_linear` as one operator: which depths occur is data, which a compiler cannot look through."""
+    """`reference_linear` as one operator: which depths occur is data, which a compiler cannot look through."""
     packed = PackedSlices(tuple(planes), scale, bias, in_features, group_size, tuple(slice_bits))
-    return sliced_linear(x, packed, bits_per_token)
+    return reference_linear(x, packed, bits_per_token)
 
 
 @_sliced_linear.register_fake

@@ -70,6 +70,8 @@ class Dial:
         self._scope_now = scope
         self._generating = False
         self._kept: list[tuple[Tensor, Tensor]] | None = None
+        self.replaced = 0
+        """How often thresholds or counters were replaced by others, which whoever captured the old ones must know."""
         self.state = ReadState()
         for routed in self.inputs:
             routed.state = self.state
@@ -132,8 +134,7 @@ class Dial:
         """Begins counting anew."""
         self._kept = None
         rows = len(self._budget) if self._budget is not None and self.state.per_row else 1
-        for routed in self.inputs:
-            routed.reset_count(rows)
+        self.replaced += any([routed.reset_count(rows) for routed in self.inputs])
 
     def bits_used(self, names: Sequence[str] = ()) -> BitsUsed:
         """What was read since counting began, or within the generation or `bits` context that ended last.
@@ -210,6 +211,7 @@ class Dial:
             if routed.router.threshold.shape != shape:
                 with torch.inference_mode(False):  # or the dial could not be turned outside of it
                     routed.router.threshold = routed.router.threshold.new_empty(shape)
+                self.replaced += 1
             by_device.setdefault(routed.router.threshold.device, []).append(row)
         values = self.thresholds(budgets.reshape(-1), scope)
         for device, rows in by_device.items():

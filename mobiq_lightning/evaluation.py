@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 Allocation = Literal["full", "rtn", "router", "static", "random"]
 RTN_BITS = (2, 3, 4, 6, 8)
-_KEPT_WEIGHTS_LIMIT = 2 * 2**30  # bytes of dequantized weights kept between batches
 
 
 @dataclass
@@ -83,7 +82,6 @@ class Comparison:
         self.slice_bits = self.inputs[0].slice_bits
         linears = [m for m in elastic.modules() if isinstance(m, ElasticLinear)]
         self.rounded = _wrap_for_rounding(full, layout, linears[0].group_size)
-        _keep_weights(linears)
         self.full_bits = 8 * next(full.parameters()).element_size()
         self.overhead_bits, self.router_bits = stored_bits(elastic)
         self.first = [Arm("full", self.full_bits)]
@@ -230,10 +228,3 @@ def _wrap_for_rounding(model: nn.Module, layout: BlockLayout, group_size: int) -
             parent, _, last = name.rpartition(".")
             setattr(block.get_submodule(parent), last, SlicedLinear(linear, scheme, routed))
     return [routed]
-
-
-def _keep_weights(linears: Sequence[ElasticLinear]) -> None:
-    """Keeps dequantized weights between batches if all depths of all linears fit the limit."""
-    needed = sum(4 * linear.packed.n_weights * len(linear.slice_bits) for linear in linears)
-    for linear in linears:
-        linear.keep_weights = needed <= _KEPT_WEIGHTS_LIMIT

@@ -6,17 +6,22 @@ is saved and run: bit planes. Both ask the `RoutedInput` of the linears that sha
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mobiq_lightning.kept_weights import KeptWeights
 from mobiq_lightning.kernels import mixed_depth_product, sliced_linear
 from mobiq_lightning.packing import PackedSlices
 from mobiq_lightning.routed_input import RoutedInput, held_slices, without_casts
 from mobiq_lightning.strategies.base import SliceScheme
+
+if TYPE_CHECKING:
+    from mobiq_lightning.kernel_input import KernelInput
 
 
 class SlicedLinear(nn.Module):
@@ -106,14 +111,18 @@ class ElasticLinear(nn.Module):
         self.register_buffer("slice_scale", torch.zeros(out_features, groups, dtype=torch.bfloat16))
         self.register_buffer("slice_bias", torch.zeros(out_features, groups, dtype=torch.bfloat16))
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype), requires_grad=False) if bias else None
-        self.keep_weights = False
-        self._kept: dict[int, Tensor] = {}
+        self.kept: KeptWeights | None = None
         self._unregistered: tuple[RoutedInput, ...] = ()
 
     @property
     def routed(self) -> RoutedInput:
         """The input of this layer."""
         return self._unregistered[0]
+
+    @property
+    def kernel(self) -> KernelInput | None:
+        """What holds the weights in the kernels' order, if they are multiplied by kernels."""
+        return self._unregistered[0].kernel if self._unregistered else None
 
     def attach(self, routed: RoutedInput) -> None:
         """Sets the input of this layer."""
@@ -122,9 +131,10 @@ class ElasticLinear(nn.Module):
     @property
     def packed(self) -> PackedSlices:
         """The stored weight."""
-        planes = tuple(getattr(self, f"plane_{p}") for p in range(self.n_planes))
+        if self.kernel is not None:
+            return self.kernel.packed(self)
         return PackedSlices(
-            planes,
+            tuple(self.get_buffer(f"plane_{p}") for p in range(self.n_planes)),
             self.get_buffer("slice_scale"),
             self.get_buffer("slice_bias"),
             self.in_features,
@@ -132,34 +142,73 @@ class ElasticLinear(nn.Module):
             self.slice_bits,
         )
 
-    def weight_at(self, n_bits: int) -> Tensor:
-        """The weight read to a depth of `n_bits`, (O, I) float32; kept for the next call if `keep_weights`."""
-        if n_bits not in self._kept:
-            weight = self.packed.weight_at(n_bits)
-            if not self.keep_weights:
-                return weight
-            self._kept[n_bits] = weight
-        return self._kept[n_bits]
+    @property
+    def n_weights(self) -> int:
+        """Weights of the matrix, O x I."""
+        return self.out_features * self.in_features
+
+    @property
+    def overhead_bits(self) -> float:
+        """Bits per weight spent on scale and bias."""
+        return 32 * self.get_buffer("slice_scale").numel() / self.n_weights
+
+    def give_up_planes(self) -> None:
+        """Drops the planes, which `RoutedInput.kernel` holds in the kernels' order from now on."""
+        for plane in range(self.n_planes):
+            setattr(self, f"plane_{plane}", None)
+
+    def take_planes(self, planes: Sequence[Tensor]) -> None:
+        """Takes planes back, each (O, ceil(I / 8)) uint8."""
+        for number, plane in enumerate(planes):
+            setattr(self, f"plane_{number}", plane)
+
+    def weight_at(self, n_bits: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight read to a depth of `n_bits`, (O, I); unpacked once if it can be `kept`."""
+
+        def make() -> Tensor:
+            return self.packed.weight_at(n_bits).to(dtype)
+
+        return make() if self.kept is None else self.kept.get((id(self), n_bits, dtype), make)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O) in the dtype of `x`."""
         routed = self.routed
-        if routed.fixed_slices is not None:
-            y = F.linear(x, self.weight_at(routed.depths[routed.fixed_slices - 1]).to(x.dtype))
+        if routed.kernel is not None:
+            y = routed.kernel.product(x, self)
+        elif routed.fixed_slices is not None:
+            y = F.linear(x, self.weight_at(routed.depths[routed.fixed_slices - 1], x.dtype))
         else:
             bits = routed.bits_of(routed.gates(x)).long()
             if "input" in self._modules:  # the first of the linears that share the input
                 routed.count(bits)
-            product = sliced_linear(x.flatten(0, -2), self.packed, bits.flatten(), self.weight_at)
+            product = sliced_linear(x.flatten(0, -2), self.packed, bits.flatten(), partial(self.weight_at, dtype=x.dtype))
             y = product.unflatten(0, x.shape[:-1])
         return y if self.bias is None else y + self.bias
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self._changes()
         moved_only = without_casts(fn)
         # Only the bias, a parameter, takes part in the computation in the model's dtype.
         return super()._apply(  # type: ignore[no-untyped-call]
             lambda t: fn(t) if isinstance(t, nn.Parameter) else moved_only(t), recurse
         )
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.kernel is not None:
+            for number, plane in enumerate(self.packed.planes):
+                destination[f"{prefix}plane_{number}"] = plane
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._changes()
+        super()._load_from_state_dict(*args)
+
+    def _changes(self) -> None:
+        """Before the planes are moved or replaced: what was made of them is given up."""
+        if self.kernel is not None:
+            self.kernel.release()
+        if self.kept is not None:
+            self.kept.clear()
 
     def extra_repr(self) -> str:
         """Shown by `print(module)`."""
@@ -185,8 +234,8 @@ def stored_bits(model: nn.Module) -> tuple[float, float]:
         Scale and bias; routers.
     """
     linears = [m for m in model.modules() if isinstance(m, ElasticLinear)]
-    n_weights = sum(linear.packed.n_weights for linear in linears)
-    overhead = sum(linear.packed.overhead_bits * linear.packed.n_weights for linear in linears) / n_weights
+    n_weights = sum(linear.n_weights for linear in linears)
+    overhead = sum(linear.packed.overhead_bits * linear.n_weights for linear in linears) / n_weights
     parameters = [p for routed in routed_inputs(model) for p in routed.router.parameters()]
     routers = sum(torch.finfo(p.dtype).bits * p.numel() for p in parameters) / n_weights
     return overhead, routers

@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from mobiq_lightning.errors import BitsError
 from mobiq_lightning.packing import depths_of
 from mobiq_lightning.strategies.base import Router
 from mobiq_lightning.strategies.thresholds import prefix_scores, threshold_for_budget, with_budget_gradient
+
+if TYPE_CHECKING:
+    from mobiq_lightning.kernel_input import KernelInput
 
 TABLE_STEP = 0.25
 """Distance in bits between the budgets whose thresholds are stored."""
@@ -100,6 +103,7 @@ class RoutedInput(nn.Module):
         self.control: Router | None = None
         self.target_bits: float | None = None
         self.state = ReadState()
+        self.kernel: KernelInput | None = None
         self.recorded: list[Tensor] | None = None
         self.recorded_scores: list[Tensor] | None = None
         self._last: tuple[weakref.ref[Tensor], Tensor] | None = None
@@ -139,15 +143,20 @@ class RoutedInput(nn.Module):
         self.layer_thresholds.copy_(layer)
         self.global_thresholds.copy_(pooled)
 
-    def reset_count(self, rows: int) -> None:
-        """Begins to count what is read anew, for each of `rows` rows of the batches to come."""
-        for name in ("bits_read", "tokens_read"):
-            count = getattr(self, name)
-            if len(count) == rows:
-                count.zero_()
-            else:
-                with torch.inference_mode(False):  # or it could not be counted up outside of it
-                    setattr(self, name, count.new_zeros(rows))
+    def reset_count(self, rows: int) -> bool:
+        """Begins to count what is read anew, for each of `rows` rows of the batches to come.
+
+        Returns:
+            Whether the counters were replaced by others.
+        """
+        if len(self.bits_read) == rows:
+            self.bits_read.zero_()
+            self.tokens_read.zero_()
+            return False
+        with torch.inference_mode(False):  # or they could not be counted up outside of it
+            self.bits_read = self.bits_read.new_zeros(rows)
+            self.tokens_read = self.tokens_read.new_zeros(rows)
+        return True
 
     def count(self, bits: Tensor) -> None:
         """Adds tokens that read `bits` (..., ) code bits of each weight, int64."""
@@ -177,15 +186,22 @@ class RoutedInput(nn.Module):
         threshold = router.threshold
         if threshold.ndim == 0:  # a control spends the same on all rows
             return threshold
+        self.check_rows(x)
         rows, batch = len(threshold), x.shape[0]
+        return threshold if rows == batch else threshold.repeat_interleave(batch // rows, dim=0)
+
+    def check_rows(self, x: Tensor) -> None:
+        """Raises `BitsError` if budgets were set for another number of rows than tokens (B, T, I) have."""
+        rows, batch = len(self.router.threshold), x.shape[0]
         if x.ndim != 3 or (rows != batch and not (self.state.expanded and batch % rows == 0)):
             raise BitsError(
                 f"{rows} budgets were set, one for each row, but the input is of shape {tuple(x.shape)}, not "
                 f"({rows}, tokens, {x.shape[-1]}); give as many budgets as rows, or one for all"
             )
-        return threshold if rows == batch else threshold.repeat_interleave(batch // rows, dim=0)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        if self.kernel is not None:
+            self.kernel.release()
         return super()._apply(without_casts(fn), recurse)  # type: ignore[no-untyped-call]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -4,20 +4,46 @@ from __future__ import annotations
 
 import functools
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mobiq_lightning.dial import BitsUsed, Budget, Dial
-from mobiq_lightning.layers import routed_inputs, stored_bits
+from mobiq_lightning.errors import CheckpointError
+from mobiq_lightning.fused_blocks import fuse_blocks
+from mobiq_lightning.graphed_step import GraphedStep
+from mobiq_lightning.kept_weights import KEPT_BYTES, KeptWeights
+from mobiq_lightning.kernel_input import attach_kernels, detach_kernels
+from mobiq_lightning.kernels import missing_for_kernels
+from mobiq_lightning.layers import ElasticLinear, routed_inputs, stored_bits
 from mobiq_lightning.routed_input import RoutedInput
 from mobiq_lightning.strategies.thresholds import Scope
+
+
+@dataclass
+class KernelState:
+    """Whether the linears of a model are multiplied by the Triton kernels.
+
+    Args:
+        wanted: Whether they are to be; None where a CUDA device is.
+        known_for: Device and dtype that was last looked at.
+        missing: Why they are not; None if they are.
+    """
+
+    wanted: bool | None = None
+    known_for: tuple[torch.device, torch.dtype] | None = None
+    missing: str | None = "the model has not been run yet"
 
 
 class ElasticModel:
     """Mixed into the class of a causal language model when an elastic checkpoint is loaded into it."""
 
     dial: Dial
+    kept: KeptWeights
+    kernels: KernelState
+    prompt_mask: Tensor | None = None
 
     def set_bits(self, bits: Budget, scope: Scope | None = None) -> None:
         """Runs at `bits` bits per weight on average from now on; takes effect with the next token.
@@ -51,6 +77,60 @@ class ElasticModel:
         """
         return self.dial.bits_used(input_names(self) if per_layer else ())
 
+    @property
+    def path(self) -> str:
+        """``kernels``, or ``reference: `` and why not the kernels."""
+        self.find_kernels()
+        return "kernels" if self.kernels.missing is None else f"reference: {self.kernels.missing}"
+
+    def use_kernels(self, wanted: bool = True) -> None:
+        """Multiplies by the Triton kernels from now on, where they run, or by the reference.
+
+        Args:
+            wanted: False for the reference.
+
+        Raises:
+            CheckpointError: If they are wanted but cannot run here.
+        """
+        self.kernels = KernelState(wanted)
+        if not wanted:
+            detach_kernels(self)  # type: ignore[arg-type]
+        self.find_kernels()
+        if wanted and self.kernels.missing is not None:
+            raise CheckpointError(f"the kernels cannot be used: {self.kernels.missing}")
+
+    def find_kernels(self) -> None:
+        """Brings the weights into the kernels' order if the model has come to a device where kernels run."""
+        model: Any = self
+        here = (model.device, model.dtype)
+        attached = self.dial.inputs[0].kernel is not None
+        if self.kernels.known_for == here and attached == (self.kernels.missing is None):
+            return
+        self.kernels.known_for = here
+        if self.kernels.wanted is False:
+            self.kernels.missing = "switched off"
+        elif self.kernels.wanted or here[0].type == "cuda":
+            self.kernels.missing = attach_kernels(model, here[1])
+        else:
+            self.kernels.missing = missing_for_kernels(*here)
+
+    def keep_weights(self, n_bytes: int) -> None:
+        """Sets how much memory the reference may keep dequantized weights in; they are unpacked for every call beyond it.
+
+        Args:
+            n_bytes: Of the whole model; 0 keeps none.
+        """
+        self.kept.clear()
+        self.kept.limit_bytes = n_bytes
+
+    def get_compiled_call(self, compile_config: Any) -> Any:
+        """What transformers decodes with if the cache is static: a CUDA graph of one step, unless a way to compile is given."""
+        if compile_config is not None and not getattr(compile_config, "_compile_all_devices", False):
+            return super().get_compiled_call(compile_config)  # type: ignore[misc]
+        if len(set(getattr(self, "hf_device_map", {}).values())) > 1:
+            return self.__call__  # type: ignore[attr-defined]  # a graph holds the work of one device
+        return GraphedStep(self)
+
     def generate(self, *args: Any, bits: Budget | None = None, **kwargs: Any) -> Any:
         """`generate` of transformers, at `bits` bits per weight.
 
@@ -66,8 +146,12 @@ class ElasticModel:
         """
         given = (args[0] if args else None, *(kwargs.get(k) for k in ("inputs", "input_ids", "inputs_embeds")))
         batch = next((len(value) for value in given if isinstance(value, Tensor)), 1)
-        with self.dial.generation(bits, batch):
-            return super().generate(*args, **kwargs)  # type: ignore[misc]
+        self.prompt_mask = kwargs.get("attention_mask")
+        try:
+            with self.dial.generation(bits, batch):
+                return super().generate(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.prompt_mask = None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickles as its plain class and this one, since the class that joins them is made at run time."""
@@ -86,8 +170,14 @@ def make_elastic(model: Any, scope: Scope, bits: float) -> None:
     inputs = routed_inputs(model)
     model.__class__ = elastic_class(type(model))  # type: ignore[arg-type]
     model.dial = Dial(inputs, scope, *stored_bits(model))
+    linears = [module for module in model.modules() if isinstance(module, ElasticLinear)]
+    model.kept = KeptWeights(KEPT_BYTES, sum(len(linear.slice_bits) for linear in linears))
+    for linear in linears:
+        linear.kept = model.kept
+    model.kernels = KernelState()
+    fuse_blocks(model)
     model.dial.set_bits(min(max(bits, model.dial.lowest), model.dial.highest))
-    model.register_forward_pre_hook(_note_padding, with_kwargs=True)
+    model.register_forward_pre_hook(_before_forward, with_kwargs=True)
 
 
 @functools.cache
@@ -102,11 +192,17 @@ def input_names(model: Any) -> list[str]:
     return [name.removesuffix(".input") for name, module in model.named_modules() if isinstance(module, RoutedInput)]
 
 
-def _note_padding(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Lets the counts leave out what a 2-D attention mask marks as padding."""
+def _before_forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Sees to it that the kernels are where the model is, and lets the counts leave out what a 2-D mask marks as padding."""
+    if not torch.compiler.is_compiling():
+        model.find_kernels()
     mask: Any = kwargs.get("attention_mask")
     tokens: Any = kwargs.get("input_ids", args[0] if args else None)
     tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+    if isinstance(mask, Tensor) and mask.ndim == 4 and isinstance(tokens, Tensor):
+        # With a static cache, `generate` says which positions are seen instead of which are padding.
+        prompt = model.prompt_mask
+        mask = prompt if prompt is not None and prompt.shape == tokens.shape else None
     padded = isinstance(mask, Tensor) and mask.ndim == 2 and isinstance(tokens, Tensor)
     model.dial.state.mask = mask[:, -tokens.shape[1] :] if padded else None
 

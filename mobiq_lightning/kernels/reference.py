@@ -61,7 +61,7 @@ def mixed_depth_product(
     Returns:
         (T, O) in the dtype of `x`.
     """
-    depths = torch.unique(bits_per_token).tolist()
+    depths = sorted(set(bits_per_token.tolist()))
     if len(depths) == 1:
         return F.linear(x, weight_at(depths[0]).to(x.dtype))
     y = x.new_empty(x.shape[0], out_features)

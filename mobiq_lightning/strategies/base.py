@@ -134,6 +134,15 @@ class Router(nn.Module, ABC):
             hard = hard + soft - soft.detach()
         return torch.cat([torch.ones_like(hard[..., :1]), hard], dim=-1)
 
+    def two_layers(self) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """For routers whose scores are ``score(silu(hidden([x / rms(x), log rms(x)])))``: the weights, which the kernels then
+        run in the launch that prepares the tokens. All others are run in front of it.
+
+        Returns:
+            Weight (H, I + 1) and bias (H,) of the hidden layer, weight (S - 1, H) and bias (S - 1,) of the scores.
+        """
+        return None
+
     def reseed(self, key: int) -> None:
         """Makes what is random in this router a function of `key`. Routers without randomness ignore it."""
 

@@ -36,3 +36,7 @@ class MLPRouter(Router):
         rms = x.square().mean(-1, keepdim=True).add(1e-12).sqrt()
         scores: Tensor = self.score(F.silu(self.hidden(torch.cat([x / rms, rms.log()], dim=-1))))
         return scores
+
+    def two_layers(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """See `Router.two_layers`."""
+        return self.hidden.weight, self.hidden.bias, self.score.weight, self.score.bias

@@ -1,0 +1,80 @@
+"""One decoding step as a CUDA graph: the host launches once per token instead of once per operation.
+
+How deep tokens are read is data on the device, so one graph serves all precisions, and the dial may be turned between
+replays.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+
+class GraphedStep:
+    """Stands in for a model's forward pass while a sequence with a static cache is continued.
+
+    The first step with inputs of some shape runs as usual, so that everything is compiled and allocated; the second is
+    captured; it and all later ones are replayed with their inputs copied to where the first ones were. A captured step holds
+    the cache that it was captured with: another cache, other shapes, or counters and thresholds that the dial has replaced,
+    and it starts anew.
+
+    What it returns lies where the next step will write. On a device without graphs each step is run on the copied inputs.
+
+    Args:
+        model: A causal language model of transformers, elastic or not.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.captures = 0
+        self._key: Any = None
+        self._static: list[Any] = []
+        self._output: Any = None
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._captured = False
+
+    @torch.no_grad()
+    def __call__(self, **inputs: Any) -> Any:
+        """The model's output for one step.
+
+        Args:
+            **inputs: As the model's forward takes them; ``past_key_values`` a static cache.
+        """
+        cache = inputs.pop("past_key_values")
+        leaves, form = tree_flatten(inputs)
+        key = (id(cache), str(form), [_kind(leaf) for leaf in leaves], getattr(self._dial, "replaced", 0))
+        if key != self._key:
+            self._key, self._captured = key, False
+            self._graph = self._output = None
+            self._static = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            return self.model(**inputs, past_key_values=cache)
+        for static, leaf in zip(self._static, leaves, strict=True):
+            if isinstance(leaf, Tensor):
+                static.copy_(leaf)
+        if not self._captured:
+            self._capture({**tree_unflatten(self._static, form), "past_key_values": cache})
+        if self._graph is None:
+            return self.model(**tree_unflatten(self._static, form), past_key_values=cache)
+        self._graph.replay()
+        return self._output
+
+    @property
+    def _dial(self) -> Any:
+        return getattr(self.model, "dial", None)
+
+    def _capture(self, inputs: dict[str, Any]) -> None:
+        self._captured, self.captures = True, self.captures + 1
+        if next(self.model.parameters()).device.type != "cuda":
+            return
+        # Nothing runs while it is captured, so the cache and the counters stay as they are.
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._output = self.model(**inputs)
+
+
+def _kind(leaf: Any) -> Any:
+    """What must not change between replays: shape, type and place of a tensor, the value of anything else."""
+    return (leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf

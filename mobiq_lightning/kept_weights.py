@@ -1,0 +1,65 @@
+"""Dequantized weights that are kept for the next product, within a limit of memory."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any
+
+from torch import Tensor
+
+KEPT_BYTES = 2 * 2**30
+"""Default limit of one model."""
+
+
+class KeptWeights:
+    """Weights of a model by linear and depth, unpacked once.
+
+    A model asks for its weights in the same order again and again, so giving up the one that was asked for longest ago would
+    give up each just before it is needed. Once the limit is reached, a new one is kept only in place of one that nobody
+    asked for during a whole pass through the model, as when the dial has moved on to another depth.
+
+    Args:
+        limit_bytes: Of all weights that are kept.
+        requests_per_pass: Weights that one forward pass of the model asks for, at most.
+    """
+
+    def __init__(self, limit_bytes: int, requests_per_pass: int) -> None:
+        self.limit_bytes, self.requests_per_pass = limit_bytes, requests_per_pass
+        self.n_bytes = 0
+        self._kept: OrderedDict[Hashable, tuple[Tensor, int]] = OrderedDict()  # the one asked for longest ago first
+        self._requests = 0
+
+    def get(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """The weight of a key, which `make` gives if it is not kept."""
+        self._requests += 1
+        if key in self._kept:
+            weight = self._kept[key][0]
+        else:
+            weight = make()
+            if not self._make_room(weight.nbytes):
+                return weight
+            self.n_bytes += weight.nbytes
+        self._kept[key] = (weight, self._requests)
+        self._kept.move_to_end(key)
+        return weight
+
+    def clear(self) -> None:
+        """Gives up all weights."""
+        self._kept.clear()
+        self.n_bytes = 0
+
+    def _make_room(self, n_bytes: int) -> bool:
+        while self.n_bytes + n_bytes > self.limit_bytes:
+            if not self._kept:
+                return False
+            key, (weight, last) = next(iter(self._kept.items()))
+            if self._requests - last <= self.requests_per_pass:
+                return False
+            del self._kept[key]
+            self.n_bytes -= weight.nbytes
+        return True
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the weights, which can be made anew."""
+        return {**self.__dict__, "_kept": OrderedDict(), "n_bytes": 0}

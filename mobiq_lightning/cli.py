@@ -21,6 +21,7 @@ commands:
   inspect RUN                     what a checkpoint holds: layers, planes, routers, measured bits, provenance
   verify RUN                      check every byte, shape, code and threshold, and a forward pass at every depth
   evaluate RUN --tasks A,B        tasks of lm-evaluation-harness at --bits 2,3,4 (pip install "mobiq-lightning[evaluate]")
+  latency                         time the kernels, or the CPU reference, beside plain weights; latency RUN takes RUN's shapes
 
 RUN is a run folder, an elastic checkpoint, or its id on the Hugging Face hub.
 
@@ -51,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     try:
         commands: dict[str, Callable[[str, list[str]], None]] = {"fit": _train, "validate": _train}
-        commands |= dict.fromkeys(("generate", "export", "inspect", "verify", "evaluate"), _run)
+        commands |= dict.fromkeys(("generate", "export", "inspect", "verify", "evaluate", "latency"), _run)
         if command not in commands:
             raise RecipeError(f"no command {command!r}. {nearest(command, commands)} Commands: {', '.join(commands)}")
         commands[command](command, rest)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,6 +32,9 @@ def run(function: Callable[..., None], arguments: list[str]) -> None:
 
     disable_progress_bar()
     normal = [re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in arguments]
+    first = next(iter(signature(function).parameters.values()))
+    if first.default is not first.empty and normal and not normal[0].startswith("-"):  # RUN where it may be left out
+        normal[0] = f"--{first.name}={normal[0]}"
     auto_cli(function, args=normal, as_positional=True, parser_class=Parser)
 
 
@@ -155,6 +159,46 @@ def evaluate(
     print_harness(evaluate_checkpoint(run, names, budgets, limit, num_fewshot, batch_size, folder, source, max_bits))
 
 
+def latency(
+    run: str = "",
+    shapes: str = "",
+    sections: str = "",
+    to: str = "latency",
+    minutes: float = 9.0,
+    tune: bool = False,
+    warm_up: bool = False,
+) -> None:
+    """Times products with sliced weights on this machine, beside plain weights and the bandwidth of its memory.
+
+    On CUDA the Triton kernels are timed, elsewhere the CPU reference; the output says which. Weights are random.
+
+    Args:
+        run: Run folder or elastic checkpoint whose shapes are taken; by default those of known models.
+        shapes: Instead: llama-2-7b, llama-3-8b, llama-3-70b, small, one part as in llama-2-7b.down, or ROWSxCOLUMNS,
+            separated by commas.
+        sections: check, ceilings, decode, batch, prefill, model, separated by commas; by default all that the device has.
+        to: Folder for latency.json and latency.png.
+        minutes: Stop after so long; rows that were measured are kept.
+        tune: Instead: find how the kernels divide their work best on this GPU, and write the table of it.
+        warm_up: Instead: compile all kernels that RUN needs on this GPU, so that serving it does not.
+    """
+    if tune and warm_up:
+        raise RecipeError("latency: --tune and --warm_up are two different things; give one")
+    if warm_up:
+        from mobiq_lightning.warm_up import warm_up_checkpoint
+
+        warm_up_checkpoint(run)
+        return
+    if tune:
+        from mobiq_lightning.latency.tune import tune_here
+
+        tune_here(run, shapes, Path(to), minutes)
+        return
+    from mobiq_lightning.latency.command import measure
+
+    measure(run, shapes, sections, Path(to), minutes)
+
+
 COMMANDS: dict[str, Callable[..., Any]] = {
-    function.__name__: function for function in (generate, export, inspect, verify, evaluate)
+    function.__name__: function for function in (generate, export, inspect, verify, evaluate, latency)
 }

@@ -134,7 +134,7 @@ class Dial:
         """Begins counting anew."""
         self._kept = None
         rows = len(self._budget) if self._budget is not None and self.state.per_row else 1
-        self.replaced += any([routed.reset_count(rows) for routed in self.inputs])
+        self.replaced += sum(routed.reset_count(rows) for routed in self.inputs)
 
     def bits_used(self, names: Sequence[str] = ()) -> BitsUsed:
         """What was read since counting began, or within the generation or `bits` context that ended last.

@@ -47,6 +47,10 @@ class CheckpointError(MobiqError):
     """An elastic checkpoint or a training checkpoint that is damaged, incomplete or from a newer version."""
 
 
+class KernelError(MobiqError):
+    """Kernels that are wrong on this device, or measurements of them that failed."""
+
+
 def nearest(name: str, accepted: Iterable[str], count: int = 3) -> str:
     """``"Did you mean a, b?"`` for the accepted names closest to `name`, or an empty string if none is close."""
     accepted = list(accepted)

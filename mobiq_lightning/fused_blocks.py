@@ -62,7 +62,8 @@ def fuse_blocks(model: nn.Module) -> None:
         for module, linear, mixin in feeds:
             known = mixin is FusedNorm or part.mlp.config.hidden_act in ("silu", "swish")
             if known and isinstance(linear, ElasticLinear) and not isinstance(module, (FusedNorm, FusedMLP)):
-                module.__class__ = _fused(type(module), mixin)
+                kind: Any = type(module)
+                module.__class__ = _fused(kind, mixin)
                 module.__dict__["feeds"] = linear  # not registered: it belongs elsewhere in the model
 
 
@@ -75,7 +76,7 @@ def _fused(cls: Any, mixin: Any) -> Any:
 def _reduce(module: Any, protocol: Any) -> Any:
     """Pickles as its own class and mixin, since the class that joins them is made at run time."""
     mixin, cls = type(module).__mro__[1:3]
-    return (_rebuild, (cls, mixin), *nn.Module.__reduce_ex__(module, 2)[2:])  # type: ignore[no-untyped-call]
+    return (_rebuild, (cls, mixin), *nn.Module.__reduce_ex__(module, 2)[2:])
 
 
 def _rebuild(cls: type, mixin: type) -> Any:

@@ -82,7 +82,8 @@ class KernelInput:
         if not self._waiting:  # nobody is left to ask for it
             self._product = None
         start = self.weights.row_starts[index]
-        return y[:, start : start + linear.out_features].unflatten(0, x.shape[:-1])
+        mine: Tensor = y[:, start : start + linear.out_features].unflatten(0, x.shape[:-1])
+        return mine
 
     def routes(self, x: Tensor) -> bool:
         """Whether the depths of these tokens (..., I) can be decided in the launch that prepares them."""
@@ -159,7 +160,7 @@ class KernelInput:
             bits = routed.bits_of(routed.gates(x)).long()
             if index == 0:
                 routed.count(bits)
-        y: Tensor = kernel_linear(
+        flat: Tensor = kernel_linear(
             x.flatten(0, -2),
             weights.units,
             weights.meta,
@@ -171,7 +172,8 @@ class KernelInput:
             weights.slice_bits,
             index,
         )
-        return y.unflatten(0, x.shape[:-1])
+        y: Tensor = flat.unflatten(0, x.shape[:-1])
+        return y
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is kept between calls, which cannot be pickled."""
@@ -180,7 +182,7 @@ class KernelInput:
 
 def fusable_router(router: Router) -> TwoLayerWeights | None:
     """The weights of a router that the kernels can run: one that says so, and whose scores and gates are nobody else's."""
-    owner = next(cls for cls in type(router).__mro__ if "two_layers" in vars(cls))
+    owner: Any = next(cls for cls in type(router).__mro__ if "two_layers" in vars(cls))
     layers = router.two_layers()
     if layers is None or type(router).scores is not owner.scores or type(router).gates is not Router.gates:
         return None
@@ -226,5 +228,7 @@ def _missing(linear: ElasticLinear, dtype: torch.dtype) -> str | None:
         from mobiq_lightning.kernels.dispatch import INTERPRETED
 
         if INTERPRETED:
-            return None if dtype == torch.float32 else f"Triton's interpreter takes float32, the model computes in {dtype}"
+            return (
+                None if dtype == torch.float32 else f"Triton's interpreter takes float32, the model computes in {dtype}"
+            )
     return missing_for_kernels(device, dtype)

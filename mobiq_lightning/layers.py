@@ -181,7 +181,9 @@ class ElasticLinear(nn.Module):
             bits = routed.bits_of(routed.gates(x)).long()
             if "input" in self._modules:  # the first of the linears that share the input
                 routed.count(bits)
-            product = sliced_linear(x.flatten(0, -2), self.packed, bits.flatten(), partial(self.weight_at, dtype=x.dtype))
+            product = sliced_linear(
+                x.flatten(0, -2), self.packed, bits.flatten(), partial(self.weight_at, dtype=x.dtype)
+            )
             y = product.unflatten(0, x.shape[:-1])
         return y if self.bias is None else y + self.bias
 

@@ -111,7 +111,7 @@ class BitsPolicy:
             if stored["environment"]["device"] != device_name():
                 raise CheckpointError(
                     f"{path / SPEED} was measured on {stored['environment']['device']}, this is {device_name()}; measure "
-                    "it here with mobiq_lightning.speed.measure_speed"
+                    "it here with `validate` or mobiq_lightning.speed.measure_speed, or delete the file to go by queues alone"
                 )
             speed = {row["bits"]: row["tokens_per_second"] for row in stored["rows"]}
         curve = [
@@ -152,8 +152,8 @@ class BitsPolicy:
         known = [speed for speed in speeds if speed is not None]
         if len(known) < len(speeds):
             raise RecipeError(
-                "the curve holds no speeds; measure them on this machine with mobiq_lightning.speed.measure_speed, or use "
-                "bits_for_queue"
+                "the curve holds no speeds at some of its bits; measure them on this machine with "
+                "mobiq_lightning.speed.measure_speed, or use bits_for_queue"
             )
         enough = [index for index, speed in enumerate(known) if speed >= tokens_per_second]
         self.saturated = not enough

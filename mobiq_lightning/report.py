@@ -198,6 +198,10 @@ def print_summary(summary: Summary) -> None:
     console.print(table)
     if summary.results.get("rows"):
         print_table(summary.results)
+    if summary.results.get("latency"):
+        from mobiq_lightning.latency.report import print_budgets
+
+        print_budgets(summary.results["latency"])
     if summary.results.get("lm_eval"):
         print_harness(summary.results["lm_eval"])
     if not summary.results:

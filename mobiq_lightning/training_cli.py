@@ -16,12 +16,20 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from mobiq_lightning.callbacks import BlockExport, CalibrationProgress, LayerwiseCalibration, Results, ThresholdTuning
+from mobiq_lightning.callbacks import (
+    BlockExport,
+    CalibrationProgress,
+    LatencyCheck,
+    LayerwiseCalibration,
+    Results,
+    ThresholdTuning,
+)
 from mobiq_lightning.callbacks.block_export import finish_checkpoint
 from mobiq_lightning.checkpoint.names import ELASTIC
 from mobiq_lightning.console import say
 from mobiq_lightning.data import TextWindows
 from mobiq_lightning.errors import MobiqError, NonFiniteError, RecipeError, RunFolderError
+from mobiq_lightning.latency.report import print_budgets
 from mobiq_lightning.loggers import JsonlLogger, WandbLogger
 from mobiq_lightning.module import ElasticCalibration
 from mobiq_lightning.report import print_table
@@ -126,10 +134,10 @@ class ElasticCLI(LightningCLI):
         config = self._get(self.config_init, "trainer")
         given: list[Callback] = list(config.get("callbacks") or [])
         own = [LayerwiseCalibration(), ThresholdTuning(), BlockExport(), CalibrationProgress(), Results()]
-        own += self._checkpoints()
-        config["callbacks"] = given + [
-            c for c in own if not any(type(c) is type(g) for g in given) or _is_checkpoint(c)
-        ]
+        own += [LatencyCheck(), *self._checkpoints()]
+        callbacks = given + [c for c in own if not any(type(c) is type(g) for g in given) or _is_checkpoint(c)]
+        # One that the recipe gives comes first, but adds to what Results writes.
+        config["callbacks"] = sorted(callbacks, key=lambda c: isinstance(c, LatencyCheck))
         config["logger"] = self._loggers(config.get("logger"))
         plugins = config.get("plugins") or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
@@ -168,7 +176,10 @@ class ElasticCLI(LightningCLI):
             say(
                 f"{self.run_folder.path} holds this run, finished; --overwrite starts it again, `validate` compares it again."
             )
-            print_table(json.loads((self.run_folder.path / RESULTS).read_text(encoding="utf-8")))
+            results = json.loads((self.run_folder.path / RESULTS).read_text(encoding="utf-8"))
+            print_table(results)
+            if "latency" in results:
+                print_budgets(results["latency"])
             return
         while True:
             try:

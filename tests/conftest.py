@@ -15,6 +15,10 @@ import torch
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_SILENT"] = "true"
 torch.set_num_threads(2)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = (
+        "1"  # the kernels' own source, run on the CPU; must be set before Triton is imported
+    )
 
 TOPICS: dict[str, str] = pydoc_data.topics.topics
 

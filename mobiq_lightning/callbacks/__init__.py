@@ -1,9 +1,17 @@
 """Callbacks: one per file."""
 
 from mobiq_lightning.callbacks.block_export import BlockExport
+from mobiq_lightning.callbacks.latency_check import LatencyCheck
 from mobiq_lightning.callbacks.layerwise_calibration import LayerwiseCalibration
 from mobiq_lightning.callbacks.progress import CalibrationProgress
 from mobiq_lightning.callbacks.results import Results
 from mobiq_lightning.callbacks.threshold_tuning import ThresholdTuning
 
-__all__ = ["BlockExport", "CalibrationProgress", "LayerwiseCalibration", "Results", "ThresholdTuning"]
+__all__ = [
+    "BlockExport",
+    "CalibrationProgress",
+    "LatencyCheck",
+    "LayerwiseCalibration",
+    "Results",
+    "ThresholdTuning",
+]

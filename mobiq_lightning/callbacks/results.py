@@ -43,8 +43,7 @@ class Results(Callback):
             "collapsed": module.collapsed or known.get("collapsed", {}),
             "rows": rows,
         }
-        if "lm_eval" in known:
-            results["lm_eval"] = known["lm_eval"]
+        results |= {key: known[key] for key in ("lm_eval", "latency") if key in known}
         write_results(results, module.run_folder)
         add_results(module.run_folder / ELASTIC, results)
         print_table(results)
@@ -69,6 +68,6 @@ class Results(Callback):
 
 
 def _known_results(folder: Path) -> dict[str, Any]:
-    """What was found before: a later `validate` must not lose collapsed routers and the harness's tasks."""
+    """What was found before: a later `validate` must not lose collapsed routers, the harness's tasks and speeds."""
     path = folder / RESULTS
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}

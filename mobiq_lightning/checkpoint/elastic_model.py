@@ -127,9 +127,9 @@ class ElasticModel:
         """What transformers decodes with if the cache is static: a CUDA graph of one step, unless a way to compile is given."""
         if compile_config is not None and not getattr(compile_config, "_compile_all_devices", False):
             return super().get_compiled_call(compile_config)  # type: ignore[misc]
-        if len(set(getattr(self, "hf_device_map", {}).values())) > 1:
-            return self.__call__  # type: ignore[attr-defined]  # a graph holds the work of one device
-        return GraphedStep(self)
+        model: Any = self
+        on_several = len(set(getattr(self, "hf_device_map", {}).values())) > 1
+        return model.__call__ if on_several else GraphedStep(model)  # a graph holds the work of one device
 
     def generate(self, *args: Any, bits: Budget | None = None, **kwargs: Any) -> Any:
         """`generate` of transformers, at `bits` bits per weight.

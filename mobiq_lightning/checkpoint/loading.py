@@ -23,6 +23,7 @@ def load(
     dtype: torch.dtype | str = "auto",
     device: torch.device | str | None = None,
     check_hashes: bool = True,
+    warm_up: bool = False,
     **kwargs: Any,
 ) -> Any:
     """Loads an elastic checkpoint.
@@ -34,6 +35,8 @@ def load(
         dtype: Of what is not sliced, and of the computation; ``auto`` as saved.
         device: Where to; not together with `device_map`.
         check_hashes: Compare every tensor that is read with hashes.json; costs one pass over the bytes.
+        warm_up: Compile every kernel that the model can need, and unpack what the reference keeps, now instead of at the
+            first requests; see `mobiq_lightning.warm_up`.
         **kwargs: As `AutoModelForCausalLM.from_pretrained` takes them, such as ``device_map``.
 
     Returns:
@@ -70,7 +73,12 @@ def load(
         model.to(device)
     if bits is not None:
         model.set_bits(bits)
-    return model.eval()
+    model.eval()
+    if warm_up:
+        from mobiq_lightning.warm_up import warm_up as run_once
+
+        run_once(model)
+    return model
 
 
 def resolve(source: str | Path) -> Path:

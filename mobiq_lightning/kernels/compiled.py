@@ -106,7 +106,7 @@ def variants(architecture: int) -> Iterator[tuple[str, Any, dict[str, str], dict
             kind = "2 bits only" if not pairs else "all depths" if odd else "even depths"
             name = f"decode of {columns} tokens, {kind}, groups of {step}, {tiles} tile(s) at once"
             yield name, decode_kernel, decode, constants, ("R", "NY"), warps, 128 * 128 * tiles // (32 * warps)
-    grouped = {**pointers, **sizes, **{name: "*i32" for name in ("order", "tile_depth", "tile_start", "tile_count")}}
+    grouped = {**pointers, **sizes, **dict.fromkeys(("order", "tile_depth", "tile_start", "tile_count"), "*i32")}
     for odd in (0, 1):
         constants = {"BN": 128, "BM": BLOCK_TOKENS, "NS": 3, "TOGETHER": 8, "STEP": 128, "SUB": 1, "BACK": 2.0**33}
         constants |= {"KW4": int(architecture < 90), "ODD": odd}
@@ -117,10 +117,10 @@ def variants(architecture: int) -> Iterator[tuple[str, Any, dict[str, str], dict
         constants = {"DEPTH": depth, "BN": 64, "GROUP": 128, "PADDED": 128, "STEP": 128}
         yield f"dequantize to {depth} bits", dequantize_kernel, plain, constants, ("R", "K"), 4, 64
     prepare = {
-        **{name: "*bf16" for name in ("x", "other", "y", "one", "two")},
-        **{name: "*fp32" for name in ("sums", "hidden", "small", "thresholds", "part")},
-        **{name: "*i32" for name in ("bits", "info", "depths", "counters")},
-        **{name: "*i64" for name in ("valid", "bits_read", "tokens_read")},
+        **dict.fromkeys(("x", "other", "y", "one", "two"), "*bf16"),
+        **dict.fromkeys(("sums", "hidden", "small", "thresholds", "part"), "*fp32"),
+        **dict.fromkeys(("bits", "info", "depths", "counters"), "*i32"),
+        **dict.fromkeys(("valid", "bits_read", "tokens_read"), "*i64"),
         **{"M": "i32", "K": "i32", "T": "i32", "per_row": "i32", "eps": "fp32"},
     }
     for mode, meaning in enumerate(("plain", "norm", "gated")):
@@ -176,7 +176,9 @@ def _disassemble(cubin: bytes) -> tuple[str, str]:
         file.write(cubin)
         file.flush()
         return tuple(
-            subprocess.run([str(tools / command[0]), *command[1:], file.name], capture_output=True, text=True, check=True).stdout
+            subprocess.run(
+                [str(tools / command[0]), *command[1:], file.name], capture_output=True, text=True, check=True
+            ).stdout
             for command in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
         )  # type: ignore[return-value]
 

@@ -178,7 +178,10 @@ def decode_kernel(
         t = t0
         unit = 0
         for _ in tl.range(0, iterations * n_pairs, num_stages=NS):
-            acc = _pass(acc, x_two, sums, base, meta, live, centre, rm, rw, rn, t, unit, M, T, R, 2, TPI, NB, STEP, SUB, KW4, DT)  # fmt: skip
+            acc = _pass(
+                acc, x_two, sums, base, meta, live, centre, rm, rw, rn, t, unit, M, T, R,
+                2, TPI, NB, STEP, SUB, KW4, DT,
+            )  # fmt: skip
             t += TPI
             wrapped = t >= t1
             t = tl.where(wrapped, t0, t)
@@ -188,7 +191,10 @@ def decode_kernel(
     unit = shared
     for _ in tl.range(0, iterations * (highest // 2 - shared), num_stages=NS):
         on = depth >= 2 * unit + 2
-        acc = _pass(acc, x_one, sums, base, meta, on, centre, rm, rw, rn, t, unit, M, T, R, 0, TPI, NB, STEP, SUB, KW4, DT)  # fmt: skip
+        acc = _pass(
+            acc, x_one, sums, base, meta, on, centre, rm, rw, rn, t, unit, M, T, R,
+            0, TPI, NB, STEP, SUB, KW4, DT,
+        )  # fmt: skip
         t += TPI
         wrapped = t >= t1
         t = tl.where(wrapped, t0, t)
@@ -201,7 +207,10 @@ def decode_kernel(
         for _ in tl.range(0, iterations * n_odd, num_stages=NS):
             unit = tl.where((left & 1) != 0, 0, tl.where((left & 2) != 0, 1, tl.where((left & 4) != 0, 2, 3)))
             on = depth == 2 * unit + 1
-            acc = _pass(acc, x_one, sums, base, meta, on, centre, rm, rw, rn, t, unit, M, T, R, 1, TPI, NB, STEP, SUB, KW4, DT)  # fmt: skip
+            acc = _pass(
+                acc, x_one, sums, base, meta, on, centre, rm, rw, rn, t, unit, M, T, R,
+                1, TPI, NB, STEP, SUB, KW4, DT,
+            )  # fmt: skip
             t += TPI
             wrapped = t >= t1
             t = tl.where(wrapped, t0, t)

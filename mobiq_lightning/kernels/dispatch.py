@@ -93,7 +93,7 @@ def multiply(
 def multiply_uniform(x: Tensor, weights: KernelWeights, depth: int) -> Tensor:
     """``y[t] = W(depth) @ x[t]`` for a depth that the host knows. Arguments and result as in `multiply`."""
     tokens = x.shape[0]
-    if 0 < tokens and path_for(tokens, weights, torch.bfloat16) == "dequantize":
+    if tokens > 0 and path_for(tokens, weights, torch.bfloat16) == "dequantize":
         with _on(x):
             return F.linear(x, dequantize(weights, depth, x.dtype))
     return multiply(x, weights, torch.full((tokens,), depth, dtype=torch.int32, device=x.device))

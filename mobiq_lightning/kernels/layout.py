@@ -171,12 +171,13 @@ def codes_of(weights: KernelWeights, start: int, rows: int) -> Tensor:
     shift = 2 * torch.arange(8, device=device).view(8, 1) + 16 * torch.arange(2, device=device)
     codes = (words[..., None, None] >> shift) & 3  # u g nb r t h c j p
     codes = codes.permute(0, 2, 5, 3, 1, 6, 7, 4, 8).reshape(n_units, (last - first) * TILE_ROWS, -1)
-    value = torch.zeros_like(codes[0])
+    value: Tensor = torch.zeros_like(codes[0])
     for unit in codes:
         value = value << 2 | unit
     per_group, size = weights.padded_group, weights.group_size
     value = value.unflatten(1, (-1, per_group))[..., :size].flatten(1)[:, : weights.in_features]
-    return value[start - first * TILE_ROWS :][:rows]
+    wanted: Tensor = value[start - first * TILE_ROWS :][:rows]
+    return wanted
 
 
 def column_map(weights: KernelWeights) -> Tensor:
@@ -215,9 +216,11 @@ def _meta(packed: PackedSlices, tiles: int) -> Tensor:
     def bits(values: Tensor) -> Tensor:
         words = values.to(torch.bfloat16).t().contiguous().view(torch.int16).to(torch.int32) & 0xFFFF
         words = words.repeat_interleave(padded // step, dim=0)
-        return F.pad(words, (0, -words.shape[1] % ROW_BLOCK, 0, tiles * TILE_COLUMNS // step - words.shape[0]))
+        missing = (0, -words.shape[1] % ROW_BLOCK, 0, tiles * TILE_COLUMNS // step - words.shape[0])
+        return F.pad(words, missing)
 
-    return bits(packed.scale) | bits(packed.bias) << 16
+    both: Tensor = bits(packed.scale) | bits(packed.bias) << 16
+    return both
 
 
 def _spread_groups(codes: Tensor, packed: PackedSlices) -> Tensor:
@@ -226,7 +229,8 @@ def _spread_groups(codes: Tensor, packed: PackedSlices) -> Tensor:
     if size == padded:
         return codes
     codes = F.pad(codes, (0, -codes.shape[1] % size))
-    return F.pad(codes.unflatten(1, (-1, size)), (0, padded - size)).flatten(1)
+    spread: Tensor = F.pad(codes.unflatten(1, (-1, size)), (0, padded - size)).flatten(1)
+    return spread
 
 
 def _held(packed: PackedSlices) -> tuple[int, ...]:

@@ -217,9 +217,8 @@ def prepare_kernel(
                 tl.debug_barrier()
                 tl.atomic_xchg(counters + MI, 0)
                 _store_info(bits, info, M, MI)
-    elif INFO:
-        if (m == 0) & (p == 0):
-            _store_info(bits, info, M, MI)
+    elif INFO & (m == 0) & (p == 0):
+        _store_info(bits, info, M, MI)
 
 
 def prepare(

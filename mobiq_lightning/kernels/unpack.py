@@ -87,16 +87,11 @@ def unpack_one(
     """
     w = _words(w, PIECE, NB, STEP)
     u = w >> 8
-    if HIGH:
-        M0: tl.constexpr = 0x00020002
-        M1: tl.constexpr = 0x00080008
-        M2: tl.constexpr = 0x00200020
-        M3: tl.constexpr = 0x00800080
-    else:
-        M0: tl.constexpr = 0x00030003
-        M1: tl.constexpr = 0x000C000C
-        M2: tl.constexpr = 0x00300030
-        M3: tl.constexpr = 0x00C000C0
+    KEPT: tl.constexpr = 2 if HIGH else 3
+    M0: tl.constexpr = KEPT * 0x00010001
+    M1: tl.constexpr = KEPT * 0x00040004
+    M2: tl.constexpr = KEPT * 0x00100010
+    M3: tl.constexpr = KEPT * 0x00400040
     if STEP == 32:
         if PIECE % 2 == 0:
             pairs = _join4(w & M0, w & M1, w & M2, w & M3)

@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("triton")
 
 INSTRUCTIONS_PER_WEIGHT = {"2 bits only": 1.65, "all depths": 2.6}
-"""The most that the main loop may spend, at 8 tokens and groups of 128: more, and the GPU's instructions are the limit long
+"""The most that the main loop may spend, at one token and groups of 128: more, and the GPU's instructions are the limit long
 before its memory."""
 
 
@@ -61,5 +61,5 @@ def test_hopper_multiplies_more_than_eight_tokens_with_its_own_instructions(
 def test_the_main_loop_of_few_tokens_leaves_the_memory_to_be_the_limit(compiled: dict[Any, dict[str, Any]]) -> None:
     for (name, architecture), line in compiled.items():
         for kind, limit in INSTRUCTIONS_PER_WEIGHT.items():
-            if f"8 tokens, {kind}, groups of 128" in name:
+            if f"of 1 tokens, {kind}, groups of 128" in name:
                 assert max(loop["per_weight"] for loop in line["loops"]) <= limit, (name, architecture)

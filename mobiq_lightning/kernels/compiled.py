@@ -20,7 +20,7 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 
-from mobiq_lightning.kernels.decode import decode_kernel, decode_warps
+from mobiq_lightning.kernels.decode import decode_columns, decode_kernel, decode_warps
 from mobiq_lightning.kernels.dequantize import dequantize_kernel
 from mobiq_lightning.kernels.grouped import BLOCK_TOKENS, WARPS, grouped_kernel
 from mobiq_lightning.kernels.prepare import prepare_kernel
@@ -79,18 +79,20 @@ def variants(architecture: int) -> Iterator[tuple[str, Any, dict[str, str], dict
     sizes = {"M": "i32", "R": "i32", "NY": "i32", "T": "i32", "block0": "i32"}
     decode = {**pointers, **sizes, "bits": "*i32", "info": "*i32", "part": "*fp32", "counters": "*i32"}
     decode |= {"TS": "i32", "SPLIT": "i32"}
-    for columns, tiles, stages, step in (
-        *((8, 1, 4, s) for s in (32, 64, 128)),
-        (8, 2, 3, 128),
+    for tokens, tiles, stages, step in (
+        *((1, 1, 4, s) for s in (32, 64, 128)),
+        (1, 2, 3, 128),
+        (8, 1, 4, 128),
         (16, 2, 3, 128),
         (32, 1, 3, 128),
         (64, 1, 3, 128),
     ):
+        columns = decode_columns(tokens)
         for pairs, odd in ((0, 0), (1, 0), (1, 1)):
             constants = {
                 "MULTI": 1,
-                "MR": 1 if columns == 8 else columns,
-                "SC": 16 if columns == 8 else max(1, 16 // columns),
+                "MR": tokens,
+                "SC": max(1, 16 // tokens),
                 "BN": 128,
                 "MP": columns,
                 "TPI": tiles,
@@ -104,7 +106,7 @@ def variants(architecture: int) -> Iterator[tuple[str, Any, dict[str, str], dict
             }
             warps = decode_warps(columns)
             kind = "2 bits only" if not pairs else "all depths" if odd else "even depths"
-            name = f"decode of {columns} tokens, {kind}, groups of {step}, {tiles} tile(s) at once"
+            name = f"decode of {tokens} tokens, {kind}, groups of {step}, {tiles} tile(s) at once"
             yield name, decode_kernel, decode, constants, ("R", "NY"), warps, 128 * 128 * tiles // (32 * warps)
     grouped = {**pointers, **sizes, **dict.fromkeys(("order", "tile_depth", "tile_start", "tile_count"), "*i32")}
     for odd in (0, 1):
@@ -121,13 +123,25 @@ def variants(architecture: int) -> Iterator[tuple[str, Any, dict[str, str], dict
         **dict.fromkeys(("sums", "hidden", "small", "thresholds", "part"), "*fp32"),
         **dict.fromkeys(("bits", "info", "depths", "counters"), "*i32"),
         **dict.fromkeys(("valid", "bits_read", "tokens_read"), "*i64"),
-        **{"M": "i32", "K": "i32", "T": "i32", "per_row": "i32", "eps": "fp32"},
+        **{
+            "M": "i32",
+            "K": "i32",
+            "T": "i32",
+            "x_stride": "i32",
+            "other_stride": "i32",
+            "per_row": "i32",
+            "eps": "fp32",
+        },
     }
     for mode, meaning in enumerate(("plain", "norm", "gated")):
         constants = {"MODE": mode, "ROUTE": 1, "COUNT": 1, "INFO": 1, "CT": 4, "GROUP": 128, "PADDED": 128, "STEP": 128}
         constants |= {"KP": 4096, "HP": 16, "SLICES": 5, "SP": 8, "PP": 8, "MI": 64, "SCALE": 2.0**100}
         constants |= {"BACK": 2.0**33, "KW4": 1}
-        yield f"prepare and route, {meaning}", prepare_kernel, prepare, constants, ("K",), 4, 1
+        aligned = ("K", "x_stride", "other_stride")
+        yield f"prepare and route, {meaning}", prepare_kernel, prepare, constants, aligned, 4, 1
+        for info in (0, 1):
+            name = f"prepare{' a few' if info else ''}, {meaning}"
+            yield name, prepare_kernel, prepare, {**constants, "ROUTE": 0, "INFO": info}, aligned, 4, 1
 
 
 def compile_variant(
@@ -152,7 +166,9 @@ def compile_variant(
             if n not in constants and (types[n].startswith("*") or n in divisible)
         },
     )
-    made: Any = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": warps})
+    made: Any = triton.compile(
+        source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": warps, "enable_fp_fusion": True}
+    )
     resources, assembly = _disassemble(made.asm["cubin"])
     registers = re.search(r"REG:(\d+)", resources)
     assert registers is not None

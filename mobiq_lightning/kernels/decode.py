@@ -270,7 +270,7 @@ def decode(
     y = torch.empty(tokens, rows, dtype=dtype or x.dtype, device=x.bits.device)
     part = y if split == 1 else torch.empty(split, tokens, rows, dtype=torch.float32, device=y.device)
     columns = decode_columns(tokens)
-    at_once = 1 if columns == 8 else columns
+    at_once = triton.next_power_of_2(tokens) if columns == 8 else columns
     decode_kernel[(blocks, split)](
         x.one,
         x.two,
@@ -290,7 +290,7 @@ def decode(
         split,
         block0,
         MULTI=int(split > 1),
-        MR=triton.next_power_of_2(tokens) if columns == 8 else columns,
+        MR=at_once,
         SC=max(1, 16 // at_once),
         BN=config.block_rows,
         MP=columns,
@@ -303,6 +303,7 @@ def decode(
         PAIRS=int(sum(weights.slice_bits) >= 4),
         ODD=int(any(depth % 2 for depth in weights.depths)),
         num_warps=decode_warps(columns),
+        enable_fp_fusion=True,
     )
     return y
 

@@ -118,6 +118,7 @@ def dequantize(
         PADDED=weights.padded_group,
         STEP=weights.step,
         num_warps=4,
+        enable_fp_fusion=True,
     )
     return out
 

@@ -219,5 +219,6 @@ def grouped(
         KW4=int(x.form.kw4),
         ODD=int(any(depth % 2 for depth in weights.depths)),
         num_warps=WARPS,
+        enable_fp_fusion=True,
     )
     return y

@@ -121,6 +121,8 @@ def prepare_kernel(
     M,
     K,
     T,
+    x_stride,
+    other_stride,
     per_row,
     eps,
     MODE: tl.constexpr,
@@ -141,8 +143,9 @@ def prepare_kernel(
     BACK: tl.constexpr,
     KW4: tl.constexpr,
 ):
-    """One program: CT tiles of columns of one token. Arguments as in `prepare` and `RouterWeights`; y takes what the
-    router and the product are given, (M, K), unless MODE is 0.
+    """One program: CT tiles of columns of one token.
+
+    Arguments as in `prepare` and `RouterWeights`. Unless MODE is 0, y (M, K) takes what router and product are given.
     """
     m = tl.program_id(0).to(tl.int64)
     p = tl.program_id(1)
@@ -152,15 +155,15 @@ def prepare_kernel(
     inside = tile[:, None] < T
     source = (k // PADDED) * GROUP + k % PADDED
     ok = (k % PADDED < GROUP) & (source < K)
-    v = tl.load(x + m * K + source, mask=ok, other=0.0).to(tl.float32)
+    v = tl.load(x + m * x_stride + source, mask=ok, other=0.0).to(tl.float32)
     if MODE == _NORM:
         row = tl.arange(0, KP)
-        whole = tl.load(x + m * K + row, mask=row < K, other=0.0).to(tl.float32)
+        whole = tl.load(x + m * x_stride + row, mask=row < K, other=0.0).to(tl.float32)
         v = v * tl.rsqrt(tl.sum(whole * whole, 0) / K + eps)
         v = v.to(x.dtype.element_ty).to(tl.float32) * tl.load(other + source, mask=ok, other=0.0).to(tl.float32)
     if MODE == _GATED:
         v = (v * tl.sigmoid(v)).to(x.dtype.element_ty).to(tl.float32)
-        v = v * tl.load(other + m * K + source, mask=ok, other=0.0).to(tl.float32)
+        v = v * tl.load(other + m * other_stride + source, mask=ok, other=0.0).to(tl.float32)
     v = v.to(x.dtype.element_ty)
     if MODE != _PLAIN:
         tl.store(y + m * K + source, v, mask=ok)
@@ -249,7 +252,7 @@ def prepare(
         raise ValueError(f"give either bits or, for up to {MAX_ROUTED} tokens, routing; there are {tokens} tokens")
     if norm is not None and up is not None:
         raise ValueError("give norm or up, not both")
-    x = x.contiguous()
+    x = _with_whole_rows(x)
     router = routing.router if routing is not None else None
     width = router.width if router is not None else 16
     tiles = max(1, min(4, 64 // width))
@@ -258,7 +261,7 @@ def prepare(
     def new(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device=x.device)
 
-    y = torch.empty_like(x) if norm is not None or up is not None else x
+    y = new(tokens, columns, dtype=x.dtype) if norm is not None or up is not None else x
     prepared = Prepared(
         new(tokens, weights.tiles * TILE_COLUMNS, dtype=form.dtype),
         new(tokens, weights.tiles * TILE_COLUMNS, dtype=form.dtype),
@@ -268,7 +271,7 @@ def prepare(
         form,
         x.dtype,
     )
-    other = norm[0] if norm is not None else up.contiguous() if up is not None else x
+    other = norm[0] if norm is not None else _with_whole_rows(up) if up is not None else x
     part = new(tokens * parts * (width + 1), dtype=torch.float32) if router is not None else prepared.sums
     none = prepared.info  # where a pointer is not used
     count = routing is not None and routing.valid is not None
@@ -293,6 +296,8 @@ def prepare(
         tokens,
         columns,
         weights.tiles,
+        x.stride(0),
+        other.stride(0),
         max(1, tokens // len(routing.thresholds)) if routing is not None else 1,
         norm[1] if norm is not None else 0.0,
         MODE=1 if norm is not None else 2 if up is not None else 0,
@@ -313,5 +318,11 @@ def prepare(
         BACK=form.back,
         KW4=int(form.kw4),
         num_warps=4,
+        enable_fp_fusion=True,
     )
     return y, prepared
+
+
+def _with_whole_rows(x: Tensor) -> Tensor:
+    """Tokens whose columns lie beside each other; the rows may be parts of longer ones, as those of a fused product are."""
+    return x if x.stride(-1) == 1 else x.contiguous()

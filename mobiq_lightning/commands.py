@@ -32,7 +32,11 @@ def run(function: Callable[..., None], arguments: list[str]) -> None:
 
     disable_progress_bar()
     normal = [re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in arguments]
-    first = next(iter(signature(function).parameters.values()))
+    parameters = signature(function).parameters.values()
+    switches = {f"--{p.name}" for p in parameters if isinstance(p.default, bool)}
+    alone = [*(following.startswith("-") for following in normal[1:]), True][: len(normal)]
+    normal = [f"{a}=true" if a in switches and bare else a for a, bare in zip(normal, alone, strict=True)]
+    first = next(iter(parameters))
     if first.default is not first.empty and normal and not normal[0].startswith("-"):  # RUN where it may be left out
         normal[0] = f"--{first.name}={normal[0]}"
     auto_cli(function, args=normal, as_positional=True, parser_class=Parser)

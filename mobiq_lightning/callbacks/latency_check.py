@@ -1,0 +1,100 @@
+"""Measures how fast the saved checkpoint is on the machine that compared it, at every budget of the comparison."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from mobiq_lightning.callbacks.layerwise_calibration import checked
+from mobiq_lightning.checkpoint.names import ELASTIC
+from mobiq_lightning.checkpoint.write import add_results
+from mobiq_lightning.errors import RecipeError
+from mobiq_lightning.files import write_json
+from mobiq_lightning.latency.of_model import time_linears
+from mobiq_lightning.latency.report import print_budgets
+from mobiq_lightning.latency.timing import Clock
+from mobiq_lightning.module import ElasticCalibration
+from mobiq_lightning.run_folder import RESULTS
+from mobiq_lightning.speed import measure_speed, store_speed
+
+LINEARS_SHARE = 0.4
+"""Of the time, for the linears; the rest decodes."""
+NEW_TOKENS = {"cuda": 64, "cpu": 16}
+
+
+class LatencyCheck(Callback):
+    """After the comparison, times the loaded checkpoint: its linears at each budget, and decoding.
+
+    Results go to results.json (``latency``) of run and checkpoint, to the terminal, to the loggers, and as a curve from bits
+    to tokens per second to speed.json of the checkpoint, for `BitsPolicy`. Where the model runs on the reference, they say
+    so. Must come after `Results`.
+
+    Args:
+        seconds: About how long it may take; 0 switches it off. The lowest and the highest budget are decoded at in any
+            case; when time is up, those between them are left out, and the policy interpolates.
+    """
+
+    def __init__(self, seconds: float = 5.0) -> None:
+        if seconds < 0:
+            raise RecipeError(f"LatencyCheck: seconds ({seconds:g}) must be 0 or more")
+        self.seconds = seconds
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measures on the first rank."""
+        module = checked(pl_module)
+        if self.seconds == 0 or not trainer.is_global_zero:
+            return
+        comparison = module.comparison
+        assert comparison is not None
+        model, deadline = comparison.elastic, time.monotonic() + self.seconds
+        used = {row["target_bits"]: row["used_bits"] for row in comparison.rows() if row["allocation"] == "router"}
+        clock = Clock(model.device, repeats=5, seconds=self.seconds * LINEARS_SHARE / 40)
+        latency = time_linears(model, used, clock)
+        speeds = _speeds(model, sorted(used), deadline)
+        for row in latency["budgets"]:
+            row["tokens_per_second"] = speeds.get(row["target_bits"], {}).get("tokens_per_second")
+        store_speed(module.run_folder / ELASTIC, list(speeds.values()), latency["device"], latency["path"])
+        _add(module.run_folder, latency)
+        print_budgets(latency)
+        _log(trainer, module, latency)
+
+
+def _speeds(model: Any, budgets: list[float], deadline: float) -> dict[float, dict[str, float]]:
+    """What `measure_speed` gives by budget: the ends first, then what is farthest from those that are known."""
+    found: dict[float, dict[str, float]] = {}
+    pending = list(budgets)
+    while pending:
+        if not found:
+            bits = pending[0]
+        elif len(found) == 1:
+            bits = pending[-1]
+        else:
+            if time.monotonic() > deadline:
+                break
+            bits = max(pending, key=lambda b: min(abs(b - known) for known in found))
+        pending.remove(bits)
+        new_tokens = NEW_TOKENS[model.device.type]
+        found[bits] = measure_speed(model, [bits], new_tokens=new_tokens, repeats=2)[0]
+    return dict(sorted(found.items()))
+
+
+def _add(run: Path, latency: dict[str, Any]) -> None:
+    """Puts it beside what the comparison has found."""
+    results = json.loads((run / RESULTS).read_text(encoding="utf-8"))
+    results["latency"] = latency
+    write_json(run / RESULTS, results)
+    add_results(run / ELASTIC, results)
+
+
+def _log(trainer: Trainer, module: ElasticCalibration, latency: dict[str, Any]) -> None:
+    """One point per budget, after those of the comparison."""
+    first = module.global_step + len(latency["budgets"]) + 1
+    for logger in trainer.loggers:
+        for number, row in enumerate(latency["budgets"]):
+            figures = ("us", "gb_per_s", "of_copy", "times_plain", "tokens_per_second")
+            metrics = {f"latency/{name}": row[name] for name in figures if row[name] is not None}
+            logger.log_metrics({"eval/bits": row["used_bits"], **metrics}, step=first + number)

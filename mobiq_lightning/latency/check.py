@@ -1,0 +1,120 @@
+"""Whether the kernels compute what they should on this device, before any of them is timed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mobiq_lightning.errors import KernelError
+from mobiq_lightning.kernels import dispatch, relay
+from mobiq_lightning.kernels.decode import decode, decode_columns
+from mobiq_lightning.kernels.dequantize import dequantize
+from mobiq_lightning.kernels.grouped import grouped
+from mobiq_lightning.kernels.layout import KernelWeights
+from mobiq_lightning.kernels.prepare import prepare
+from mobiq_lightning.kernels.tuning import table_for
+from mobiq_lightning.latency.kernel_products import form_for
+from mobiq_lightning.latency.reference_products import random_slices
+from mobiq_lightning.latency.shapes import Shape
+from mobiq_lightning.packing import PackedSlices
+
+TOLERANCE = 1e-4
+"""Largest error in float32, as a share of the largest result; tensor cores truncate sums."""
+SIZES = ((256, 512, 128), (80, 300, 48), (200, 1344, 128), (384, 4096, 64))
+"""Rows, columns and group size."""
+TOKENS = (1, 5, 16, 33, 64)
+
+
+def check_kernels(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """Compares decode, grouped and dequantize with float64.
+
+    Args:
+        device: Where they run.
+        dtype: Of the tokens.
+
+    Returns:
+        The largest relative error of each, of float32 results.
+
+    Raises:
+        KernelError: If one is off, naming kernel, sizes and error; or if the tensor cores drop subnormal numbers, which
+            the kernels unpack codes into.
+    """
+    if device.type == "cuda":
+        check_subnormals(device)
+    generator = torch.Generator(device).manual_seed(0)
+    worst = {"decode": 0.0, "grouped": 0.0, "dequantize": 0.0}
+    for rows, columns, group in SIZES:
+        shape = Shape("check", f"{rows}x{columns}", (rows,), columns, group_size=group)
+        packed = random_slices(shape, rows, device, generator)
+        weights = relay([packed])
+        exact = {depth: packed.weight_at(depth) for depth in shape.depths}
+        for depth in shape.depths:
+            made = dequantize(weights, depth, torch.float32)[:rows]
+            _note(worst, "dequantize", made.double(), exact[depth].double(), f"{shape.part} at {depth} bits")
+        for count in TOKENS:
+            x = torch.randn(count, columns, generator=generator, device=device).to(dtype)
+            bits = torch.tensor([shape.depths[t % len(shape.depths)] for t in range(count)], device=device)
+            wanted = exact_product(x, packed, bits)
+            name = f"{shape.part}, groups of {group}, {count} tokens"
+            for kernel, made in products_in_float32(x, weights, bits.int()).items():
+                _note(worst, kernel, made[:, :rows].double(), wanted, name)
+    return worst
+
+
+def products_in_float32(x: Tensor, weights: KernelWeights, bits: Tensor) -> dict[str, Tensor]:
+    """Results (M, padded rows) float32 of `decode` and `grouped`.
+
+    Args:
+        x: (M, I), M up to 64.
+        weights: In the kernels' order.
+        bits: (M,) int32.
+    """
+    prepared = prepare(x, weights, form_for(x), bits)[1]
+    name = "interpreter" if dispatch.INTERPRETED else torch.cuda.get_device_name(x.device)
+    processors = 4 if dispatch.INTERPRETED else torch.cuda.get_device_properties(x.device).multi_processor_count
+    config = table_for(name).decode_config(decode_columns(len(x)), weights.rows, weights.in_features)
+    return {
+        "decode": decode(prepared, weights, config, processors, dtype=torch.float32),
+        "grouped": grouped(prepared, weights, dtype=torch.float32),
+    }
+
+
+def exact_product(x: Tensor, packed: PackedSlices, bits: Tensor) -> Tensor:
+    """(M, O) float64."""
+    y = x.new_zeros(x.shape[0], packed.out_features, dtype=torch.float64)
+    for depth in bits.unique().tolist():
+        tokens = bits == depth
+        y[tokens] = x[tokens].double() @ packed.weight_at(depth).double().t()
+    return y
+
+
+def check_subnormals(device: torch.device) -> None:
+    """Multiplies the bfloat16 numbers whose bits are 0 to 255 by a power of two, which gives those integers if none is lost.
+
+    Raises:
+        KernelError: If one is.
+    """
+    codes = torch.arange(256, dtype=torch.int16, device=device).view(torch.bfloat16)
+    weights = torch.zeros(256, 64, dtype=torch.bfloat16, device=device)
+    weights[:, 0] = codes
+    x = torch.zeros(64, 16, dtype=torch.bfloat16, device=device)
+    x[0] = 2.0**100
+    found = (weights @ x).float() * 2.0**33
+    wrong = int((found != torch.arange(256, device=device).float().unsqueeze(1)).any(1).sum())
+    if wrong:
+        raise KernelError(
+            f"{torch.cuda.get_device_name(device)} drops subnormal bfloat16 numbers in its products ({wrong} of 256 codes "
+            "came out wrong), and the kernels unpack codes into such numbers: they cannot be used here. Call "
+            "model.use_kernels(False)"
+        )
+
+
+def _note(worst: dict[str, float], kernel: str, made: Tensor, wanted: Tensor, where: str) -> None:
+    error = float((made - wanted).abs().max() / wanted.abs().max())
+    if not error <= TOLERANCE:  # NaN is not
+        raise KernelError(
+            f"the kernel {kernel} is wrong on this device: {where}: relative error {error:.3g}, up to {TOLERANCE:g} is "
+            "rounding. Nothing was timed. Call model.use_kernels(False), and report this with the versions of torch and "
+            "Triton"
+        )
+    worst[kernel] = max(worst[kernel], error)

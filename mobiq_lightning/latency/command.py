@@ -1,0 +1,176 @@
+"""What ``python -m mobiq_lightning latency`` does."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mobiq_lightning.checkpoint.provenance import environment
+from mobiq_lightning.console import say
+from mobiq_lightning.errors import KernelError, RecipeError, nearest
+from mobiq_lightning.files import write_atomically
+from mobiq_lightning.kernels import missing_for_kernels
+from mobiq_lightning.latency import report, sections
+from mobiq_lightning.latency.journal import PLOT, RESULTS, Journal
+from mobiq_lightning.latency.shapes import Shape, parse_shapes, shapes_of_checkpoint
+from mobiq_lightning.latency.targets import beside_targets
+from mobiq_lightning.latency.timing import CACHES, MAX_COPIES, Clock, cache_bytes
+from mobiq_lightning.latency.whole_model import model
+
+SECTIONS = ("check", "ceilings", "decode", "batch", "prefill", "model")
+CUDA_ONLY = ("check", "prefill")
+DEFAULT_SHAPES = {"kernels": "llama-2-7b,llama-3-8b,llama-3-70b", "reference": "small"}
+REFERENCE = "the CPU reference, which says nothing of GPUs"
+KERNELS = "the Triton kernels, without the router"
+_NOTES = {
+    "kernels": [
+        "Weights and tokens are random. An odd depth reads the whole unit of two planes that its last bit is in.",
+        "The product alone is timed; preparation, which the router's launch does in a model, stands for itself.",
+    ],
+    "reference": [
+        "These figures are those of the reference path on this CPU and say nothing of GPUs. Weights and tokens are random.",
+        "A model keeps its dequantized weights, so bits change nothing of what one depth reads; mixed depths read one each.",
+    ],
+}
+
+
+def measure(
+    run: str = "", shapes: str = "", names: str = "", folder: Path = Path("latency"), minutes: float = 9.0
+) -> Journal:
+    """Measures, prints and writes `RESULTS` and `PLOT`.
+
+    Args:
+        run: Run folder or elastic checkpoint whose shapes are taken, or empty.
+        shapes: Names of shapes, see `parse_shapes`; or empty.
+        names: Sections, separated by commas; by default all that the device has.
+        folder: Where to.
+        minutes: When to stop; what is left then is listed as not measured.
+
+    Raises:
+        RecipeError: If an argument makes no sense.
+        KernelError: If the kernels are wrong here, or a measurement failed; the others are written all the same.
+    """
+    path, products = find_path()
+    wanted = chosen_sections(names, path)
+    if minutes <= 0:
+        raise RecipeError(f"latency: --minutes {minutes:g} must be above 0")
+    listed = chosen_shapes(run, shapes, path)
+    clock = Clock(products.device)
+    what = KERNELS if path == "kernels" else REFERENCE
+    head: dict[str, Any] = {"what": what, "notes": _NOTES[path], "environment": versions()}
+    head["method"] = _method(products.device, products.dtype)
+    journal = Journal(folder, path, head, clock, time.monotonic() + 60 * minutes)
+    say(f"Measuring {what}: {', '.join(wanted)}; at most {minutes:g} minutes, rows go to {folder / RESULTS}")
+    try:
+        for name in wanted:
+            _run_section(name, journal, products, listed)
+    finally:
+        journal.put("targets", beside_targets(journal.rows))
+    if report.has_plot(journal.rows):
+        write_atomically(folder / PLOT, lambda file: report.plot(journal.content, file))
+    report.print_report(journal)
+    failed = [row for row in journal.rows if "error" in row]
+    if failed:
+        first = failed[0]
+        raise KernelError(
+            f"{len(failed)} of {len(journal.rows)} measurements failed, the first of them {first['section']} of "
+            f"{first['shape']}, {first['product']}: {first['error']}"
+        )
+    return journal
+
+
+def find_path() -> tuple[str, sections.Products]:
+    """``kernels`` or ``reference``, and the products of it; says why, if a GPU is there that the kernels do not take.
+
+    Raises:
+        RecipeError: If there is one.
+    """
+    if not torch.cuda.is_available():
+        from mobiq_lightning.latency.reference_products import ReferenceProducts
+
+        return "reference", ReferenceProducts(torch.device("cpu"))
+    device = torch.device("cuda", torch.cuda.current_device())
+    if reason := missing_for_kernels(device, torch.bfloat16):
+        raise RecipeError(
+            f"latency: the kernels cannot run: {reason}. CUDA_VISIBLE_DEVICES= times the reference on the CPU"
+        )
+    from mobiq_lightning.latency.kernel_products import KernelProducts
+
+    return "kernels", KernelProducts(device)
+
+
+def chosen_sections(names: str, path: str) -> list[str]:
+    """Sections of a command line in the order in which they run.
+
+    Raises:
+        RecipeError: If one does not exist, with the nearest name, or needs a CUDA device.
+    """
+    here = [s for s in SECTIONS if path == "kernels" or s not in CUDA_ONLY]
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    for name in wanted:
+        if name not in SECTIONS:
+            raise RecipeError(
+                f"latency: --sections: no section {name!r}. {nearest(name, SECTIONS)} Sections: {', '.join(SECTIONS)}"
+            )
+        if name not in here:
+            raise RecipeError(f"latency: --sections: {name} needs a CUDA device; here there are {', '.join(here)}")
+    return [s for s in here if s in wanted or not wanted]
+
+
+def chosen_shapes(run: str, shapes: str, path: str) -> list[Shape]:
+    """Shapes of a command line.
+
+    Raises:
+        RecipeError: If both a run and shapes are given, or a shape does not exist.
+    """
+    if run and shapes:
+        raise RecipeError("latency: give a run, whose shapes are taken, or --shapes, not both")
+    return shapes_of_checkpoint(run) if run else parse_shapes(shapes or DEFAULT_SHAPES[path])
+
+
+def versions() -> dict[str, str]:
+    """Machine, versions and date, Triton's among them."""
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = "not installed"
+    return {**environment(), "triton": triton, "cuda": str(torch.version.cuda)}
+
+
+def _method(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    how = "one CUDA graph of many launches, replayed" if device.type == "cuda" else "a loop on the host"
+    return {
+        "how": f"{how}; median of repeats, spread is the distance of the quartiles as a share of it",
+        "weights": f"random, rotated over {CACHES} times the last cache, or {MAX_COPIES} copies",
+        "cache_bytes": cache_bytes(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "router": "not timed except in whole models",
+        "bytes": "read of the weights by one call, scales and biases included; tokens and results are not counted",
+    }
+
+
+def _run_section(name: str, journal: Journal, products: sections.Products, shapes: Sequence[Shape]) -> None:
+    if name == "check":
+        from mobiq_lightning.latency.check import check_kernels
+
+        journal.put("largest_relative_error", check_kernels(products.device, products.dtype))
+    elif name == "ceilings":
+        sections.ceilings(journal)
+    elif name == "decode":
+        sections.decode(journal, products, shapes)
+    elif name == "batch":
+        sections.batch(journal, products, shapes)
+    elif name == "prefill":
+        from mobiq_lightning.latency.kernel_products import KernelProducts
+        from mobiq_lightning.latency.prefill import prefill
+
+        assert isinstance(products, KernelProducts)  # `chosen_sections` has seen to it
+        prefill(journal, products, shapes)
+    else:
+        products.forget()
+        model(journal, products.dtype)

@@ -1,0 +1,168 @@
+"""The products of the Triton kernels, and what stands beside them: other libraries' on the same machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mobiq_lightning.kernels import dispatch
+from mobiq_lightning.kernels.layout import KernelWeights, relay
+from mobiq_lightning.kernels.prepare import Form, Prepared, prepare
+from mobiq_lightning.latency.journal import Candidate
+from mobiq_lightning.latency.reference_products import launches_for, plain_product
+from mobiq_lightning.latency.shapes import Shape
+from mobiq_lightning.latency.timing import cache_bytes, copies_for
+from mobiq_lightning.packing import PackedSlices, n_groups
+
+
+class KernelProducts:
+    """Sliced products as `mobiq_lightning.kernels.dispatch` takes them.
+
+    Args:
+        device: With CUDA; a CPU where Triton's interpreter runs the kernels, to check this code.
+        dtype: Of tokens and of plain weights.
+    """
+
+    name = "kernels"
+
+    def __init__(self, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> None:
+        self.device, self.dtype = device, dtype
+        self.generator = torch.Generator(device).manual_seed(0)
+        self._weights: tuple[Shape, list[KernelWeights]] | None = None
+
+    def tokens(self, shape: Shape, count: int) -> Tensor:
+        """Random tokens (count, I)."""
+        return torch.randn(count, shape.in_features, generator=self.generator, device=self.device).to(self.dtype)
+
+    def weights(self, shape: Shape) -> list[KernelWeights]:
+        """Random weights to rotate over, made once as long as the shape stays."""
+        if self._weights is None or self._weights[0] != shape:
+            self._weights = None  # before there are others
+            first = random_kernel_weights(shape, self.device, self.generator)
+            read = first.bytes_read(shape.depths[0])
+            copies = 2 if dispatch.INTERPRETED else copies_for(read, cache_bytes(self.device))
+            more = (random_kernel_weights(shape, self.device, self.generator) for _ in range(copies - 1))
+            self._weights = (shape, [first, *more])
+        return self._weights[1]
+
+    def forget(self) -> None:
+        """Gives the memory of the weights back."""
+        self._weights = None
+
+    def plain(self, shape: Shape, x: Tensor) -> Candidate:
+        """Full-precision weights of the same dtype."""
+        return plain_product(shape, x, self.generator)
+
+    def elastic(self, shape: Shape, x: Tensor, bits: list[int]) -> Candidate:
+        """Prepared tokens times weights: what is launched once the router has decided.
+
+        Args:
+            shape: Of the weights.
+            x: (M, I), M up to 64.
+            bits: Depth of each token.
+        """
+        return elastic_product(x, self.weights(shape), bits)
+
+    def others(self, shape: Shape, x: Tensor) -> Iterator[tuple[str, partial[Candidate]]]:
+        """Names of what else is timed beside one token, with what makes it."""
+        yield "preparation", partial(self._preparation, shape, x)
+        if self.device.type == "cuda":
+            yield "int4pack", partial(int4_product, shape, x, self.generator)
+            for bits in (4, 2) if find_spec("gemlite") is not None else ():
+                yield f"gemlite-{bits}", partial(gemlite_product, shape, x, bits)
+
+    def _preparation(self, shape: Shape, x: Tensor) -> Candidate:
+        weights = self.weights(shape)[0]
+        bits = torch.full((x.shape[0],), shape.depths[0], dtype=torch.int32, device=x.device)
+        form = form_for(x)
+        return Candidate("preparation", 0, x.nbytes, [partial(prepare, x, weights, form, bits)])
+
+
+def elastic_product(x: Tensor, weights: Sequence[KernelWeights], bits: list[int]) -> Candidate:
+    """Up to 64 tokens times weights through `dispatch`, prepared beforehand.
+
+    Args:
+        x: (M, I).
+        weights: To rotate over, of one shape.
+        bits: Depth of each token. An odd one reads the whole unit of two planes that its last bit is in, and
+            `Candidate.n_bytes` counts it.
+    """
+    prepared = prepared_for(x, weights[0], bits)
+    calls = [partial(dispatch.multiply, x, w, prepared.bits, None, prepared) for w in weights]
+    label = bits[0] if len(set(bits)) == 1 else "mixed"
+    return Candidate("elastic", label, weights[0].bytes_read(max(bits)), [*calls], launches_for(x))
+
+
+def prepared_for(x: Tensor, weights: KernelWeights, bits: list[int]) -> Prepared:
+    """Tokens as the products want them."""
+    return prepare(x, weights, form_for(x), torch.tensor(bits, dtype=torch.int32, device=x.device))[1]
+
+
+def form_for(x: Tensor) -> Form:
+    """Order and scale of tokens on their device."""
+    capability = (9, 0) if dispatch.INTERPRETED else torch.cuda.get_device_capability(x.device)
+    return Form.of(x.shape[0], x.dtype, capability, dispatch.INTERPRETED)
+
+
+def random_kernel_weights(shape: Shape, device: torch.device, generator: torch.Generator) -> KernelWeights:
+    """Random weights in the kernels' order, without bringing any into it: the order of random words does not matter."""
+    outline = relay([_outline(shape, rows) for rows in shape.out_features])
+    place: dict[str, Any] = {"generator": generator, "device": device}
+    largest = torch.iinfo(torch.int32).max
+    scale = torch.rand(outline.meta.shape, **place) * 0.02 + 0.005
+    bias = (torch.rand(outline.meta.shape, **place) - 0.5) * 0.02
+    halves = [half.to(torch.bfloat16).view(torch.int16).to(torch.int32) for half in (scale, bias)]
+    return replace(
+        outline,
+        units=torch.randint(-largest - 1, largest, outline.units.shape, dtype=torch.int32, **place),
+        meta=(halves[0] & 0xFFFF) | (halves[1] << 16),
+        counters=torch.zeros(outline.counters.shape, dtype=torch.int32, device=device),
+    )
+
+
+def _outline(shape: Shape, rows: int) -> PackedSlices:
+    """A linear without values, which tells `relay` the sizes."""
+    plane = torch.empty(rows, -(-shape.in_features // 8), dtype=torch.uint8, device="meta")
+    scale = torch.empty(rows, n_groups(shape.in_features, shape.group_size), dtype=torch.bfloat16, device="meta")
+    planes = (plane,) * shape.depths[-1]
+    return PackedSlices(planes, scale, scale, shape.in_features, shape.group_size, shape.slice_bits)
+
+
+def int4_product(shape: Shape, x: Tensor, generator: torch.Generator) -> Candidate:
+    """PyTorch's own 4-bit product (tinygemm), groups of 128."""
+    rows, columns, group = shape.rows, shape.in_features, 128
+    n_bytes = rows * columns // 2 + rows * columns // group * 4
+    weights = []
+    for _ in range(copies_for(n_bytes, cache_bytes(x.device))):
+        codes = torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8, generator=generator, device=x.device)
+        scales = torch.randn(columns // group, rows, 2, generator=generator, device=x.device).to(torch.bfloat16)
+        weights.append((torch._convert_weight_to_int4pack(codes, 8), scales))
+    calls = [partial(torch._weight_int4pack_mm, x, codes, group, scales) for codes, scales in weights]
+    return Candidate("int4pack", 4, n_bytes, [*calls], launches_for(x))
+
+
+def gemlite_product(shape: Shape, x: Tensor, bits: int) -> Candidate:
+    """gemlite's product, float16, groups of 128, tuned by itself before it is timed."""
+    import gemlite  # type: ignore[import-not-found]
+
+    rows, columns, group = shape.rows, shape.in_features, 128
+    n_bytes = rows * columns * bits // 8 + rows * columns // group * 4
+    half = gemlite.DType.FP16
+    layers = []
+    for _ in range(copies_for(n_bytes, cache_bytes(x.device))):
+        layer = gemlite.GemLiteLinear(
+            bits, group_size=group, in_features=columns, out_features=rows, input_dtype=half, output_dtype=half
+        )
+        codes = torch.randint(0, 2**bits, (rows, columns), dtype=torch.uint8, device=x.device)
+        numbers = torch.rand(rows * columns // group, 2, device=x.device).half()
+        layer.pack(codes, numbers[:, :1] * 0.02, numbers[:, 1:] * (2**bits - 1), None)
+        layers.append(layer)
+    tokens = x.half()
+    layers[0](tokens)
+    return Candidate(f"gemlite-{bits}", bits, n_bytes, [partial(layer, tokens) for layer in layers])

@@ -1,0 +1,155 @@
+"""Which products are timed: those of known models, of a checkpoint, or of given sizes."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from mobiq_lightning.errors import RecipeError, nearest
+from mobiq_lightning.layers import ElasticLinear
+from mobiq_lightning.packing import depths_of
+
+SLICE_BITS = (2, 1, 1, 2, 2)
+GROUP_SIZE = 128
+_PARTS = {"q_proj": "qkv", "gate_proj": "gate_up"}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A product of one input with the linears that read it.
+
+    Args:
+        model: Whose it is.
+        part: Which of its inputs.
+        out_features: Rows of each linear.
+        in_features: Columns.
+        slice_bits: Bits of each slice.
+        group_size: Columns that share a scale.
+    """
+
+    model: str
+    part: str
+    out_features: tuple[int, ...]
+    in_features: int
+    slice_bits: tuple[int, ...] = SLICE_BITS
+    group_size: int = GROUP_SIZE
+
+    @property
+    def name(self) -> str:
+        """``llama-2-7b.gate_up``."""
+        return f"{self.model}.{self.part}"
+
+    @property
+    def rows(self) -> int:
+        """Rows of all linears, unpadded."""
+        return sum(self.out_features)
+
+    @property
+    def n_weights(self) -> int:
+        """Weights of all linears."""
+        return self.rows * self.in_features
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Bits that a token may read."""
+        return depths_of(self.slice_bits)
+
+
+def _llama(model: str, hidden: int, key_value: int, intermediate: int) -> list[Shape]:
+    return [
+        Shape(model, "qkv", (hidden, key_value, key_value), hidden),
+        Shape(model, "o", (hidden,), hidden),
+        Shape(model, "gate_up", (intermediate, intermediate), hidden),
+        Shape(model, "down", (hidden,), intermediate),
+    ]
+
+
+MODELS = {
+    "llama-2-7b": _llama("llama-2-7b", 4096, 4096, 11008),
+    "llama-3-8b": _llama("llama-3-8b", 4096, 1024, 14336),
+    "llama-3-70b": _llama("llama-3-70b", 8192, 1024, 28672),
+    "small": _llama("small", 1024, 1024, 2816),
+}
+"""Products of a block, linears that share an input together."""
+
+
+def parse_shapes(text: str) -> list[Shape]:
+    """Shapes of a command line.
+
+    Args:
+        text: Names of `MODELS`, of one of their parts (``llama-2-7b.down``), or ``ROWSxCOLUMNS``, separated by commas.
+
+    Raises:
+        RecipeError: If one is none of these, with the nearest name.
+    """
+    single = {shape.name: shape for shapes in MODELS.values() for shape in shapes}
+    found: list[Shape] = []
+    for name in filter(None, (part.strip() for part in text.split(","))):
+        if sizes := re.fullmatch(r"(\d+)x(\d+)", name):
+            rows, columns = int(sizes[1]), int(sizes[2])
+            if not rows or not columns:
+                raise RecipeError(f"latency: --shapes {name}: rows and columns must be at least 1")
+            found.append(Shape("given", name, (rows,), columns))
+        elif name in MODELS:
+            found += MODELS[name]
+        elif name in single:
+            found.append(single[name])
+        else:
+            hint = nearest(name, [*MODELS, *single])
+            raise RecipeError(
+                f"latency: --shapes: no shape {name!r}. {hint} There are {', '.join(MODELS)}, one part of them as in "
+                "llama-2-7b.down, and ROWSxCOLUMNS"
+            )
+    return found
+
+
+def groups_of(model: nn.Module, name: str) -> dict[Shape, list[list[ElasticLinear]]]:
+    """The distinct shapes of an elastic model, each with the groups of linears, one per input, that have it.
+
+    Args:
+        model: With elastic linears, whose weights need not be there.
+        name: Of the model, for the shapes.
+    """
+    by_input: dict[int, list[tuple[str, ElasticLinear]]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, ElasticLinear):
+            by_input.setdefault(id(module.routed), []).append((path.rpartition(".")[2], module))
+    groups: dict[Shape, list[list[ElasticLinear]]] = {}
+    for named in by_input.values():
+        first, linears = named[0][0], [linear for _, linear in named]
+        shared = _PARTS.get(first, first) if len(named) > 1 else first
+        shape = Shape(
+            name,
+            shared.removesuffix("_proj"),
+            tuple(linear.out_features for linear in linears),
+            linears[0].in_features,
+            linears[0].slice_bits,
+            linears[0].group_size,
+        )
+        groups.setdefault(shape, []).append(linears)
+    return groups
+
+
+def shapes_of_checkpoint(run: str) -> list[Shape]:
+    """The distinct shapes of an elastic checkpoint; no weight is read.
+
+    Args:
+        run: Run folder, elastic checkpoint or hub id.
+
+    Raises:
+        CheckpointError: If there is none.
+    """
+    from mobiq_lightning.checkpoint.summary import skeleton, summarize_checkpoint
+
+    summary = summarize_checkpoint(run)
+    model: Any = skeleton(summary.folder, summary.config)
+    folder = summary.folder
+    return list(groups_of(model, folder.parent.name if folder.name == "elastic" else folder.name))
+
+
+def widest(shapes: list[Shape]) -> Shape:
+    """Of several shapes, the first ``gate_up``, or else the one with the most weights: where most of the time goes."""
+    return next((s for s in shapes if s.part == "gate_up"), max(shapes, key=lambda s: s.n_weights))

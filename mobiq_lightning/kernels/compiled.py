@@ -106,7 +106,7 @@ def variants(architecture: int) -> Iterator[tuple[str, Any, dict[str, str], dict
             }
             warps = decode_warps(columns)
             kind = "2 bits only" if not pairs else "all depths" if odd else "even depths"
-            name = f"decode of {tokens} tokens, {kind}, groups of {step}, {tiles} tile(s) at once"
+            name = f"decode of {tokens} token{'s' * (tokens > 1)}, {kind}, groups of {step}, {tiles} tile(s) at once"
             yield name, decode_kernel, decode, constants, ("R", "NY"), warps, 128 * 128 * tiles // (32 * warps)
     grouped = {**pointers, **sizes, **dict.fromkeys(("order", "tile_depth", "tile_start", "tile_count"), "*i32")}
     for odd in (0, 1):

@@ -61,5 +61,5 @@ def test_hopper_multiplies_more_than_eight_tokens_with_its_own_instructions(
 def test_the_main_loop_of_few_tokens_leaves_the_memory_to_be_the_limit(compiled: dict[Any, dict[str, Any]]) -> None:
     for (name, architecture), line in compiled.items():
         for kind, limit in INSTRUCTIONS_PER_WEIGHT.items():
-            if f"of 1 tokens, {kind}, groups of 128" in name:
+            if f"of 1 token, {kind}, groups of 128" in name:
                 assert max(loop["per_weight"] for loop in line["loops"]) <= limit, (name, architecture)

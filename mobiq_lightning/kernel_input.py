@@ -12,17 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mobiq_lightning.errors import CheckpointError
+from mobiq_lightning.errors import KernelError
 from mobiq_lightning.kernels import missing_for_kernels, relay, restore
 from mobiq_lightning.kernels.layout import KernelWeights
-from mobiq_lightning.kernels.routing import Routing, TwoLayerWeights, relay_router
+from mobiq_lightning.kernels.routing import MAX_ROUTED, Routing, TwoLayerWeights, relay_router
 from mobiq_lightning.layers import ElasticLinear
 from mobiq_lightning.packing import PackedSlices
 from mobiq_lightning.routed_input import RoutedInput
 from mobiq_lightning.strategies.base import Router
-
-MAX_ROUTED = 64
-"""Tokens up to which the router runs inside the launch that prepares them; with more, in front of it."""
 
 
 class KernelInput:
@@ -72,7 +69,7 @@ class KernelInput:
         if torch.compiler.is_compiling():
             return self._compiled(x, index)
         if torch.is_grad_enabled() and x.requires_grad:
-            raise CheckpointError(
+            raise KernelError(
                 "gradients were asked for, which the kernels do not give; use torch.no_grad(), or model.use_kernels(False)"
             )
         if self._product is None or self._product[0]() is not x:
@@ -86,7 +83,9 @@ class KernelInput:
         return mine
 
     def routes(self, x: Tensor) -> bool:
-        """Whether the depths of these tokens (..., I) can be decided in the launch that prepares them."""
+        """Whether the depths of these tokens (..., I) can be decided in the launch that prepares them: few tokens, a router
+        that the kernels know, and nobody who looks at the gates or gives others.
+        """
         routed = self.routed
         plain = (routed.fixed_slices, routed.control, routed.target_bits, routed.recorded, routed.recorded_scores)
         tokens = x.numel() // x.shape[-1]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import mobiq_lightning
-from mobiq_lightning.errors import CheckpointError
+from mobiq_lightning.errors import KernelError
 from mobiq_lightning.fused_blocks import FusedMLP, FusedNorm
 from mobiq_lightning.graphed_step import GraphedStep
 from mobiq_lightning.kept_weights import KeptWeights
@@ -191,14 +191,14 @@ def test_planes_come_back_when_the_model_is_saved_moved_or_copied(both: tuple[An
 def test_the_kernels_refuse_to_give_gradients(both: tuple[Any, Any]) -> None:
     model = both[0]
     embedded = model.get_input_embeddings()(on(model, PROMPT)["input_ids"]).requires_grad_()
-    with pytest.raises(CheckpointError, match="no_grad"):
+    with pytest.raises(KernelError, match="no_grad"):
         model(inputs_embeds=embedded)
 
 
 @pytest.mark.skipif(GPU, reason="they can be used there")
 def test_kernels_that_cannot_run_are_refused_with_the_reason(finished: tuple[Path, list[str]]) -> None:
     model = mobiq_lightning.load(finished[0], dtype=torch.float64)
-    with pytest.raises(CheckpointError, match="float64"):
+    with pytest.raises(KernelError, match="float64"):
         model.use_kernels()
 
 

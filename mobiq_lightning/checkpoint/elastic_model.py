@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mobiq_lightning.dial import BitsUsed, Budget, Dial
-from mobiq_lightning.errors import CheckpointError
+from mobiq_lightning.errors import KernelError
 from mobiq_lightning.fused_blocks import fuse_blocks
 from mobiq_lightning.graphed_step import GraphedStep
 from mobiq_lightning.kept_weights import KEPT_BYTES, KeptWeights
@@ -90,14 +91,14 @@ class ElasticModel:
             wanted: False for the reference.
 
         Raises:
-            CheckpointError: If they are wanted but cannot run here.
+            KernelError: If they are wanted but cannot run here.
         """
         self.kernels = KernelState(wanted)
         if not wanted:
             detach_kernels(self)  # type: ignore[arg-type]
         self.find_kernels()
         if wanted and self.kernels.missing is not None:
-            raise CheckpointError(f"the kernels cannot be used: {self.kernels.missing}")
+            raise KernelError(f"the kernels cannot be used: {self.kernels.missing}")
 
     def find_kernels(self) -> None:
         """Brings the weights into the kernels' order if the model has come to a device where kernels run."""
@@ -111,6 +112,8 @@ class ElasticModel:
             self.kernels.missing = "switched off"
         elif self.kernels.wanted or here[0].type == "cuda":
             self.kernels.missing = attach_kernels(model, here[1])
+            if self.kernels.missing is not None and here[0].type == "cuda":
+                warnings.warn(f"the model runs on the slow reference: {self.kernels.missing}", stacklevel=2)
         else:
             self.kernels.missing = missing_for_kernels(*here)
 

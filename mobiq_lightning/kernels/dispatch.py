@@ -22,8 +22,8 @@ from mobiq_lightning.kernels.decode import decode, decode_columns
 from mobiq_lightning.kernels.dequantize import dequantize, dequantized_product
 from mobiq_lightning.kernels.grouped import grouped, plan_tiles
 from mobiq_lightning.kernels.layout import ROW_BLOCK, KernelWeights
-from mobiq_lightning.kernels.prepare import MAX_ROUTED, Form, Prepared, prepare
-from mobiq_lightning.kernels.routing import Routing
+from mobiq_lightning.kernels.prepare import Form, Prepared, prepare
+from mobiq_lightning.kernels.routing import MAX_ROUTED, Routing
 from mobiq_lightning.kernels.tuning import Table, table_for
 
 Path = Literal["decode", "grouped", "dequantize"]
@@ -41,8 +41,7 @@ def path_for(tokens: int, weights: KernelWeights, dtype: torch.dtype) -> Path:
     """
     if tokens <= MAX_ROUTED:
         return "decode"
-    table, processors = _device(weights.units.device)[1:]
-    del processors
+    table = _device(weights.units.device)[1]
     # The grouped product of cuBLAS and CUTLASS takes bfloat16 rows of whole 16 bytes.
     possible = INTERPRETED or (dtype == torch.bfloat16 and weights.in_features % 8 == 0)
     return "dequantize" if tokens > table.grouped_until and possible else "grouped"

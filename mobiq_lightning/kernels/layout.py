@@ -198,7 +198,8 @@ def _units(packed: PackedSlices) -> Tensor:
     n_units = (n_bits + 1) // 2
     rows, columns = codes.shape
     codes = F.pad(codes, (0, -columns % COLUMN_BLOCK, 0, -rows % ROW_BLOCK))
-    position = 2 * torch.arange(8, device=codes.device).view(8, 1, 1) + 16 * torch.arange(2, device=codes.device)
+    shift = torch.arange(16, dtype=torch.int32, device=codes.device)
+    position = 2 * shift[:8].view(8, 1, 1) + 16 * shift[:2]
     units = []
     for unit in range(n_units):
         code = (codes >> (2 * (n_units - 1 - unit))) & 3

@@ -14,10 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mobiq_lightning.kernels.layout import TILE_COLUMNS, KernelWeights
-from mobiq_lightning.kernels.routing import Routing
+from mobiq_lightning.kernels.routing import MAX_ROUTED, Routing
 
-MAX_ROUTED = 64
-"""Tokens that this launch can route."""
 _TILE = tl.constexpr(TILE_COLUMNS)
 _PLAIN, _NORM, _GATED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from mobiq_lightning.kernels.layout import TILE_COLUMNS, KernelWeights, column_map
 
-_COUNTERS = 65  # one for each token that a launch can route, and one for all of them
+MAX_ROUTED = 64
+"""Tokens that one launch can route, and that `decode` takes."""
+_COUNTERS = MAX_ROUTED + 1  # one for each token, and one for all of them
 
 
 @dataclass(frozen=True)

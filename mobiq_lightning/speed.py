@@ -78,6 +78,7 @@ def seconds_per_step(model: Any, ids: Tensor, new_tokens: int, repeats: int) -> 
     from mobiq_lightning.graphed_step import GraphedStep
 
     length = ids.shape[1] + WARM_UP_STEPS + new_tokens * repeats
+    length = -(-length // 64) * 64  # or attention would pad its mask in every block
     cache = StaticCache(config=model.config, max_cache_len=length)
     step = GraphedStep(model)
     logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits

@@ -25,6 +25,8 @@ FORBIDDEN = {
     "hidden_states.py": {"lightning", "datasets", "mobiq_lightning.module", "mobiq_lightning.callbacks"},
     "dial.py": {"lightning", "transformers", "datasets", "triton", "mobiq_lightning.checkpoint"},
     "checkpoint": {"lightning", "datasets", "triton", "mobiq_lightning.callbacks", "mobiq_lightning.training_cli"},
+    "latency": {"datasets", "triton", "mobiq_lightning.callbacks", "mobiq_lightning.training_cli"},
+    "warm_up.py": {"lightning", "datasets", "triton", "mobiq_lightning.callbacks", "mobiq_lightning.latency"},
     "policy.py": {"lightning", "transformers", "torch"},
     "metrics.py": {"lightning", "transformers", "datasets", "mobiq_lightning.module"},
     "module.py": {"mobiq_lightning.callbacks", "mobiq_lightning.training_cli", "datasets"},

@@ -23,7 +23,7 @@ from mobiq_lightning.speed import measure_speed, store_speed
 
 LINEARS_SHARE = 0.4
 """Of the time, for the linears; the rest decodes."""
-NEW_TOKENS = {"cuda": 64, "cpu": 16}
+NEW_TOKENS = {"cuda": 64, "cpu": 8}
 
 
 class LatencyCheck(Callback):

@@ -12,6 +12,7 @@ from mobiq_lightning.kernels.dequantize import dequantize
 from mobiq_lightning.kernels.grouped import grouped
 from mobiq_lightning.kernels.layout import KernelWeights
 from mobiq_lightning.kernels.prepare import prepare
+from mobiq_lightning.kernels.routing import MAX_ROUTED
 from mobiq_lightning.kernels.tuning import table_for
 from mobiq_lightning.latency.kernel_products import form_for
 from mobiq_lightning.latency.reference_products import random_slices
@@ -22,7 +23,10 @@ TOLERANCE = 1e-4
 """Largest error in float32, as a share of the largest result; tensor cores truncate sums."""
 SIZES = ((256, 512, 128), (80, 300, 48), (200, 1344, 128), (384, 4096, 64))
 """Rows, columns and group size."""
-TOKENS = (1, 5, 16, 33, 64)
+TOKENS = (1, 5, 16, 33, 64, 130)
+
+MANY = 8
+"""Tokens up to which they are prepared for `decode` alone."""
 
 
 def check_kernels(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
@@ -62,21 +66,23 @@ def check_kernels(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
 
 
 def products_in_float32(x: Tensor, weights: KernelWeights, bits: Tensor) -> dict[str, Tensor]:
-    """Results (M, padded rows) float32 of `decode` and `grouped`.
+    """Results (M, padded rows) float32 of those of `decode` and `grouped` that take so many tokens.
 
     Args:
-        x: (M, I), M up to 64.
+        x: (M, I).
         weights: In the kernels' order.
         bits: (M,) int32.
     """
     prepared = prepare(x, weights, form_for(x), bits)[1]
     name = "interpreter" if dispatch.INTERPRETED else torch.cuda.get_device_name(x.device)
     processors = 4 if dispatch.INTERPRETED else torch.cuda.get_device_properties(x.device).multi_processor_count
-    config = table_for(name).decode_config(decode_columns(len(x)), weights.rows, weights.in_features)
-    return {
-        "decode": decode(prepared, weights, config, processors, dtype=torch.float32),
-        "grouped": grouped(prepared, weights, dtype=torch.float32),
-    }
+    found: dict[str, Tensor] = {}
+    if len(x) <= MAX_ROUTED:
+        config = table_for(name).decode_config(decode_columns(len(x)), weights.rows, weights.in_features)
+        found["decode"] = decode(prepared, weights, config, processors, dtype=torch.float32)
+    if len(x) > MANY:
+        found["grouped"] = grouped(prepared, weights, dtype=torch.float32)
+    return found
 
 
 def exact_product(x: Tensor, packed: PackedSlices, bits: Tensor) -> Tensor:

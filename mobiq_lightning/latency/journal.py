@@ -22,7 +22,7 @@ class Candidate:
 
     Args:
         product: ``plain`` for full-precision weights, ``elastic`` for sliced ones, or the name of another way.
-        bits: Of the weights, or ``mixed`` if tokens differ.
+        bits: Of the weights, or ``mixed`` if tokens differ; 0 for work that is no product.
         n_bytes: Read of the weights by one call, scales and biases included.
         calls: The same with other weights.
         launches: Calls in one CUDA graph, at least.
@@ -109,7 +109,8 @@ class Journal:
             text = f"{type(error).__name__}: {str(error)[:300]}"
             self.add({**where, "product": label, "error": text})
             return
-        self.add({**where, **self.figures(candidate, timing), **self._beside_plain(where, timing)})
+        beside = self._beside_plain(where, timing) if candidate.bits else {}
+        self.add({**where, **self.figures(candidate, timing), **beside})
 
     def figures(self, candidate: Candidate, timing: Timing) -> Row:
         """Of a row: time, traffic, and both beside the copy bandwidth."""

@@ -98,7 +98,8 @@ def _candidate(shape: Shape, groups: Sequence[list[ElasticLinear]], x: Tensor, d
         return elastic_product(x, [kernel.weights for kernel in held if kernel is not None], [depth])
     bits = torch.full((1,), depth, device=x.device)
     calls: list[Callable[[], object]] = [partial(_reference, linears, x, bits) for linears in groups]
-    return Candidate("elastic", depth, shape.n_weights * x.element_size(), calls)
+    products = 1 if x.device.type == "cpu" else len(shape.depths)  # elsewhere the reference multiplies at every depth
+    return Candidate("elastic", depth, products * shape.n_weights * x.element_size(), calls)
 
 
 def _reference(linears: Sequence[ElasticLinear], x: Tensor, bits: Tensor) -> None:

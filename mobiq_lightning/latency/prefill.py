@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from mobiq_lightning.kernels.dequantize import dequantize, dequantized_product
 from mobiq_lightning.kernels.grouped import grouped, plan_tiles
 from mobiq_lightning.kernels.layout import KernelWeights
-from mobiq_lightning.kernels.prepare import MAX_ROUTED, prepare
+from mobiq_lightning.kernels.prepare import prepare
+from mobiq_lightning.kernels.routing import MAX_ROUTED
 from mobiq_lightning.latency.journal import Candidate, Journal
 from mobiq_lightning.latency.kernel_products import KernelProducts, form_for
 from mobiq_lightning.latency.reference_products import launches_for

@@ -47,7 +47,7 @@ class Clock:
         seconds: About how long one measurement may take on a CPU.
     """
 
-    def __init__(self, device: torch.device, repeats: int = 15, seconds: float = 0.2) -> None:
+    def __init__(self, device: torch.device, repeats: int = 15, seconds: float = 0.1) -> None:
         self.device, self.repeats, self.seconds = device, repeats, seconds
 
     def time(self, calls: Sequence[Call], launches: int = 64) -> Timing:

@@ -48,7 +48,7 @@ class CheckpointError(MobiqError):
 
 
 class KernelError(MobiqError):
-    """Kernels that are wrong on this device, or measurements of them that failed."""
+    """Kernels that cannot be used as asked, that are wrong on this device, or that could not be measured."""
 
 
 def nearest(name: str, accepted: Iterable[str], count: int = 3) -> str:

@@ -83,17 +83,19 @@ class BitsPolicy:
         self.level = 0
         self.saturated = False
         """Whether even the fewest bits do not give the speed that was wanted last."""
+        self.no_speed = "the curve holds no speeds at some of its bits"
+        """Why speeds are missing, if they are; queues are answered all the same."""
 
     @classmethod
     def from_checkpoint(cls, folder: str | Path, **settings: Any) -> BitsPolicy:
-        """A policy from the curves that lie with a checkpoint: results.json, and speed.json if it was measured.
+        """A policy from the curves that lie with a checkpoint: results.json, and speed.json if it was measured here.
 
         Args:
             folder: Run folder or elastic checkpoint.
             **settings: Further arguments of the class.
 
         Raises:
-            CheckpointError: If nothing was measured, or speed was measured on another device than this one.
+            CheckpointError: If nothing was measured.
         """
         from mobiq_lightning.checkpoint.loading import resolve
         from mobiq_lightning.checkpoint.names import RESULTS, SPEED
@@ -106,20 +108,22 @@ class BitsPolicy:
             )
         rows = json.loads((path / RESULTS).read_text(encoding="utf-8"))["rows"]
         speed: dict[float, float] = {}
+        elsewhere = ""
         if (path / SPEED).is_file():
             stored = json.loads((path / SPEED).read_text(encoding="utf-8"))
-            if stored["environment"]["device"] != device_name():
-                raise CheckpointError(
-                    f"{path / SPEED} was measured on {stored['environment']['device']}, this is {device_name()}; measure "
-                    "it here with `validate` or mobiq_lightning.speed.measure_speed, or delete the file to go by queues alone"
-                )
-            speed = {row["bits"]: row["tokens_per_second"] for row in stored["rows"]}
+            measured_on = stored["environment"]["device"]
+            if measured_on == device_name():
+                speed = {row["bits"]: row["tokens_per_second"] for row in stored["rows"]}
+            else:
+                elsewhere = f"{path / SPEED} was measured on {measured_on}, this is {device_name()}"
         curve = [
             CurvePoint(row["target_bits"], row["perplexity"], _interpolated(speed, row["target_bits"]))
             for row in rows
             if row["allocation"] == "router"
         ]
-        return cls(curve, **settings)
+        policy = cls(curve, **settings)
+        policy.no_speed = elsewhere or policy.no_speed
+        return policy
 
     @property
     def bits(self) -> float:
@@ -152,8 +156,8 @@ class BitsPolicy:
         known = [speed for speed in speeds if speed is not None]
         if len(known) < len(speeds):
             raise RecipeError(
-                "the curve holds no speeds at some of its bits; measure them on this machine with "
-                "mobiq_lightning.speed.measure_speed, or use bits_for_queue"
+                f"{self.no_speed}; measure them on this machine with `validate` or mobiq_lightning.speed.measure_speed, "
+                "or use bits_for_queue"
             )
         enough = [index for index, speed in enumerate(known) if speed >= tokens_per_second]
         self.saturated = not enough

@@ -31,6 +31,7 @@ class GraphedStep:
         self.model = model
         self.captures = 0
         self._key: Any = None
+        self._cache: Any = None
         self._static: list[Any] = []
         self._output: Any = None
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -45,9 +46,9 @@ class GraphedStep:
         """
         cache = inputs.pop("past_key_values")
         leaves, form = tree_flatten(inputs)
-        key = (id(cache), str(form), [_kind(leaf) for leaf in leaves], getattr(self._dial, "replaced", 0))
-        if key != self._key:
-            self._key, self._captured = key, False
+        key = (str(form), [_kind(leaf) for leaf in leaves], getattr(self._dial, "replaced", 0))
+        if key != self._key or cache is not self._cache:
+            self._key, self._cache, self._captured = key, cache, False
             self._graph = self._output = None
             self._static = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             return self.model(**inputs, past_key_values=cache)
@@ -58,20 +59,26 @@ class GraphedStep:
             self._capture({**tree_unflatten(self._static, form), "past_key_values": cache})
         if self._graph is None:
             return self.model(**tree_unflatten(self._static, form), past_key_values=cache)
-        self._graph.replay()
+        with torch.cuda.device(self._device):
+            self._graph.replay()
         return self._output
 
     @property
     def _dial(self) -> Any:
         return getattr(self.model, "dial", None)
 
+    @property
+    def _device(self) -> torch.device:
+        device: torch.device = next(self.model.parameters()).device
+        return device
+
     def _capture(self, inputs: dict[str, Any]) -> None:
         self._captured, self.captures = True, self.captures + 1
-        if next(self.model.parameters()).device.type != "cuda":
+        if self._device.type != "cuda":
             return
         # Nothing runs while it is captured, so the cache and the counters stay as they are.
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with torch.cuda.device(self._device), torch.cuda.graph(self._graph):
             self._output = self.model(**inputs)
 
 

@@ -115,7 +115,9 @@ class TestStoredCurves:
         assert all(level.tokens_per_second for level in policy.levels)  # 2.5 bits is interpolated
         assert policy.bits_for_speed(1e9) == policy.levels[-1].bits
 
-    def test_speed_of_another_device_is_not_used_and_named_when_it_is_asked_for(self, finished: Run, tmp_path: Path) -> None:
+    def test_speed_of_another_device_is_not_used_and_named_when_it_is_asked_for(
+        self, finished: Run, tmp_path: Path
+    ) -> None:
         folder = shutil.copytree(finished[0] / "elastic", tmp_path / "elastic")
         store_speed(folder, [{"bits": 2, "used_bits": 2, "tokens_per_second": 1}])
         stored = json.loads((folder / "speed.json").read_text())

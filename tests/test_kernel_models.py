@@ -113,7 +113,7 @@ def test_one_captured_step_serves_all_precisions(both: tuple[Any, Any]) -> None:
     made = model.get_compiled_call
     model.get_compiled_call = lambda config: steps.append(made(config)) or steps[-1]
     try:
-        settings = {**GREEDY, "max_new_tokens": 6, "bits": 3.0}
+        settings = {**GREEDY, "max_new_tokens": 5, "bits": 3.0}
         processors = [LogitsProcessorList([Turn(m)]) for m in both]
         turned = model.generate(**on(model, PROMPT), **settings, **static(model), logits_processor=processors[0])
         plain = reference.generate(**on(model, PROMPT), **settings, logits_processor=processors[1])

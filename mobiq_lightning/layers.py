@@ -170,6 +170,15 @@ class ElasticLinear(nn.Module):
 
         return make() if self.kept is None else self.kept.get((id(self), n_bits, dtype), make)
 
+    def multiply(self, x: Tensor, bits: Tensor) -> Tensor:
+        """Tokens (T, I), each read to its own of `bits` (T,), times the weight, by the reference: (T, O)."""
+        weight_at = partial(self.weight_at, dtype=x.dtype)
+        if (
+            x.device.type == "cpu" and not torch.compiler.is_compiling()
+        ):  # as the reference does, but planes are not gathered
+            return mixed_depth_product(x, bits, weight_at, self.out_features)
+        return sliced_linear(x, self.packed, bits, weight_at)
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O) in the dtype of `x`."""
         routed = self.routed
@@ -181,9 +190,7 @@ class ElasticLinear(nn.Module):
             bits = routed.bits_of(routed.gates(x)).long()
             if "input" in self._modules:  # the first of the linears that share the input
                 routed.count(bits)
-            product = sliced_linear(
-                x.flatten(0, -2), self.packed, bits.flatten(), partial(self.weight_at, dtype=x.dtype)
-            )
+            product = self.multiply(x.flatten(0, -2), bits.flatten())
             y = product.unflatten(0, x.shape[:-1])
         return y if self.bias is None else y + self.bias
 

@@ -21,7 +21,8 @@ before its memory."""
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], dict[str, Any]]:
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
     command = [sys.executable, "-W", "ignore", "-m", "mobiq_lightning.kernels.compiled"]
-    pattern = "all depths|2 bits only, groups of 128, 1|even depths, groups of 32|dequantize to 3|prepare and route, norm|prepare a few, gated"
+    pattern = "all depths|2 bits only, groups of 128, 1|even depths, groups of 32|dequantize to 3"
+    pattern += "|prepare and route, norm|prepare a few, gated"
     made = subprocess.run([*command, pattern], env=environment, capture_output=True, text=True, timeout=280)
     assert made.returncode == 0, made.stderr
     lines = [json.loads(line) for line in made.stdout.splitlines()]

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from mobiq_lightning.checkpoint.provenance import processor_name
-from mobiq_lightning.kernels import sliced_linear
 from mobiq_lightning.latency.journal import Candidate
 from mobiq_lightning.latency.reference_products import plain_product
 from mobiq_lightning.latency.shapes import Shape, groups_of
@@ -105,7 +104,7 @@ def _candidate(shape: Shape, groups: Sequence[list[ElasticLinear]], x: Tensor, d
 def _reference(linears: Sequence[ElasticLinear], x: Tensor, bits: Tensor) -> None:
     """What `ElasticLinear` does without the router and without kernels: weights that are kept."""
     for linear in linears:
-        sliced_linear(x, linear.packed, bits, partial(linear.weight_at, dtype=x.dtype))
+        linear.multiply(x, bits)
 
 
 def _row(candidate: Candidate, timing: Timing, plain: Timing, copied: float) -> dict[str, Any]:

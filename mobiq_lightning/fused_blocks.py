@@ -22,8 +22,6 @@ BLOCKS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen
 class FusedNorm:
     """Mixed in front of an RMS norm's class."""
 
-    kernel: KernelInput | None
-
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., I) -> (..., I)."""
         kernel, norm = _current(self), _module(self)

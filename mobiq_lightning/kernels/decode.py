@@ -11,46 +11,10 @@ from torch import Tensor
 
 from mobiq_lightning.kernels.layout import TILE_COLUMNS, KernelWeights
 from mobiq_lightning.kernels.prepare import Prepared
+from mobiq_lightning.kernels.step import centre_of, multiply_step
 from mobiq_lightning.kernels.tuning import DecodeConfig
-from mobiq_lightning.kernels.unpack import bias_of, centre_of, scale_of, unpack_one, unpack_two
 
 _TILE = tl.constexpr(TILE_COLUMNS)
-
-
-@triton.jit
-def _multiply(
-    acc,
-    a,
-    b,
-    xv,
-    xg,
-    centre,
-    mv,
-    unit,
-    PIECE: tl.constexpr,
-    KIND: tl.constexpr,
-    NB: tl.constexpr,
-    STEP: tl.constexpr,
-    SUB: tl.constexpr,
-    KW4: tl.constexpr,
-    DT: tl.constexpr,
-):
-    """Adds one step of columns. KIND: 0 one whole unit, 1 the upper bits of a unit, 2 two units at once."""
-    if KIND == 2:
-        w = unpack_two(a, b, PIECE, NB, STEP, SUB, KW4, DT)
-        weight = tl.where(unit == 0, 0.0625, 0.00390625)  # 4 ** -(unit + 2)
-        back = 16.0
-    else:
-        w = unpack_one(a, PIECE, NB, STEP, KIND == 1, SUB, KW4, DT)
-        weight = tl.where(unit == 0, 0.25, tl.where(unit == 1, 0.0625, tl.where(unit == 2, 0.015625, 0.00390625)))
-        back = 4.0
-    # What a group adds whatever its codes are, a token gets from the pass over its first unit.
-    first = unit == 0
-    start = tl.where(first, xg * centre * back, 0.0)
-    dot = tl.dot(w, tl.trans(xv), tl.broadcast_to(start[None, :], acc.shape), input_precision="ieee")
-    acc += (scale_of(mv) * weight)[:, None] * dot
-    acc += tl.where(first, bias_of(mv), 0.0)[:, None] * xg[None, :]
-    return acc
 
 
 @triton.jit
@@ -93,7 +57,7 @@ def _pass(
             xv = tl.load(x + rm[:, None] * (T * _TILE) + columns[None, :], mask=on[:, None], other=0.0)
             xg = tl.load(sums + step * M + rm, mask=on, other=0.0)
             mv = tl.load(meta + step * R + rn)
-            acc = _multiply(acc, a, b, xv, xg, centre, mv, unit, piece, KIND, NB, STEP, SUB, KW4, DT)
+            acc = multiply_step(acc, a, b, xv, xg, centre, mv, unit, piece, KIND, NB, STEP, SUB, KW4, DT)
     return acc
 
 

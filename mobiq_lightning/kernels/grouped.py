@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mobiq_lightning.kernels.layout import TILE_COLUMNS, KernelWeights
 from mobiq_lightning.kernels.prepare import Prepared
-from mobiq_lightning.kernels.unpack import bias_of, centre_of, scale_of, unpack_one, unpack_two
+from mobiq_lightning.kernels.step import centre_of, multiply_step
 
 _TILE = tl.constexpr(TILE_COLUMNS)
 _DEEPEST = 8
@@ -138,18 +138,13 @@ def grouped_kernel(
                 xv = tl.load(x_two + where, mask=live[:, None], other=0.0)
                 xg = tl.load(sums + step * M + token, mask=live, other=0.0)
                 mv = tl.load(meta + step * R + rn)
-                start = tl.where(unit == 0, xg * centre * 16.0, 0.0)
-                w = unpack_two(a, b, piece, NB, STEP, SUB, KW4, DT)
-                dot = tl.dot(w, tl.trans(xv), tl.broadcast_to(start[None, :], acc.shape), input_precision="ieee")
-                acc += (scale_of(mv) * tl.where(unit == 0, 0.0625, 0.00390625))[:, None] * dot
-                acc += tl.where(unit == 0, bias_of(mv), 0.0)[:, None] * xg[None, :]
+                acc = multiply_step(acc, a, b, xv, xg, centre, mv, unit, piece, 2, NB, STEP, SUB, KW4, DT)
             t += 1
             wrapped = t == T
             t = tl.where(wrapped, 0, t)
             unit = tl.where(wrapped, unit + 2, unit)
 
         if ODD:
-            weight = tl.exp2(-2.0 * (whole + 1).to(tl.float32))
             for t in tl.range(0, T * (depth % 2), num_stages=NS):
                 a = tl.load(base + whole * stride + t * R * 8 + rw)
                 for piece in tl.static_range(PIECES):
@@ -158,11 +153,7 @@ def grouped_kernel(
                     xv = tl.load(x_one + where, mask=live[:, None], other=0.0)
                     xg = tl.load(sums + step * M + token, mask=live, other=0.0)
                     mv = tl.load(meta + step * R + rn)
-                    start = tl.where(whole == 0, xg * centre * 4.0, 0.0)
-                    w = unpack_one(a, piece, NB, STEP, True, SUB, KW4, DT)
-                    dot = tl.dot(w, tl.trans(xv), tl.broadcast_to(start[None, :], acc.shape), input_precision="ieee")
-                    acc += (scale_of(mv) * weight)[:, None] * dot
-                    acc += tl.where(whole == 0, bias_of(mv), 0.0)[:, None] * xg[None, :]
+                    acc = multiply_step(acc, a, a, xv, xg, centre, mv, whole, piece, 1, NB, STEP, SUB, KW4, DT)
 
         acc = acc * BACK
         tl.store(y + token[None, :] * NY + ry[:, None], acc.to(y.dtype.element_ty), mask=live[None, :])

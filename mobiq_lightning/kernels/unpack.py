@@ -159,9 +159,3 @@ def scale_of(meta):
 def bias_of(meta):
     """The bias of a word of `KernelWeights.meta`, float32."""
     return (meta & -65536).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def centre_of(bits):
-    """What the middle of a cell adds to ``code / 2**bits`` in units of the scale: ``2**-(bits + 1) - 1/2``."""
-    return tl.exp2(-(bits + 1).to(tl.float32)) - 0.5

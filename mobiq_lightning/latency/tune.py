@@ -66,7 +66,7 @@ def tune_here(run: str, shapes: str, folder: Path, minutes: float) -> None:
     """
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     if reason := missing_for_kernels(device, torch.bfloat16):
-        raise RecipeError(f"latency: --tune: {reason}")
+        raise RecipeError(f"latency: --tune: the kernels cannot be tuned here: {reason}")
     listed = (
         chosen_shapes(run, shapes, "kernels")
         if run or shapes

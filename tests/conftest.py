@@ -14,7 +14,7 @@ import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_SILENT"] = "true"
-torch.set_num_threads(2)
+torch.set_num_threads(min(2, torch.get_num_threads()))  # OMP_NUM_THREADS=1 where other work runs beside
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = (
         "1"  # the kernels' own source, run on the CPU; must be set before Triton is imported

@@ -21,6 +21,7 @@ commands:
   inspect RUN                     what a checkpoint holds: layers, planes, routers, measured bits, provenance
   verify RUN                      check every byte, shape, code and threshold, and a forward pass at every depth
   evaluate RUN --tasks A,B        tasks of lm-evaluation-harness at --bits 2,3,4 (pip install "mobiq-lightning[evaluate]")
+  compare --config GRID.yaml      run strategies x seeds, and compare them at equal used bits; grids are in recipes/compare/
   latency                         time the kernels, or the CPU reference, beside plain weights; latency RUN takes RUN's shapes
 
 RUN is a run folder, an elastic checkpoint, or its id on the Hugging Face hub.
@@ -53,6 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         commands: dict[str, Callable[[str, list[str]], None]] = {"fit": _train, "validate": _train}
         commands |= dict.fromkeys(("generate", "export", "inspect", "verify", "evaluate", "latency"), _run)
+        commands["compare"] = _compare
         if command not in commands:
             raise RecipeError(f"no command {command!r}. {nearest(command, commands)} Commands: {', '.join(commands)}")
         commands[command](command, rest)
@@ -72,6 +74,12 @@ def _train(command: str, rest: list[str]) -> None:
     from mobiq_lightning.training_cli import ElasticCLI
 
     ElasticCLI([command, *rest])
+
+
+def _compare(command: str, rest: list[str]) -> None:
+    from mobiq_lightning.comparison.command import compare
+
+    compare(rest)
 
 
 def _run(command: str, rest: list[str]) -> None:

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
 from mobiq_lightning.errors import DataError
-from mobiq_lightning.text import Protocol, digest, read_documents, tokenize
+from mobiq_lightning.shared_work import SharedWork
+from mobiq_lightning.text import Protocol, Split, describe_source, digest, read_documents, tokenize
 
 IGNORED = -100
 """Label of positions that are not predicted: padding."""
@@ -78,20 +79,23 @@ class TextWindows(LightningDataModule):
         self.evaluation: Windows | None = None
         self.protocol: dict[str, Any] = {}
         self.calibration_digest = ""
+        self.shared = SharedWork(None)
 
-    def read(self, tokenizer: Any, tokenizer_hash: str, stage: str) -> None:
+    def read(self, tokenizer: Any, tokenizer_hash: str, stage: str, shared: SharedWork | None = None) -> None:
         """Reads and tokenizes the text; the model's own tokenizer is needed, so the model calls this in its `setup`.
 
         Args:
             tokenizer: A Hugging Face tokenizer.
             tokenizer_hash: Identifies it in the results.
             stage: ``fit`` reads both sources, anything else the evaluation source alone.
+            shared: Where runs on the same text leave its tokens for each other.
 
         Raises:
             DataError: If a source cannot be read, or gives fewer windows than asked for.
         """
+        self.shared = shared or self.shared
         if stage == "fit" and self.calibration is None:
-            self.calibration = self._read_calibration(tokenizer)
+            self.calibration = self._read_calibration(tokenizer, tokenizer_hash)
         if self.evaluation is None:
             self.evaluation = self._read_evaluation(tokenizer, tokenizer_hash)
 
@@ -100,9 +104,9 @@ class TextWindows(LightningDataModule):
         assert self.calibration is not None, "read() comes first"
         return torch.stack(self.calibration.windows)
 
-    def _read_calibration(self, tokenizer: Any) -> Windows:
+    def _read_calibration(self, tokenizer: Any, tokenizer_hash: str) -> Windows:
         key = "data.source"
-        streams = tokenize(read_documents(self.source, "train", key), tokenizer, self.eval_protocol, key)
+        streams = self._streams(self.source, "train", key, tokenizer, tokenizer_hash)
         stream = [token for ids in streams for token in ids]
         found = len(stream) // self.seq_len
         if found < self.n_samples:
@@ -116,9 +120,18 @@ class TextWindows(LightningDataModule):
         self.calibration_digest = digest([w.tolist() for w in windows])
         return Windows(windows)
 
+    def _streams(self, source: str, split: Split, key: str, tokenizer: Any, tokenizer_hash: str) -> list[list[int]]:
+        """Token ids of a source, one list per stream."""
+
+        def make() -> list[list[int]]:
+            return tokenize(read_documents(source, split, key), tokenizer, self.eval_protocol, key)
+
+        described = {**describe_source(source, split), "tokenizer": tokenizer_hash, "protocol": self.eval_protocol}
+        return self.shared.tokens(described, make)
+
     def _read_evaluation(self, tokenizer: Any, tokenizer_hash: str) -> Windows:
         key = "data.eval_source"
-        streams = tokenize(read_documents(self.eval_source, "eval", key), tokenizer, self.eval_protocol, key)
+        streams = self._streams(self.eval_source, "eval", key, tokenizer, tokenizer_hash)
         if self.eval_protocol == "packed":
             stream, size = streams[0], self.eval_seq_len
             cut = [stream[i : i + size] for i in range(0, len(stream) - size + 1, size)]

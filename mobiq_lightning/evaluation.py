@@ -62,6 +62,7 @@ class Comparison:
         scope: Which threshold table the router uses.
         device: Where both models run.
         seed: That the run was calibrated with.
+        rounded_rows: Rows of round-to-nearest if another run has measured them on this model and text.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Comparison:
         scope: Scope,
         device: torch.device,
         seed: int | None = None,
+        rounded_rows: Sequence[dict[str, Any]] | None = None,
     ) -> None:
         self.full, self.elastic, self.device, self.scope = full.to(device), elastic.to(device), device, scope
         self.inputs = routed_inputs(elastic)
@@ -85,7 +87,8 @@ class Comparison:
         self.full_bits = 8 * next(full.parameters()).element_size()
         self.overhead_bits, self.router_bits = stored_bits(elastic)
         self.first = [Arm("full", self.full_bits)]
-        self.first += [Arm("rtn", bits) for bits in RTN_BITS]
+        self.rounded_rows, self.rounded_key = rounded_rows, dict[str, Any]()
+        self.first += [Arm("rtn", bits) for bits in RTN_BITS] if rounded_rows is None else []
         self.first += [Arm("router", bits, seed) for bits in eval_bits]
         self.second: list[Arm] = []
         self.random_seeds = random_seeds
@@ -105,7 +108,9 @@ class Comparison:
 
         elastic = load(folder, dtype=module.source.model.dtype, device=device)
         seed = os.environ.get("PL_GLOBAL_SEED")
-        return cls(
+        linear = next(m for m in elastic.modules() if isinstance(m, ElasticLinear))
+        key = rounding_key(module, linear.group_size, device)
+        comparison = cls(
             module.source.model,
             elastic,
             module.layout,
@@ -114,7 +119,10 @@ class Comparison:
             module.threshold_scope,
             device,
             None if seed is None else int(seed),
+            module.shared_work.rows(key),
         )
+        comparison.rounded_key = key
+        return comparison
 
     def start_second_pass(self) -> None:
         """Sets up the controls, each given the bits that the router used."""
@@ -152,7 +160,8 @@ class Comparison:
 
     def rows(self) -> list[dict[str, Any]]:
         """One dict per arm: allocation, target_bits, used_bits, all_in_bits, perplexity, kl, seed."""
-        return [self._row(arm) for arm in self.first + self.second]
+        first = [self._row(arm) for arm in self.first]
+        return [first[0], *(self.rounded_rows or []), *first[1:], *map(self._row, self.second)]
 
     def bits_per_input(self) -> dict[float, list[float]]:
         """For each budget, the mean bits that the router read of each input's weights, in the order of the model."""
@@ -210,6 +219,19 @@ class Comparison:
             "kl": float(arm.kl.compute()),
             "seed": arm.seed,
         }
+
+
+def rounding_key(module: ElasticCalibration, group_size: int, device: torch.device) -> dict[str, Any]:
+    """All that the rows of round-to-nearest depend on."""
+    return {
+        "weights": module.source.fingerprint,
+        "dtype": str(module.source.model.dtype),
+        "group_size": group_size,
+        "protocol": module.trainer.datamodule.protocol["data_hash"],  # type: ignore[attr-defined]
+        "batch": module.trainer.datamodule.eval_batch_size,  # type: ignore[attr-defined]
+        "bits": RTN_BITS,
+        "device": device.type,
+    }
 
 
 def _wrap_for_rounding(model: nn.Module, layout: BlockLayout, group_size: int) -> list[RoutedInput]:

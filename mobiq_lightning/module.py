@@ -20,6 +20,7 @@ from mobiq_lightning.errors import NonFiniteError
 from mobiq_lightning.evaluation import Comparison
 from mobiq_lightning.hidden_states import BlockCaller, HiddenStates, Reading, Storage, eval_mode
 from mobiq_lightning.routed_input import RoutedInput, fixed_depth, full_precision, meet_budget
+from mobiq_lightning.shared_work import SharedWork
 from mobiq_lightning.source import (
     BlockLayout,
     CalibratedBlock,
@@ -74,6 +75,7 @@ class ElasticCalibration(LightningModule):
         threshold_scope: `layer`: every input meets the budget by itself. `global`: one threshold for all inputs.
         eval_bits: Budgets, in bits, at which the result is compared.
         random_seeds: Seeds of the random allocation in the comparison.
+        shared_work: Folder in which runs on the same model and text leave tokens and uncalibrated rows for each other.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class ElasticCalibration(LightningModule):
         threshold_scope: Literal["layer", "global"] = "layer",
         eval_bits: list[float] | None = None,
         random_seeds: list[int] | None = None,
+        shared_work: str | None = None,
     ) -> None:
         super().__init__()
         self.pretrained, self.dtype_name = pretrained, dtype
@@ -106,6 +109,7 @@ class ElasticCalibration(LightningModule):
         self.threshold_scope = threshold_scope
         self.eval_bits = eval_bits or [2, 2.5, 3, 3.5, 4, 5, 6, 8]
         self.random_seeds = random_seeds if random_seeds is not None else [0, 1, 2]
+        self.shared_work = SharedWork(shared_work)
         self.blocks = nn.ModuleList()
         self.lr_scales: dict[int, float] = {}
         self.collapsed: dict[str, float] = {}
@@ -147,7 +151,7 @@ class ElasticCalibration(LightningModule):
             self._backbone.append(load_source(self.pretrained, self.dtype_name))
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, TextWindows):
-            data.read(self.source.tokenizer, self.source.tokenizer_hash, stage)
+            data.read(self.source.tokenizer, self.source.tokenizer_hash, stage, self.shared_work)
         if stage == "fit" and len(self.blocks) == 0:
             self.build_blocks()
 

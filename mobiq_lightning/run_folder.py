@@ -25,7 +25,14 @@ CONFIG, RESULTS, CHECKPOINTS, IDENTITY, RETRIES = (
 )
 _OWN: tuple[str, ...] = (CONFIG, RESULTS, ELASTIC, f"{ELASTIC}.partial", CHECKPOINTS, IDENTITY, RETRIES)
 _OWN += ("results.csv", "results.png", "metrics.jsonl", "csv", "hidden_states", "wandb")
-_IRRELEVANT = ("overwrite", "config", "trainer.logger", "trainer.default_root_dir", "trainer.log_every_n_steps")
+_IRRELEVANT = (
+    "overwrite",
+    "config",
+    "model.shared_work",
+    "trainer.logger",
+    "trainer.default_root_dir",
+    "trainer.log_every_n_steps",
+)
 """Keys that may differ between an interrupted run and the one that goes on with it."""
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -77,6 +78,18 @@ def read_documents(source: str, split: Split, key: str) -> list[str]:
     if not any(d.strip() for d in documents):
         raise DataError(f"{key}: {source} holds no text")
     return documents
+
+
+def describe_source(source: str, split: Split) -> dict[str, Any]:
+    """What the text of a source depends on, so far as can be told without reading it."""
+    described: dict[str, Any] = {"source": source, "split": split}
+    path = Path(source).expanduser()
+    if source == "builtin":
+        described["python"] = sys.version
+    elif source not in _HUB and path.is_file():
+        stat = path.stat()
+        described |= {"path": str(path.resolve()), "bytes": stat.st_size, "modified": stat.st_mtime_ns}
+    return described
 
 
 def _read_rows(path: Path, key: str) -> list[str]:

@@ -29,6 +29,9 @@ class Results(Callback):
         bits_per_input = module.comparison.bits_per_input()
         if not trainer.is_global_zero:
             return
+        if module.comparison.rounded_rows is None:
+            rounded = [row for row in rows if row["allocation"] == "rtn"]
+            module.shared_work.keep_rows(module.comparison.rounded_key, rounded)
         known = _known_results(module.run_folder)
         results: dict[str, Any] = {
             "model": module.pretrained,

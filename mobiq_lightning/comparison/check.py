@@ -1,0 +1,46 @@
+"""Builds what every strategy of a grid names, before the first cell runs: hours later is too late for a typo."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from mobiq_lightning.comparison.grid import Cell
+from mobiq_lightning.errors import MobiqError, RecipeError
+from mobiq_lightning.training_cli import ElasticCLI
+
+
+class _BuildOnly(ElasticCLI):
+    """Parses a recipe and builds its plug-ins on a tiny layer, without a run folder."""
+
+    def before_instantiate_classes(self) -> None:
+        """Claims nothing."""
+        self._dump_config()
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Runs nothing."""
+
+
+def check_cells(cells: Sequence[Cell]) -> None:
+    """Builds each strategy once.
+
+    Raises:
+        RecipeError: Naming every strategy that cannot be built, and why.
+    """
+    problems = []
+    with tempfile.TemporaryDirectory() as folder:
+        for strategy, cell in {cell.strategy: cell for cell in cells}.items():
+            path = Path(folder) / f"{strategy}.yaml"
+            # No logger: building one of W&B would start a run.
+            trainer = {**cell.recipe["trainer"], "logger": False, "default_root_dir": folder}
+            path.write_text(yaml.safe_dump({**cell.recipe, "trainer": trainer}), encoding="utf-8")
+            try:
+                _BuildOnly(["fit", "--config", str(path)])
+            except (MobiqError, ModuleNotFoundError) as error:
+                message = str(error).strip().replace(str(path), "its recipe").replace("\n", "\n    ")
+                problems.append(f"strategies.{strategy}: {message}")
+    if problems:
+        raise RecipeError("\n".join(problems))

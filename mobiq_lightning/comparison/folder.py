@@ -1,0 +1,109 @@
+"""The folder of a comparison: whose it is, which cells are done, and what was found."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mobiq_lightning.comparison.cell import CELL
+from mobiq_lightning.comparison.grid import Cell, Grid
+from mobiq_lightning.errors import RunFolderError
+from mobiq_lightning.files import write_json, write_text
+from mobiq_lightning.run_folder import RESULTS, RunFolder, differing_keys
+
+COMPARISON, ROWS, LOCK = "comparison.json", "results.jsonl", ".lock"
+_OWN = (COMPARISON, ROWS, "table.csv", "table.json", "report.html", "cells", "recipes", "logs", "shared", "wandb")
+
+
+class ComparisonFolder:
+    """A folder that holds one comparison.
+
+    Args:
+        path: The folder; it need not exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def claim(self, grid: Grid, cells: Sequence[Cell], overwrite: bool) -> list[str]:
+        """Makes the folder this grid's. Cells may be added to a grid that has begun, but not changed.
+
+        Returns:
+            Names of cells that the folder holds and the grid no longer names.
+
+        Raises:
+            RunFolderError: If cells that were begun have another recipe now.
+        """
+        if overwrite:
+            self.clear()
+        stored = self._stored()
+        changed = [line for cell in cells for line in self._changes(cell, stored.get(cell.slug))]
+        if changed:
+            raise RunFolderError(
+                f"{self.path} holds cells of this comparison with another recipe:\n  " + "\n  ".join(changed) + "\n"
+                "Runs of two recipes cannot share a name. Give another folder (--folder), name the changed strategy "
+                "anew, or --overwrite to remove what was run"
+            )
+        if not stored and (self.path / "cells").exists():
+            raise RunFolderError(f"{self.path} holds cells but no {COMPARISON}. Give another folder, or --overwrite")
+        named = {cell.slug: cell.recipe for cell in cells}
+        write_json(self.path / COMPARISON, {"grid": _as_json(asdict(grid)), "cells": _as_json({**stored, **named})})
+        return sorted(set(stored) - set(named))
+
+    def clear(self) -> None:
+        """Removes what a comparison writes, and nothing else."""
+        for path in [*(self.path / name for name in _OWN), *self.path.glob("*.png")]:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+    def finished(self, cell: Cell) -> bool:
+        """Whether a cell has its results."""
+        return RunFolder(cell.folder).finished and (cell.folder / CELL).is_file()
+
+    def figures(self, cell: Cell) -> dict[str, Any]:
+        """Seconds and memory of a finished cell."""
+        return dict(json.loads((cell.folder / CELL).read_text(encoding="utf-8")))
+
+    def results(self, cell: Cell) -> dict[str, Any]:
+        """results.json of a finished cell."""
+        return dict(json.loads((cell.folder / RESULTS).read_text(encoding="utf-8")))
+
+    def write_rows(self, cells: Sequence[Cell], failures: Mapping[str, str]) -> list[dict[str, Any]]:
+        """Writes results.jsonl: a line for each row of each finished cell, and one for each failed cell.
+
+        Returns:
+            The rows of the finished cells.
+        """
+        rows: list[dict[str, Any]] = []
+        lines: list[dict[str, Any]] = []
+        for cell in cells:
+            which = {"strategy": cell.strategy, "cell_seed": cell.seed}
+            if self.finished(cell):
+                found = [{**which, "status": "finished", **row} for row in self.results(cell)["rows"]]
+                rows += found
+                lines += found
+            elif cell.slug in failures:
+                lines.append({**which, "status": "failed", "reason": failures[cell.slug]})
+        write_text(self.path / ROWS, "".join(json.dumps(line) + "\n" for line in lines))
+        return rows
+
+    def _stored(self) -> dict[str, Any]:
+        path = self.path / COMPARISON
+        return dict(json.loads(path.read_text(encoding="utf-8"))["cells"]) if path.is_file() else {}
+
+    def _changes(self, cell: Cell, stored: dict[str, Any] | None) -> Iterator[str]:
+        """What differs between a cell that was begun and what the grid now says of it."""
+        if stored is not None and (cell.folder / "config.yaml").is_file():
+            for difference in differing_keys(stored, _as_json(cell.recipe)):
+                yield f"{cell.name}: {difference}"
+
+
+def _as_json(value: Any) -> Any:
+    """Without the differences between tuples and lists, paths and texts, that JSON does not know."""
+    return json.loads(json.dumps(value, default=str))

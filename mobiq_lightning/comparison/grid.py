@@ -1,0 +1,247 @@
+"""The grid of a comparison: what its YAML says, and the cells that follow from it. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mobiq_lightning.errors import RecipeError, nearest
+from mobiq_lightning.recipe import check_key, check_recipe, read_recipe
+
+RULES_SEEDS = 3
+"""Seeds below which a comparison says that its spreads mean little."""
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
+_QUIET = {"class_path": "mobiq_lightning.callbacks.LatencyCheck", "init_args": {"seconds": 0}}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a comparison.
+
+    Args:
+        strategy: Name of the strategy in the grid.
+        seed: Of everything random in the run, and of the choice of calibration windows.
+        recipe: The full recipe of the run.
+        changes: What the strategy changes of the base recipe, by dotted key.
+        folder: The run folder.
+    """
+
+    strategy: str
+    seed: int
+    recipe: dict[str, Any]
+    changes: dict[str, Any]
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """``strategy, seed n``."""
+        return f"{self.strategy}, seed {self.seed}"
+
+    @property
+    def slug(self) -> str:
+        """The name as part of a file name."""
+        return f"{self.strategy}-seed-{self.seed}"
+
+
+@dataclass
+class Grid:
+    """What a comparison's YAML says.
+
+    Args:
+        name: Of the comparison; its runs carry it as W&B group.
+        recipe: Base recipe of all strategies, relative to the grid's file.
+        strategies: For each strategy, the keys of the recipe that it changes.
+        seeds: Every strategy runs once with each.
+        bits: Used bits at which strategies are compared.
+        folder: Where runs, tables and report go.
+        title: Heading of the report; by default the name.
+        changes: Keys of the base recipe that the comparison changes for all strategies.
+        workers: Cells that run at the same time; `auto`: one per GPU, or one on a machine without.
+        wandb: Arguments of `WandbLogger` such as project or offline; without it nothing is logged to W&B.
+    """
+
+    name: str
+    recipe: str
+    strategies: dict[str, dict[str, Any]]
+    seeds: list[int]
+    bits: list[float]
+    folder: str = ""
+    title: str = ""
+    changes: dict[str, Any] = field(default_factory=dict)
+    workers: int | str = "auto"
+    wandb: dict[str, Any] | None = None
+    path: Path = field(default_factory=Path)
+
+    @property
+    def root(self) -> Path:
+        """The folder of the comparison."""
+        return Path(self.folder or f"runs/compare/{self.name}")
+
+    def cells(self) -> list[Cell]:
+        """All cells, seed by seed, so that a comparison that is stopped early has whole seeds.
+
+        Raises:
+            RecipeError: If a recipe cannot be read, or a change does not fit it.
+        """
+        found = []
+        for seed in self.seeds:
+            for strategy, changes in self.strategies.items():
+                folder = self.root / "cells" / f"{strategy}-seed-{seed}"
+                found.append(Cell(strategy, seed, self._recipe(strategy, seed, folder), flatten(changes), folder))
+        return found
+
+    def _recipe(self, strategy: str, seed: int, folder: Path) -> dict[str, Any]:
+        """Base recipe, the grid's changes, the strategy's; then what every cell must have."""
+        recipe = copy.deepcopy(read_recipe(str(self.path.parent / self.recipe)))
+        for key, value in {**flatten(self.changes), **flatten(self.strategies[strategy])}.items():
+            put(recipe, key, value)
+        model, data, trainer = (recipe.setdefault(part, {}) for part in ("model", "data", "trainer"))
+        recipe["seed_everything"] = data["seed"] = seed
+        model.setdefault("eval_bits", list(self.bits))
+        model["random_seeds"] = [seed]  # the draws of different cells differ; their spread is that over seeds
+        model["shared_work"] = str(self.root / "shared")
+        trainer["default_root_dir"] = str(folder)
+        given = [c for c in trainer.get("callbacks") or [] if not str(c.get("class_path")).endswith("LatencyCheck")]
+        trainer["callbacks"] = [*given, _QUIET]  # speed measured while other cells run would mean nothing
+        if self.wandb is not None:
+            trainer["logger"] = {
+                "class_path": "mobiq_lightning.loggers.WandbLogger",
+                "init_args": {**self.wandb, "group": self.name, "name": f"{strategy}-seed-{seed}"},
+            }
+        return recipe
+
+
+def read_grid(path: str) -> Grid:
+    """Reads and checks the YAML of a comparison.
+
+    Raises:
+        RecipeError: With everything that is wrong in it, one line each.
+    """
+    read_recipe(path)  # says if there is no such file
+    try:
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), _StrictLoader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: {error}") from error
+    known = [name for name in Grid.__dataclass_fields__ if name != "path"]
+    problems = [f"{key}: no such key. {nearest(key, known)}".rstrip() for key in content if key not in known]
+    problems += [f"{key}: missing" for key in ("name", "recipe", "strategies", "seeds", "bits") if key not in content]
+    if problems:
+        raise RecipeError("\n".join(f"{path}: {problem}" for problem in problems))
+    grid = Grid(**content, path=Path(path))
+    check_grid(grid)
+    return grid
+
+
+def check_grid(grid: Grid) -> None:
+    """Checks what can be told without importing a class.
+
+    Raises:
+        RecipeError: With everything that is wrong, one line each.
+    """
+    problems = [*_problems(grid)]
+    if not problems:
+        problems = list(dict.fromkeys(_recipe_problems(grid)))
+    if problems:
+        raise RecipeError("\n".join(f"{grid.path}: {problem}" for problem in problems))
+
+
+def _problems(grid: Grid) -> Iterator[str]:
+    if not isinstance(grid.seeds, list) or not all(type(seed) is int and seed >= 0 for seed in grid.seeds):
+        yield f"seeds: {grid.seeds!r}; a list of whole numbers is expected, as in [0, 1, 2]"
+    elif not grid.seeds:
+        yield "seeds: none is given; a comparison without seeds has no spread. Give at least three, as in [0, 1, 2]"
+    elif len(set(grid.seeds)) < len(grid.seeds):
+        yield f"seeds: {grid.seeds} holds one twice; the same seed gives the same run"
+    if not isinstance(grid.strategies, dict) or not grid.strategies:
+        yield "strategies: none is given; name at least one, with the keys of the recipe that it changes"
+        return
+    if not isinstance(grid.bits, list) or not grid.bits or not all(isinstance(b, (int, float)) for b in grid.bits):
+        yield f"bits: {grid.bits!r}; a list of numbers is expected, as in [2, 2.5, 3]"
+    for name in [grid.name, *grid.strategies]:
+        if not _NAME.fullmatch(str(name)):
+            yield f"{name!r} cannot name a folder; use letters, digits and . _ + = -"
+    lower: dict[str, str] = {}
+    for name in map(str, grid.strategies):
+        if name.lower() in lower:
+            yield f"strategies: {lower[name.lower()]!r} and {name!r} would share a folder where case does not count"
+        lower[name.lower()] = name
+    if grid.workers != "auto" and (type(grid.workers) is not int or grid.workers < 1):
+        yield f"workers: {grid.workers!r}; a number of at least 1, or auto"
+    named: dict[str, Any] = {"changes": grid.changes, **grid.strategies}
+    for name, changes in named.items():
+        if not isinstance(changes or {}, dict):
+            yield f"{name}: {changes!r}; a mapping from keys of the recipe to values is expected"
+
+
+def _recipe_problems(grid: Grid) -> Iterator[str]:
+    for name, changes in {
+        "changes": grid.changes,
+        **{f"strategies.{n}": c for n, c in grid.strategies.items()},
+    }.items():
+        wrong = [problem for key in flatten(changes) for problem in check_key(key.split("."))]
+        yield from (f"{name}: {problem}" for problem in wrong)
+        if wrong:
+            return
+    for cell in grid.cells():
+        yield from (f"strategies.{cell.strategy}: {problem}" for problem in check_recipe(cell.recipe))
+
+
+def flatten(changes: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Changes by dotted key; ``{model: {budget: x}}`` and ``{model.budget: x}`` say the same."""
+    flat: dict[str, Any] = {}
+    for key, value in (changes or {}).items():
+        if key in ("model", "data", "trainer") and isinstance(value, dict):
+            flat |= {f"{key}.{inner}": found for inner, found in value.items()}
+        else:
+            flat[str(key)] = value
+    return flat
+
+
+def put(recipe: dict[str, Any], key: str, value: Any) -> None:
+    """Sets a dotted key of a recipe. A class that is named takes the place of the one before, arguments and all."""
+    *parents, last = key.split(".")
+    inner = recipe
+    for parent in parents:
+        known = inner.get(parent)
+        if not isinstance(known, dict):  # a class may be given by its name alone
+            inner[parent] = {"class_path": known} if isinstance(known, str) else {}
+        inner = inner[parent]
+    inner[last] = copy.deepcopy(value)
+
+
+def override(grid: Grid, arguments: Sequence[tuple[str, Any]]) -> None:
+    """Adds keys of the command line, such as ``model.pretrained``, to what the grid changes for all strategies.
+
+    Raises:
+        RecipeError: If the recipe has no such key, or a strategy sets it itself.
+    """
+    for key, value in arguments:
+        problems = check_key(key.split("."))
+        setters = [name for name, changes in grid.strategies.items() if key in flatten(changes)]
+        if setters:
+            problems = [f"--{key}: the strategies {', '.join(setters)} set it themselves; change it in {grid.path}"]
+        if problems:
+            raise RecipeError("\n".join(problems))
+        grid.changes = {**flatten(grid.changes), key: value}
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a mapping that holds one key twice; YAML itself would keep the last in silence."""
+
+
+def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    keys = [str(loader.construct_object(key)) for key, _ in node.value]
+    twice = sorted({key for key in keys if keys.count(key) > 1})
+    if twice:
+        line = node.start_mark.line + 1
+        raise yaml.YAMLError(f"line {line}: {', '.join(twice)} is there twice; two cells need two names")
+    return loader.construct_mapping(node, deep=True)
+
+
+_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)

@@ -7,6 +7,7 @@ import json
 import os
 import time
 from argparse import Namespace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,13 +94,26 @@ class WandbLogger(LightningWandbLogger):
         self._wandb_init["config"] = recipe
 
     @rank_zero_only
+    def plot_against_bits(self) -> None:
+        """Has W&B draw what is measured at several budgets against the bits that were used, not against steps."""
+        self.experiment.define_metric("eval/bits")
+        for name in ("eval/ppl", "eval/kl"):
+            self.experiment.define_metric(name, step_metric="eval/bits")
+
+    @rank_zero_only
     def log_comparison(self, rows: list[dict[str, Any]], plot: Path) -> None:
         """Logs the rows of a comparison as a table, and its plot."""
         import wandb
 
-        columns = list(rows[0])
-        table = wandb.Table(columns=columns, data=[[row[c] for c in columns] for row in rows])
-        self.experiment.log({"comparison": table, "comparison_plot": wandb.Image(str(plot))})
+        self.experiment.log({"comparison": as_table(rows), "comparison_plot": wandb.Image(str(plot))})
+
+
+def as_table(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """Rows with the same keys as a `wandb.Table`."""
+    import wandb
+
+    columns = list(rows[0])
+    return wandb.Table(columns=columns, data=[[row[column] for column in columns] for row in rows])
 
 
 def _has_key() -> bool:

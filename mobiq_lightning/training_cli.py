@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -110,6 +111,7 @@ class ElasticCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Claims the run folder before anything is built."""
+        self.expand_run_folder()
         self._dump_config()
         recipe = json.loads(json.dumps({k: v for k, v in self.config_dump.items() if k not in ("overwrite", "config")}))
         self.run_folder = RunFolder(recipe["trainer"]["default_root_dir"])
@@ -120,6 +122,18 @@ class ElasticCLI(LightningCLI):
                 f"{self.run_folder.path} holds no finished run (no {ELASTIC}/config.json). Run `fit` with this recipe "
                 "first, or give the run's folder as --trainer.default_root_dir"
             )
+
+    def expand_run_folder(self) -> None:
+        """Puts environment variables into the run folder's name: in a sweep, $WANDB_RUN_ID tells runs apart.
+
+        Raises:
+            RecipeError: If one of them is not set.
+        """
+        trainer = self._get(self.config, "trainer")
+        folder = os.path.expandvars(str(trainer.default_root_dir))
+        if "$" in folder:
+            raise RecipeError(f"trainer.default_root_dir: {folder} names an environment variable that is not set")
+        trainer.default_root_dir = folder
 
     def instantiate_classes(self) -> None:
         """Builds model, data and trainer."""

@@ -62,9 +62,13 @@ class Results(Callback):
         assert module.comparison is not None
         names = module.comparison.names
         for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.plot_against_bits()
             for number, row in enumerate(r for r in rows if r["allocation"] == "router"):
                 used = {f"used_bits/{n}": b for n, b in zip(names, bits_per_input[row["target_bits"]], strict=True)}
                 metrics = {"eval/bits": row["used_bits"], "eval/ppl": row["perplexity"], "eval/kl": row["kl"], **used}
+                for name in ("ppl", "kl"):  # one figure a run, for sweeps and for tables of runs
+                    metrics[f"eval/{name}_at_{row['target_bits']:g}_bits"] = metrics[f"eval/{name}"]
                 logger.log_metrics(metrics, step=module.global_step + number + 1)
             if isinstance(logger, WandbLogger):
                 logger.log_comparison(rows, module.run_folder / "results.png")

@@ -13,11 +13,12 @@ from mobiq_lightning.errors import MobiqError, RecipeError
 from mobiq_lightning.training_cli import ElasticCLI
 
 
-class _BuildOnly(ElasticCLI):
+class BuildOnly(ElasticCLI):
     """Parses a recipe and builds its plug-ins on a tiny layer, without a run folder."""
 
     def before_instantiate_classes(self) -> None:
         """Claims nothing."""
+        self.expand_run_folder()
         self._dump_config()
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -38,7 +39,7 @@ def check_cells(cells: Sequence[Cell]) -> None:
             trainer = {**cell.recipe["trainer"], "logger": False, "default_root_dir": folder}
             path.write_text(yaml.safe_dump({**cell.recipe, "trainer": trainer}), encoding="utf-8")
             try:
-                _BuildOnly(["fit", "--config", str(path)])
+                BuildOnly(["fit", "--config", str(path)])
             except (MobiqError, ModuleNotFoundError) as error:
                 message = str(error).strip().replace(str(path), "its recipe").replace("\n", "\n    ")
                 problems.append(f"strategies.{strategy}: {message}")

@@ -12,6 +12,7 @@ from typing import Any
 from mobiq_lightning.comparison.folder import ComparisonFolder
 from mobiq_lightning.comparison.grid import Cell, Grid
 from mobiq_lightning.comparison.table import INTERPOLATION, long_table, points_of
+from mobiq_lightning.comparison.tracking import log_comparison
 from mobiq_lightning.comparison.verdicts import verdicts
 from mobiq_lightning.files import write_json, write_text
 from mobiq_lightning.report import LABELS
@@ -50,6 +51,8 @@ def publish(
     write_json(folder.path / "table.json", summary)
     write_text(folder.path / "table.csv", _as_csv(table))
     print_comparison(summary)
+    if grid.wandb is not None:
+        log_comparison(grid, summary, sorted(folder.path.glob("*.png")))
 
 
 def print_comparison(summary: Mapping[str, Any]) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mobiq_lightning.report import TIE
+
 INTERPOLATION = (
     "Between two measured points of a curve, the logarithms of perplexity and of KL are taken to be straight lines in the "
     "used bits; each run is interpolated on its own curve. Nothing is extrapolated: where a curve ends within 0.05 bits of "
@@ -125,11 +127,10 @@ class Lead:
 
     @property
     def says(self) -> str:
-        """``ahead``, ``behind``, ``within the spread`` or, with one seed, ``ahead (one seed)``."""
-        side = "ahead" if self.mean > 0 else "behind"
-        if self.spread is None:
-            return f"{side} (one seed, spread unknown)"
-        return side if abs(self.mean) > self.spread else "within the spread"
+        """``ahead``, ``behind``, or ``tied``: within the spread over seeds, or within what a run calls a tie anyway."""
+        if abs(self.mean) <= max(self.spread or 0.0, TIE):
+            return "tied"
+        return "ahead" if self.mean > 0 else "behind"
 
     def __str__(self) -> str:
         percent = 100 * math.expm1(self.mean) if self.mean > 0 else -100 * math.expm1(-self.mean)

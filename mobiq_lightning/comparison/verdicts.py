@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from mobiq_lightning.comparison.grid import RULES_SEEDS
 from mobiq_lightning.comparison.table import CONTROLS, Lead, Points, lead
+from mobiq_lightning.report import TIE
 
 _SAME = 1e-6  # relative; at the ends of the range, and on whole slices, all allocations read the same weights
 
@@ -33,7 +34,7 @@ def verdicts(points: Points, strategies: Sequence[str], bits: Sequence[float], n
 
 def routing_verdict(points: Points, strategy: str, bits: Sequence[float]) -> str:
     """Whether a strategy's router beats both controls, at which bits, and by how much against the spread over seeds."""
-    found: dict[str, list[str]] = {"ahead": [], "behind": [], "undecided": []}
+    found: dict[str, list[str]] = {"ahead": [], "behind": [], "tied": []}
     for asked in bits:
         router = points.get((strategy, "router", asked))
         leads = {c: lead(router, points.get((strategy, c, asked), {})) for c in CONTROLS} if router else {}
@@ -41,11 +42,14 @@ def routing_verdict(points: Points, strategy: str, bits: Sequence[float]) -> str
         if len(given) < len(CONTROLS) or all(_is_nothing(one) for one in given.values()):
             continue  # nothing is left to choose there
         control, worst = min(given.items(), key=lambda item: item[1].mean)
-        side = worst.says.partition(" ")[0]
-        found[side if side in found else "undecided"].append(f"{asked:g} bits ({worst} against {control})")
+        found[worst.says].append(f"{asked:g} bits ({worst} against {control})")
     parts = [f"ahead of both controls at {', '.join(found['ahead'])}"] if found["ahead"] else []
     parts += [f"behind the better control at {', '.join(found['behind'])}"] if found["behind"] else []
-    parts += [f"within the spread over seeds at {', '.join(found['undecided'])}"] if found["undecided"] else []
+    parts += (
+        [f"level with it, within the spread over seeds or {TIE:.1%}, at {', '.join(found['tied'])}"]
+        if found["tied"]
+        else []
+    )
     if not parts:
         return f"{strategy}: at these bits all allocations read the same weights, so routing has nothing to win."
     head = "routing beats static and random nowhere" if not found["ahead"] else "routing is"

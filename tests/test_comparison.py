@@ -1,0 +1,212 @@
+"""Grids, and the table at equal used bits."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mobiq_lightning.cli import main
+from mobiq_lightning.comparison.grid import read_grid
+from mobiq_lightning.comparison.table import at_bits, lead, long_table, points_of
+from mobiq_lightning.comparison.verdicts import verdicts
+from mobiq_lightning.errors import RecipeError
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+GRIDS = sorted((RECIPES / "compare").glob("*.yaml"))
+
+
+def write_grid(folder: Path, **changes: Any) -> Path:
+    """A small valid grid with some keys changed; None leaves one out."""
+    grid = {
+        "name": "small",
+        "recipe": str(RECIPES / "tiny.yaml"),
+        "seeds": [0, 1, 2],
+        "bits": [2, 3],
+        "folder": str(folder / "out"),
+        "strategies": {"mlp": {}, "constant": {"model.budget": {"class_path": "ConstantBudget"}}},
+    }
+    path = folder / "grid.yaml"
+    path.write_text(yaml.safe_dump({k: v for k, v in {**grid, **changes}.items() if v is not None}, sort_keys=False))
+    return path
+
+
+@pytest.mark.parametrize("path", GRIDS, ids=lambda p: p.stem)
+class TestShippedGrids:
+    def test_the_first_line_is_the_command_that_runs_it_and_every_key_has_a_comment(self, path: Path) -> None:
+        lines = path.read_text().splitlines()
+        assert lines[0] == f"# python -m mobiq_lightning compare --config recipes/compare/{path.name}"
+        top = [line for line in lines if ":" in line.split("#")[0] and not line.startswith(" ")]
+        assert [line for line in top if "#" not in line] == []
+
+    def test_it_keeps_the_rules_of_comparison(self, path: Path) -> None:
+        grid = read_grid(str(path))
+        assert len(grid.seeds) >= 3
+        for cell in grid.cells():
+            assert min(cell.recipe["model"]["eval_bits"]) <= min(grid.bits)
+            assert max(cell.recipe["model"]["eval_bits"]) > max(grid.bits)
+            assert cell.recipe["data"]["seed"] == cell.recipe["seed_everything"] == cell.seed
+
+    def test_all_its_strategies_can_be_built(self, path: Path) -> None:
+        from mobiq_lightning.comparison.check import check_cells
+
+        check_cells(read_grid(str(path)).cells())
+
+
+def test_a_change_replaces_a_class_with_its_arguments_or_one_argument_alone(tmp_path: Path) -> None:
+    strategies = {
+        "one": {"model.slices.init_args.group_size": 32},
+        "whole": {"model.slices": {"class_path": "ResidualSlices", "init_args": {"slice_bits": [2, 2]}}},
+        "nested": {"model": {"slices_lr": 0.5}},
+    }
+    one, whole, nested = read_grid(str(write_grid(tmp_path, strategies=strategies, seeds=[0]))).cells()
+    assert one.recipe["model"]["slices"]["init_args"] == {"slice_bits": [2, 1, 1, 2, 2], "group_size": 32}
+    assert whole.recipe["model"]["slices"]["init_args"] == {"slice_bits": [2, 2]}
+    assert nested.recipe["model"]["slices_lr"] == 0.5
+    assert nested.changes == {"model.slices_lr": 0.5}
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"seed": [0]}, "seed: no such key. Did you mean 'seeds'"),
+    ({"seeds": []}, "seeds: none is given"),
+    ({"seeds": None}, "seeds: missing"),
+    ({"seeds": [1, 1]}, "holds one twice"),
+    ({"seeds": ["a"]}, "a list of whole numbers is expected"),
+    ({"bits": []}, "bits: []; a list of numbers is expected"),
+    ({"strategies": {}}, "strategies: none is given"),
+    ({"strategies": {"a/b": {}}}, "cannot name a folder"),
+    ({"strategies": {"Mlp": {}, "mlp": {}}}, "would share a folder"),
+    ({"strategies": {"x": {"model.budgt": 1}}}, "strategies.x: model.budgt: no such key. Did you mean 'model.budget'"),
+    ({"strategies": {"x": {"model.budget": "LinaerBudget"}}}, "strategies.x: model.budget: no class 'LinaerBudget'"),
+    ({"strategies": {"x": {"model.router": "ResidualSlices"}}}, "no class 'ResidualSlices'"),
+    ({"strategies": {"x": {"model.router": "collections.Counter"}}}, "strategies.x: "),
+    ({"strategies": {"x": {"model.epochs_per_block": 0}}}, "model.epochs_per_block (0) must be at least 1"),
+    ({"recipe": "nowhere.yaml"}, "no such file"),
+    ({"workers": 0}, "workers: 0"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD, ids=[message[:40] for _, message in BAD])
+def test_a_wrong_grid_is_answered_before_anything_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], message: str
+) -> None:
+    assert main(["compare", "--config", str(write_grid(tmp_path, **changes))]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_cells_of_one_name_are_refused(tmp_path: Path) -> None:
+    path = write_grid(tmp_path)
+    path.write_text(path.read_text().replace("  mlp: {}\n", "  mlp: {}\n  mlp: {model.slices_lr: 1}\n"))
+    with pytest.raises(RecipeError, match="mlp is there twice; two cells need two names"):
+        read_grid(str(path))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--conifg", "x"], "no such option. Did you mean 'config'"),
+        (["--config"], "a value is missing"),
+        ([], "--config is missing"),
+        (["--config", "GRID", "--model.slises_lr", "1"], "model.slises_lr: no such key"),
+        (["--config", "GRID", "--model.budget", "LinearBudget"], "the strategies constant set it themselves"),
+    ],
+)
+def test_a_wrong_command_line_is_answered(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    path = str(write_grid(tmp_path))
+    assert main(["compare", *[path if a == "GRID" else a for a in arguments]]) == 2
+    assert message in capsys.readouterr().err
+
+
+def curve(*points: tuple[float, float], kl: float = 0.1, **more: Any) -> list[dict[str, Any]]:
+    return [{"used_bits": bits, "perplexity": ppl, "kl": kl, **more} for bits, ppl in points]
+
+
+def test_a_curve_is_interpolated_in_the_logarithm_and_never_extrapolated() -> None:
+    rows = curve((2.0, 100.0), (3.0, 25.0), (4.02, 20.0))
+    assert at_bits(rows, 2.5).perplexity == pytest.approx(50.0)  # type: ignore[union-attr]
+    assert at_bits(rows, 3.0).perplexity == pytest.approx(25.0)  # type: ignore[union-attr]
+    assert at_bits(rows, 4.05).perplexity == pytest.approx(20.0)  # type: ignore[union-attr]
+    assert at_bits(rows, 4.2) is None
+    assert at_bits(rows, 1.9) is None
+    assert at_bits([], 2.0) is None
+
+
+def rows_of(strategy: str, **by_allocation: list[float]) -> list[dict[str, Any]]:
+    """Rows at 2, 2.5 and 3 used bits: the perplexity at 2.5 bits is given for each seed."""
+    rows = []
+    for allocation, values in by_allocation.items():
+        for seed, value in enumerate(values):
+            which = {"strategy": strategy, "allocation": allocation, "cell_seed": seed}
+            rows += curve((2.0, 80.0), (2.5, value), (3.0, 60.0), **which)
+    return rows
+
+
+class TestLongTable:
+    def test_it_holds_mean_and_spread_over_seeds(self) -> None:
+        table = long_table(points_of(rows_of("a", router=[69.0, 70.0, 71.0], static=[72.0, 72.0, 72.0]), [2.5]))
+        router, static = table
+        assert router["allocation"] == "router"
+        assert router["perplexity_mean"] == pytest.approx(70.0)
+        assert router["perplexity_spread"] == pytest.approx(1.0)
+        assert (static["n"], static["perplexity_spread"]) == (3, pytest.approx(0.0))
+
+    def test_rounding_is_not_interpolated_between_its_whole_bits(self) -> None:
+        rows = curve((2.0, 80.0), (3.0, 60.0), strategy="a", allocation="rtn", cell_seed=0)
+        assert [row["used_bits"] for row in long_table(points_of(rows, [2, 2.5, 3]))] == [2, 3]
+
+    def test_one_seed_has_no_spread(self) -> None:
+        assert long_table(points_of(rows_of("a", router=[70.0]), [2.5]))[0]["perplexity_spread"] is None
+
+
+class TestVerdicts:
+    def says(self, seeds: int = 3, **allocations: list[float]) -> str:
+        points = points_of(rows_of("mlp", **allocations), [2.0, 2.5])
+        return "\n".join(verdicts(points, ["mlp"], [2.0, 2.5], seeds))
+
+    def test_a_lead_over_both_controls_beyond_the_spread_is_a_win_and_is_given_against_the_better(self) -> None:
+        said = self.says(router=[69.0, 69.1, 69.2], static=[75.0, 74.0, 73.0], random=[70.0, 70.1, 70.2])
+        assert said == "mlp: routing is ahead of both controls at 2.5 bits (+1.45 % ± 0.00 against random)."
+
+    def test_a_defeat_by_one_control_is_said(self) -> None:
+        said = self.says(router=[69.0, 69.1, 69.2], static=[68.0, 68.1, 68.0], random=[70.0, 70.1, 70.2])
+        assert "routing beats static and random nowhere; it is behind the better control at 2.5 bits (-1.5" in said
+        assert "against static" in said
+
+    def test_a_lead_within_the_spread_over_seeds_is_none(self) -> None:
+        said = self.says(router=[69.0, 71.0, 70.0], static=[90.0] * 3, random=[70.0, 70.0, 70.2])
+        assert "beats static and random nowhere; it is level with it, within the spread" in said
+
+    def test_few_seeds_are_called_few(self) -> None:
+        said = self.says(seeds=1, router=[69.0], static=[75.0], random=[70.0])
+        assert said.startswith("This comparison has 1 seed; with fewer than 3")
+
+    def test_strategies_are_compared_seed_by_seed(self) -> None:
+        # Seeds differ by far more than the strategies; paired, the difference is still clear.
+        rows = rows_of("a", router=[60.0, 70.0, 80.0]) + rows_of("b", router=[61.2, 71.4, 81.6])
+        assert lead(*(points_of(rows, [2.5])[name, "router", 2.5] for name in "ab")).spread == pytest.approx(
+            0, abs=1e-9
+        )  # type: ignore[union-attr]
+        said = verdicts(points_of(rows, [2.5]), ["a", "b"], [2.5], 3)
+        assert (
+            said[-1] == "At 2.5 used bits a has the lowest perplexity, clearly ahead of b (+2.00 % ± 0.00); b is last."
+        )
+
+    def test_equal_strategies_are_called_equal(self) -> None:
+        rows = rows_of("a", router=[70.0] * 3) + rows_of("b", router=[70.0] * 3)
+        assert "At 2.5 used bits all strategies give the same perplexity." in verdicts(
+            points_of(rows, [2.5]), ["a", "b"], [2.5], 3
+        )
+
+
+def test_a_lead_is_a_ratio_of_perplexities() -> None:
+    points = points_of(rows_of("a", router=[50.0], random=[55.0]), [2.5])
+    found = lead(points["a", "router", 2.5], points["a", "random", 2.5])
+    assert found is not None
+    assert math.exp(found.mean) == pytest.approx(1.1)
+    assert str(found) == "+10.00 %"

@@ -17,7 +17,7 @@ from mobiq_lightning.layers import ElasticLinear, SlicedLinear, routed_inputs, s
 from mobiq_lightning.metrics import KLDivergence, Perplexity, UsedBits, log_probabilities
 from mobiq_lightning.routed_input import RoutedInput, fixed_depth, full_precision, record_gates
 from mobiq_lightning.source import BlockLayout
-from mobiq_lightning.strategies import RandomRouter, ResidualSlices, Router, StaticRouter
+from mobiq_lightning.strategies import RandomRouter, ResidualSlices, StaticRouter
 from mobiq_lightning.strategies.thresholds import Scope
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Arm:
     Args:
         allocation: Who decides how deep tokens read.
         target_bits: The budget asked for.
-        seed: Of what is random in it, else None.
+        seed: Of what is drawn in it: the order of layers, or tokens; the run's for the router, else None.
         spend_bits: The budget that a control is given: the bits that the router used at `target_bits`.
     """
 
@@ -91,7 +91,7 @@ class Comparison:
         self.first += [Arm("rtn", bits) for bits in RTN_BITS] if rounded_rows is None else []
         self.first += [Arm("router", bits, seed) for bits in eval_bits]
         self.second: list[Arm] = []
-        self.random_seeds = random_seeds
+        self.random_seeds, self.seed = random_seeds, seed or 0
         for arm in self.first:
             self._prepare(arm)
 
@@ -129,7 +129,7 @@ class Comparison:
         for arm in [a for a in self.first if a.allocation == "router"]:
             assert arm.used is not None
             spent = float(arm.used.compute())
-            self.second.append(Arm("static", arm.target_bits, None, spent))
+            self.second.append(Arm("static", arm.target_bits, self.seed, spent))
             self.second += [Arm("random", arm.target_bits, seed, spent) for seed in self.random_seeds]
         for arm in self.second:
             self._prepare(arm)
@@ -191,11 +191,15 @@ class Comparison:
         if arm.allocation == "router":
             yield
             return
-        kind: type[Router] = StaticRouter if arm.allocation == "static" else RandomRouter
-        thresholds = kind.thresholds_for([], self.sizes, self.slice_bits, [arm.spend_bits])[:, 0]
+        assert arm.seed is not None
+        spend, static = [arm.spend_bits], arm.allocation == "static"
+        if static:
+            thresholds = StaticRouter.thresholds_for([], self.sizes, self.slice_bits, spend, seed=arm.seed)[:, 0]
+        else:
+            thresholds = RandomRouter.thresholds_for([], self.sizes, self.slice_bits, spend)[:, 0]
         for position, routed in enumerate(self.inputs):
             width = (routed.router.in_features, len(self.slice_bits))
-            control = StaticRouter(*width) if arm.seed is None else RandomRouter(*width, seed=arm.seed)
+            control = StaticRouter(*width) if static else RandomRouter(*width, seed=arm.seed)
             control.place(position, len(self.inputs))
             control.reseed(batch_idx)
             control.threshold.copy_(thresholds[position])

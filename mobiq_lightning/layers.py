@@ -245,6 +245,6 @@ def stored_bits(model: nn.Module) -> tuple[float, float]:
     linears = [m for m in model.modules() if isinstance(m, ElasticLinear)]
     n_weights = sum(linear.n_weights for linear in linears)
     overhead = sum(linear.packed.overhead_bits * linear.n_weights for linear in linears) / n_weights
-    parameters = [p for routed in routed_inputs(model) for p in routed.router.parameters()]
-    routers = sum(torch.finfo(p.dtype).bits * p.numel() for p in parameters) / n_weights
+    stored = [value for routed in routed_inputs(model) for value in routed.router.state_dict().values()]
+    routers = sum(8 * value.element_size() * value.numel() for value in stored) / n_weights
     return overhead, routers

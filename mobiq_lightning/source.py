@@ -102,6 +102,8 @@ class CalibratedBlock(nn.Module):
         super().__init__()
         self.schemes = nn.ModuleDict()
         self.inputs = nn.ModuleDict()
+        # Not registered, like the block itself: for each input, the linears that read it.
+        self._readers: list[tuple[RoutedInput, list[SlicedLinear]]] = []
         for names in groups:
             linears: list[Any] = [block.get_submodule(name) for name in names]
             schemes = [slices(linear.out_features, linear.in_features) for linear in linears]
@@ -109,14 +111,28 @@ class CalibratedBlock(nn.Module):
             n_weights = sum(linear.weight.numel() for linear in linears)
             routed = RoutedInput(router(linears[0].in_features, len(slice_bits)), slice_bits, n_weights)
             self.inputs[_key(names[0])] = routed
+            readers: list[SlicedLinear] = []
+            self._readers.append((routed, readers))
             for name, linear, scheme in zip(names, linears, schemes, strict=True):
                 self.schemes[_key(name)] = scheme
                 parent, _, last = name.rpartition(".")
-                setattr(block.get_submodule(parent), last, SlicedLinear(linear, scheme, routed))
+                readers.append(SlicedLinear(linear, scheme, routed))
+                setattr(block.get_submodule(parent), last, readers[-1])
 
     def routed_inputs(self) -> list[RoutedInput]:
         """The inputs of this block, in the order of its modules."""
         return [module for module in self.inputs.values() if isinstance(module, RoutedInput)]
+
+    @torch.no_grad()
+    def show_weights_to_routers(self) -> None:
+        """Lets routers that look at weights see them as the slices give them now; see `Router.observe_weights`."""
+        for routed, readers in self._readers:
+            if type(routed.router).observe_weights is not Router.observe_weights:
+                weights = [linear.weight.float() for linear in readers]
+                prefixes = [linear.scheme.prefixes(linear.weight) for linear in readers]
+                routed.router.observe_weights(
+                    torch.cat(weights), torch.cat(prefixes, dim=1), readers[0].scheme.slice_bits
+                )
 
     def routers(self) -> list[Router]:
         """Their routers."""

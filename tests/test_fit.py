@@ -35,7 +35,7 @@ class TestResults:
         rows = {(r["allocation"], r["target_bits"], r["seed"]) for r in results["rows"]}
         expected = {("full", 32.0, None)} | {("rtn", float(b), None) for b in RTN_BITS}
         for bits in (2.0, 2.5, 8.0):
-            expected |= {("router", bits, 0), ("static", bits, None), ("random", bits, 0)}
+            expected |= {("router", bits, 0), ("static", bits, 0), ("random", bits, 0)}
         assert rows == expected
         assert set(results["rows"][0]) == {
             "allocation", "target_bits", "used_bits", "all_in_bits", "perplexity", "kl", "seed"

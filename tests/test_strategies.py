@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import pkgutil
 from typing import Any
 
 import pytest
 import torch
 
 from mobiq_lightning import strategies
+from mobiq_lightning.errors import RecipeError
 from mobiq_lightning.packing import PackedSlices
 from mobiq_lightning.strategies.base import BudgetSchedule, Objective, Router, SliceScheme
 from mobiq_lightning.strategies.budgets.between import BetweenBudgets
@@ -17,10 +20,15 @@ from mobiq_lightning.strategies.thresholds import average_bits, prefix_scores, t
 SLICE_BITS = [(2, 2, 2, 2), (2, 1, 1, 1, 1, 1, 1), (4, 2, 2), (1, 1, 1)]
 
 
+for module in pkgutil.walk_packages(strategies.__path__, f"{strategies.__name__}."):
+    importlib.import_module(module.name)  # so that a class is found in whatever file it lies, exported or not
+
+
 def subclasses(base: type) -> list[type]:
-    """All concrete classes of the package below a base."""
+    """All concrete classes under strategies/ below a base."""
     found = [c for sub in base.__subclasses__() for c in (sub, *subclasses(sub))]
-    return [c for c in found if c.__module__.startswith("mobiq_lightning") and not c.__abstractmethods__]  # type: ignore[attr-defined]
+    own = [c for c in found if c.__module__.startswith("mobiq_lightning.strategies")]
+    return [c for c in dict.fromkeys(own) if not c.__abstractmethods__]  # type: ignore[attr-defined]
 
 
 def test_every_strategy_is_exported_from_the_package() -> None:
@@ -119,6 +127,9 @@ class TestRouters:
         router = kind(16, n_slices)
         router.place(1, 3)
         router.threshold.fill_(-0.7)
+        slice_bits = (2,) + (1,) * (n_slices - 1)
+        scheme, weight = strategies.ResidualSlices(24, 16, slice_bits, group_size=16), torch.randn(24, 16)
+        router.observe_weights(weight, scheme.prefixes(weight).detach(), slice_bits)
         return router
 
     @pytest.mark.parametrize("shape", [(0, 16), (1, 16), (3, 5, 16)])
@@ -175,7 +186,7 @@ class TestRouters:
     def test_the_state_dict_restores_the_router(self, kind: Any, n_slices: int) -> None:
         router, other = self.router(kind, n_slices), kind(16, n_slices)
         other.load_state_dict(router.state_dict())
-        for one in (router, other):
+        for one in (router, other):  # what a router keeps of the weights is restored with it
             one.place(1, 3)
             one.reseed(3)
         x = torch.randn(5, 16)
@@ -188,6 +199,76 @@ def test_the_mlp_router_sees_the_norm_of_a_token_but_not_only_that() -> None:
     x = torch.randn(5, 16)
     assert not torch.allclose(router.scores(x), router.scores(3 * x), atol=1e-4)
     assert not torch.allclose(router.scores(x), router.scores(x.flip(-1)), atol=1e-4)
+
+
+def shown(router: Any, weight: torch.Tensor, slice_bits: tuple[int, ...] = (2, 1, 1)) -> tuple[Any, torch.Tensor]:
+    """A router that has seen a weight, and the errors (S, O, I) of its slices."""
+    prefixes = (
+        strategies.ResidualSlices(*weight.shape, slice_bits, group_size=weight.shape[1]).prefixes(weight).detach()
+    )
+    router.observe_weights(weight, prefixes, slice_bits)
+    return router, weight - prefixes
+
+
+def squared_gain(errors: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Squared error (N, S - 1) that each slice after the first takes from the product, in float64."""
+    squared = torch.einsum("soi,ni->nso", errors.double(), x.double()).square().sum(-1)
+    return squared[:, :-1] - squared[:, 1:]
+
+
+def test_the_oracle_scores_by_the_exact_error_that_a_slice_takes_away_per_bit() -> None:
+    torch.manual_seed(0)
+    oracle, errors = shown(strategies.OracleRouter(16, 3), torch.randn(24, 16), (2, 1, 2))
+    x = torch.randn(50, 16)
+    gains = squared_gain(errors, x) / torch.tensor([1.0, 2.0])
+    positive = gains > 1e-3
+    torch.testing.assert_close(oracle.scores(x)[positive], gains.log().float()[positive], atol=1e-3, rtol=1e-3)
+
+
+def test_a_sketch_ranks_tokens_nearly_as_the_oracle_does_and_better_with_more_projections() -> None:
+    torch.manual_seed(0)
+    weight, x = torch.randn(64, 32), torch.randn(400, 32) * torch.rand(400, 1)
+
+    def correlation(n_projections: int) -> float:
+        sketch, errors = shown(strategies.ErrorSketchRouter(32, 3, n_projections), weight)
+        ranks = [v.argsort().argsort().double() for v in (sketch.scores(x)[:, 0], squared_gain(errors, x)[:, 0])]
+        return float(torch.corrcoef(torch.stack(ranks))[0, 1])
+
+    few, many = correlation(4), correlation(256)
+    assert 0.5 < few < many
+    assert many > 0.97
+
+
+def test_a_sketch_draws_other_rows_for_every_input_and_the_same_again() -> None:
+    weight = torch.randn(8, 16)
+    routers = [strategies.ErrorSketchRouter(16, 3) for _ in range(3)]
+    for position, router in zip((0, 1, 0), routers, strict=True):
+        router.place(position, 2)
+        shown(router, weight)
+    assert torch.equal(routers[0].factors, routers[2].factors)
+    assert not torch.equal(routers[0].factors, routers[1].factors)
+
+
+def test_an_oracle_for_a_wide_input_is_refused_with_what_it_would_need() -> None:
+    with pytest.raises(RecipeError, match=r"would store 13\.2 GB for one input of 28672 features"):
+        strategies.OracleRouter(28672, 4)
+
+
+def test_the_norm_router_opens_a_slice_more_for_a_token_of_twice_the_norm() -> None:
+    router, x = strategies.NormRouter(16, 4), torch.randn(5, 16)
+    torch.testing.assert_close(router.scores(2 * x)[:, 1:], router.scores(x)[:, :-1], atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="step"):
+        strategies.NormRouter(16, 4, step=0.0)
+
+
+def test_static_draws_take_other_layers_at_the_same_bits() -> None:
+    sizes, slice_bits = [3000, 1000, 5400, 2700] * 4, (2, 1, 1)
+    draws = [strategies.StaticRouter.allocate(sizes, slice_bits, 2.4, seed) for seed in range(4)]
+    assert len({tuple(draw) for draw in draws}) == 4
+    assert draws[0] == strategies.StaticRouter.allocate(sizes, slice_bits, 2.4)
+    for draw in draws:
+        spent = sum((2 + n) * size for n, size in zip(draw, sizes, strict=True)) / sum(sizes)
+        assert spent == pytest.approx(2.4, abs=0.02)
 
 
 def test_random_routers_leave_the_global_random_state_alone_and_differ_between_inputs() -> None:
@@ -203,6 +284,7 @@ def test_random_routers_leave_the_global_random_state_alone_and_differ_between_i
 BUDGETS = {
     "ConstantBudget": {"bits": 3.0},
     "SampledBudget": {"low_bits": 2.0, "high_bits": 5.0},
+    "ListedBudget": {"points": [[0.0, 6.0], [0.2, 3.0], [0.2, 5.0], [0.9, 3.0]]},
     "default": {"start_bits": 6.0, "end_bits": 2.5},
 }
 
@@ -239,6 +321,18 @@ class TestBudgets:
         assert schedule(1.0) == pytest.approx(2.5)
         values = [schedule(i / 50) for i in range(51)]
         assert values == sorted(values, reverse=True)
+
+
+def test_a_listed_budget_goes_in_straight_lines_and_stays_at_its_ends() -> None:
+    schedule = strategies.ListedBudget([[0.2, 6.0], [0.4, 4.0], [0.4, 5.0], [0.8, 3.0]])  # type: ignore[list-item]
+    expected = {0.0: 6.0, 0.2: 6.0, 0.3: 5.0, 0.4: 5.0, 0.6: 4.0, 0.8: 3.0, 1.0: 3.0}
+    assert {progress: schedule(progress) for progress in expected} == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("points", [[], [[0.5, 3], [0.2, 4]], [[-0.1, 3]], [[0.0, 3], [1.5, 3]]])
+def test_a_listed_budget_that_goes_back_or_beyond_is_refused(points: list[Any]) -> None:
+    with pytest.raises(ValueError, match="points"):
+        strategies.ListedBudget(points)
 
 
 def test_sampled_budgets_cover_their_interval() -> None:

@@ -33,8 +33,10 @@ class LayerwiseCalibration(Callback):
         self.catch_up(trainer, checked(pl_module))
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Moves on when a block begins."""
-        self.catch_up(trainer, checked(pl_module))
+        """Moves on when a block begins, and shows its weights to the routers that look at them."""
+        module = checked(pl_module)
+        self.catch_up(trainer, module)
+        module.block_at(module.block_index).show_weights_to_routers()
 
     def catch_up(self, trainer: Trainer, module: ElasticCalibration) -> None:
         """Brings the hidden states to the current block; does nothing if they are there."""
@@ -48,9 +50,12 @@ class LayerwiseCalibration(Callback):
         module.caller.bring(module.block_index)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """At the end of a block, makes sure that all processes learned the same."""
+        """At the end of a block, shows routers its final weights, and makes sure that all processes learned the same."""
         module = checked(pl_module)
-        if trainer.world_size > 1 and (module.current_epoch + 1) % module.epochs_per_block == 0:
+        if (module.current_epoch + 1) % module.epochs_per_block != 0:
+            return
+        module.block_at(module.block_index).show_weights_to_routers()
+        if trainer.world_size > 1:
             values = [p.detach().double().sum() for p in module.block_at(module.block_index).parameters()]
             sums: Any = module.all_gather(torch.stack(values))
             if not torch.equal(sums, sums[:1].expand_as(sums)):

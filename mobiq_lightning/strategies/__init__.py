@@ -9,11 +9,20 @@ from mobiq_lightning.strategies.budgets import (
     CosineBudget,
     ExponentialBudget,
     LinearBudget,
+    ListedBudget,
     SampledBudget,
     StepBudget,
 )
 from mobiq_lightning.strategies.objectives import BlockReconstruction
-from mobiq_lightning.strategies.routers import MLPRouter, RandomRouter, StaticRouter
+from mobiq_lightning.strategies.routers import (
+    ErrorSketchRouter,
+    LinearRouter,
+    MLPRouter,
+    NormRouter,
+    OracleRouter,
+    RandomRouter,
+    StaticRouter,
+)
 from mobiq_lightning.strategies.slices import ResidualSlices
 
 __all__ = [
@@ -22,10 +31,15 @@ __all__ = [
     "BudgetSchedule",
     "ConstantBudget",
     "CosineBudget",
+    "ErrorSketchRouter",
     "ExponentialBudget",
     "LinearBudget",
+    "LinearRouter",
+    "ListedBudget",
     "MLPRouter",
+    "NormRouter",
     "Objective",
+    "OracleRouter",
     "RandomRouter",
     "ResidualSlices",
     "Router",

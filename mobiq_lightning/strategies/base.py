@@ -146,6 +146,18 @@ class Router(nn.Module, ABC):
     def reseed(self, key: int) -> None:
         """Makes what is random in this router a function of `key`. Routers without randomness ignore it."""
 
+    def observe_weights(self, weight: Tensor, prefixes: Tensor, slice_bits: Sequence[int]) -> None:
+        """Shows the router what its slices make of the weights, for routers that need no training, or more than that.
+
+        Called before every epoch of the input's block, and when the block is done. Whatever is kept of it belongs into
+        buffers, so that it is saved; it must be a function of the arguments, the seed and the place alone.
+
+        Args:
+            weight: (O, I) the full-precision weights of all linears that read the input, as they act on it.
+            prefixes: (S, O, I) the same read with 1, 2, ... S slices.
+            slice_bits: Bits of each slice.
+        """
+
     def place(self, position: int, count: int) -> None:
         """Tells the router that its input is number `position` of the `count` routed inputs of the model."""
 

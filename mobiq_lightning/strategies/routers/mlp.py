@@ -7,13 +7,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mobiq_lightning.strategies.base import Router
+from mobiq_lightning.strategies.routers.features import token_features
 
 
 class MLPRouter(Router):
     """``Linear(I + 1 -> hidden) - SiLU - Linear(hidden -> S - 1)`` (MoBiRoute, arXiv 2602.20191, section 3).
 
-    It sees the input RMS-normalised, with the logarithm of its RMS appended: the error that a slice leaves grows with the
-    norm of the token, so a router that loses the norm loses its best feature.
+    It sees `token_features`: the input RMS-normalised, with the logarithm of its RMS appended.
 
     Args:
         in_features: I.
@@ -32,9 +32,7 @@ class MLPRouter(Router):
 
     def scores(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., S - 1)."""
-        x = x.to(self.hidden.weight.dtype)
-        rms = x.square().mean(-1, keepdim=True).add(1e-12).sqrt()
-        scores: Tensor = self.score(F.silu(self.hidden(torch.cat([x / rms, rms.log()], dim=-1))))
+        scores: Tensor = self.score(F.silu(self.hidden(token_features(x, self.hidden.weight.dtype))))
         return scores
 
     def two_layers(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

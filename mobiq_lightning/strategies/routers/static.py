@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 
 import torch
@@ -37,24 +38,32 @@ class StaticRouter(Router):
         slice_bits: tuple[int, ...],
         budgets: Sequence[float],
         scope: Scope = "layer",
+        seed: int = 0,
     ) -> Tensor:
-        """See `Router.thresholds_for`; the inputs' own averages differ, their mean over weights meets the budget."""
-        columns = [[0.5 - n_open for n_open in cls.allocate(sizes, slice_bits, b)] for b in budgets]
+        """See `Router.thresholds_for`; the inputs' own averages differ, their mean over weights meets the budget.
+
+        Which inputs get the upper depth is one draw of many, and on small models it matters; `seed` gives others.
+        """
+        columns = [[0.5 - n_open for n_open in cls.allocate(sizes, slice_bits, b, seed)] for b in budgets]
         return torch.tensor(columns).T
 
     @staticmethod
-    def allocate(sizes: Sequence[int], slice_bits: tuple[int, ...], target_bits: float) -> list[int]:
+    def allocate(sizes: Sequence[int], slice_bits: tuple[int, ...], target_bits: float, seed: int = 0) -> list[int]:
         """Slices after the base that each input reads, 0 to S - 1.
 
         Args:
             sizes: Weights that each input feeds.
             slice_bits: Bits of each slice.
             target_bits: Average bits per weight over all inputs.
+            seed: Of the order in which inputs of one size are considered; with 0 it is that of the model.
         """
         lower, share = split_budget(slice_bits, target_bits)
         n_open = [lower] * len(sizes)
         seen = given = 0.0
-        for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        inputs = list(range(len(sizes)))
+        if seed:
+            random.Random(seed).shuffle(inputs)
+        for index in sorted(inputs, key=lambda i: -sizes[i]):
             seen += sizes[index]
             if abs(given + sizes[index] - share * seen) < abs(given - share * seen):
                 n_open[index] += 1
@@ -62,7 +71,8 @@ class StaticRouter(Router):
         # Rounding added up on the way; give or take single inputs as long as that comes nearer.
         missing = share * seen - given
         while sizes:
-            change, index = min((abs(missing - _flip(n_open[i] > lower, sizes[i])), i) for i in range(len(sizes)))
+            change, place = min((abs(missing - _flip(n_open[i] > lower, sizes[i])), p) for p, i in enumerate(inputs))
+            index = inputs[place]
             if change >= abs(missing) - 1e-9 * seen:
                 break
             missing -= _flip(n_open[index] > lower, sizes[index])

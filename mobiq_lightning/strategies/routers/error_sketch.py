@@ -1,0 +1,40 @@
+"""A rule without training: random projections estimate the error of every token."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mobiq_lightning.strategies.routers.local_error import LocalErrorRouter
+
+
+class ErrorSketchRouter(LocalErrorRouter):
+    """Estimates ``|(W - W_k) x|^2`` as ``|P (W - W_k) x|^2`` with a few random rows P (Johnson and Lindenstrauss, 1984).
+
+    With R rows the estimate has a relative standard deviation of ``sqrt(2 / R)`` at most. All depths share the rows, so that
+    differences between them are less noisy than each. The products ``P (W - W_k)`` are stored: S x R x I numbers.
+
+    Args:
+        in_features: I.
+        n_slices: S.
+        n_projections: R, random rows.
+        seed: Of the rows; each input draws its own.
+    """
+
+    def __init__(self, in_features: int, n_slices: int, n_projections: int = 8, seed: int = 0) -> None:
+        if n_projections < 1:
+            raise ValueError(f"n_projections ({n_projections}) must be at least 1")
+        super().__init__(in_features, n_slices, n_projections)
+        self.seed, self.position = seed, 0
+
+    def place(self, position: int, count: int) -> None:
+        """See `Router.place`."""
+        self.position = position
+
+    def factor(self, errors: Tensor) -> Tensor:
+        """See `LocalErrorRouter.factor`."""
+        generator = torch.Generator().manual_seed(hash((self.seed, self.position)) & 0x7FFF_FFFF_FFFF_FFFF)
+        n_rows = self.factors.shape[1]
+        rows = torch.randn(n_rows, errors.shape[1], generator=generator) / n_rows**0.5
+        factors: Tensor = rows.to(errors.device) @ errors
+        return factors

@@ -1,0 +1,62 @@
+"""Shared by the routers that score a token by the error that the slices make on it."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mobiq_lightning.strategies.base import Router
+
+_LEAST_GAIN = 1e-30  # squared error per bit; a slice that gains nothing comes last
+
+
+class LocalErrorRouter(Router):
+    """Scores a slice by the squared error per bit that it takes from the product, from stored factors of the errors.
+
+    For the weight ``W_k`` read with k slices there is a factor ``F_k`` (R, I) with ``|F_k x|^2`` the squared error
+    ``|(W - W_k) x|^2`` of a token, exactly or nearly. The error is absolute, over all linears that read the input: tokens
+    of one input are ranked by what they add to the error of the block. Between inputs such errors have different scales,
+    so thresholds per layer are meant, not global ones.
+
+    Args:
+        in_features: I.
+        n_slices: S.
+        n_rows: R, rows of each factor.
+    """
+
+    factors: Tensor
+    slice_sizes: Tensor
+
+    def __init__(self, in_features: int, n_slices: int, n_rows: int) -> None:
+        super().__init__(in_features, n_slices)
+        self.register_buffer("factors", torch.zeros(n_slices, n_rows, in_features))
+        self.register_buffer("slice_sizes", torch.ones(n_slices))
+
+    @abstractmethod
+    def factor(self, errors: Tensor) -> Tensor:
+        """Factors of the errors ``W - W_k``.
+
+        Args:
+            errors: (S, O, I) float32, on the device of the weights.
+
+        Returns:
+            (S, R, I).
+        """
+
+    @torch.no_grad()
+    def observe_weights(self, weight: Tensor, prefixes: Tensor, slice_bits: Sequence[int]) -> None:
+        """See `Router.observe_weights`."""
+        self.factors.copy_(self.factor(weight.float() - prefixes.float()))
+        self.slice_sizes.copy_(torch.tensor(slice_bits))
+
+    def scores(self, x: Tensor) -> Tensor:
+        """(..., I) -> (..., S - 1): logarithms of squared error per bit."""
+        x = x.to(self.factors.dtype)
+        products = x @ self.factors.flatten(0, 1).T
+        errors = products.unflatten(-1, self.factors.shape[:2]).square().sum(-1)
+        gains = (errors[..., :-1] - errors[..., 1:]) / self.slice_sizes[1:]
+        scores: Tensor = gains.clamp_min(_LEAST_GAIN).log()
+        return scores

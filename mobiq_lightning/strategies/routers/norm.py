@@ -1,0 +1,35 @@
+"""A rule without training: long tokens read deeper."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from mobiq_lightning.strategies.base import Router
+from mobiq_lightning.strategies.routers.features import root_mean_square
+from mobiq_lightning.strategies.routers.static import level_scores
+
+
+class NormRouter(Router):
+    """Scores a token by the logarithm of its RMS, less a step for every slice.
+
+    If the error of a weight were the same in all directions, that of a product would grow with the norm of the token and
+    halve with every bit. Then this rule, with a step of ``ln 2`` times the bits of a slice, would open slices in the
+    order of what they gain. What trained routers add to it is what they know of directions.
+
+    Args:
+        in_features: I.
+        n_slices: S.
+        step: Distance between the scores of two slices, in units of ln(RMS); the default is that of one-bit slices.
+    """
+
+    def __init__(self, in_features: int, n_slices: int, step: float = math.log(2)) -> None:
+        super().__init__(in_features, n_slices)
+        if step <= 0:
+            raise ValueError(f"step ({step}) must be above 0")
+        self.step = step
+
+    def scores(self, x: Tensor) -> Tensor:
+        """(..., I) -> (..., S - 1)."""
+        return root_mean_square(x.float()).log() + self.step * level_scores(self.n_slices, x.device)

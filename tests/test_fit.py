@@ -29,6 +29,26 @@ def tensors_of(run: Path) -> dict[str, torch.Tensor]:
     return {k: v for path in sorted((run / "elastic").glob("*.safetensors")) for k, v in load_file(path).items()}
 
 
+def test_the_router_that_contributing_shows_is_used_from_a_recipe_by_its_path(
+    recipe_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guide = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
+    example = guide.split("## A new router in one file")[1].split("```python\n")[1].split("```")[0]
+    assert example.startswith("# my_routers.py")
+    package = tmp_path / "plugins"
+    package.mkdir()
+    (package / "my_routers.py").write_text(example)
+    monkeypatch.syspath_prepend(str(package))
+    router = "--model.router={class_path: my_routers.PeakRouter, init_args: {step: 0.25}}"
+    assert main(["fit", *recipe_arguments, router, "--model.epochs_per_block=1"]) == 0
+    inputs = routed_inputs(load(tmp_path / "run"))
+    assert {type(routed.router).__name__ for routed in inputs} == {"PeakRouter"}
+    assert {routed.router.step for routed in inputs} == {0.25}
+    rows = json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
+    used = next(r["used_bits"] for r in rows if r["allocation"] == "router" and r["target_bits"] == 2.5)
+    assert used == pytest.approx(2.5, abs=0.2)
+
+
 class TestResults:
     def test_every_allocation_has_a_row_at_every_budget(self, finished: Run) -> None:
         results = json.loads((finished[0] / "results.json").read_text())

@@ -34,7 +34,7 @@ def arguments_for(recipe_arguments: list[str], folder: Path) -> list[str]:
     return [*kept, f"--trainer.default_root_dir={folder}", "--model.epochs_per_block=4", "--model.eval_bits=[2, 4]"]
 
 
-@pytest.mark.parametrize("router", ["MLPRouter", "RandomRouter"])
+@pytest.mark.parametrize("router", ["MLPRouter", "RandomRouter", "ErrorSketchRouter"])
 def test_a_killed_run_goes_on_and_ends_bit_by_bit_as_if_it_had_not_been(
     recipe_arguments: list[str], tmp_path: Path, router: str
 ) -> None:

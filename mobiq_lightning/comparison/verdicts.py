@@ -71,7 +71,7 @@ def strategy_verdicts(points: Points, strategies: Sequence[str], bits: Sequence[
         if _is_nothing(whole):
             sentences.append(f"At {asked:g} used bits all strategies give the same perplexity.")
             continue
-        clear = "clearly" if ahead.says == "ahead" else "not clearly"
+        clear = "clearly" if ahead.says == "ahead" and ahead.spread is not None else "not clearly"
         sentences.append(
             f"At {asked:g} used bits {best} has the lowest perplexity, {clear} ahead of {second} ({ahead}); {order[-1]} is last."
         )

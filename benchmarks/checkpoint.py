@@ -25,7 +25,7 @@ def make_checkpoint(folder: Path) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from mobiq_lightning.checkpoint.write import CheckpointWriter, describe_factory
-    from mobiq_lightning.packing import FORMAT_VERSION, QUANT_METHOD
+    from mobiq_lightning.packing import QUANT_METHOD, PackedSlices
     from mobiq_lightning.source import BlockLayout, CalibratedBlock, Source
     from mobiq_lightning.strategies import MLPRouter, ResidualSlices
 
@@ -46,7 +46,8 @@ def make_checkpoint(folder: Path) -> Path:
             routed.set_tables(table, table)
     source = Source("random", model, None, "", "", folder / "source")
     quantization = {
-        "quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, "slice_bits": list(SLICE_BITS), "group_size": 128,
+        "quant_method": QUANT_METHOD, "format_version": PackedSlices.format_version,
+        "slice_bits": list(SLICE_BITS), "group_size": 128,
         "router": describe_factory(router), "layout": {"blocks": layout.blocks, "shared_inputs": layout.shared_inputs},
         "share_routers": "input", "threshold_scope": "layer", "default_bits": 4.0, "max_bits": None,
     }  # fmt: skip

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mobiq_lightning.data import IGNORED
 from mobiq_lightning.layers import ElasticLinear, SlicedLinear, routed_inputs, stored_bits
 from mobiq_lightning.metrics import KLDivergence, Perplexity, UsedBits, log_probabilities
+from mobiq_lightning.packing import n_groups
 from mobiq_lightning.routed_input import RoutedInput, fixed_depth, full_precision, record_gates
 from mobiq_lightning.source import BlockLayout
 from mobiq_lightning.strategies import RandomRouter, ResidualSlices, StaticRouter
@@ -83,7 +84,7 @@ class Comparison:
         self.sizes = [routed.n_weights for routed in self.inputs]
         self.slice_bits = self.inputs[0].slice_bits
         linears = [m for m in elastic.modules() if isinstance(m, ElasticLinear)]
-        self.rounded = _wrap_for_rounding(full, layout, linears[0].group_size)
+        self.rounded, self.rounded_overhead = _wrap_for_rounding(full, layout, linears[0].group_size)
         self.full_bits = 8 * next(full.parameters()).element_size()
         self.overhead_bits, self.router_bits = stored_bits(elastic)
         self.first = [Arm("full", self.full_bits)]
@@ -212,7 +213,7 @@ class Comparison:
 
     def _row(self, arm: Arm) -> dict[str, Any]:
         used = float(arm.target_bits) if arm.used is None else float(arm.used.compute())
-        extra = 0.0 if arm.allocation == "full" else self.overhead_bits
+        extra = {"full": 0.0, "rtn": self.rounded_overhead}.get(arm.allocation, self.overhead_bits)
         extra += self.router_bits if arm.allocation == "router" else 0.0
         return {
             "allocation": arm.allocation,
@@ -238,19 +239,23 @@ def rounding_key(module: ElasticCalibration, group_size: int, device: torch.devi
     }
 
 
-def _wrap_for_rounding(model: nn.Module, layout: BlockLayout, group_size: int) -> list[RoutedInput]:
+def _wrap_for_rounding(model: nn.Module, layout: BlockLayout, group_size: int) -> tuple[list[RoutedInput], float]:
     """Lets the decoder linears of a model be read as uncalibrated nested codes.
 
     Returns:
-        The inputs to set the depth of, or to set to full precision.
+        The inputs to set the depth of, or to set to full precision; bits per weight spent on scales and biases.
     """
+    spent = n_weights = 0.0
     bits = (2, 1, 1, 2, 2)
     routed = RoutedInput(StaticRouter(1, len(bits)), bits, 0)
     for block in layout.find(model):
         names = [n for n, m in block.named_modules() if isinstance(m, (nn.Linear, SlicedLinear))]
         for name in names:
             linear: Any = block.get_submodule(name)
-            scheme = ResidualSlices(linear.out_features, linear.in_features, bits, group_size).to(linear.weight.device)
+            columns = min(group_size, linear.in_features)  # other codes' groups may be whole rows
+            scheme = ResidualSlices(linear.out_features, linear.in_features, bits, columns).to(linear.weight.device)
+            spent += 32 * linear.out_features * n_groups(linear.in_features, columns)
+            n_weights += linear.weight.numel()
             parent, _, last = name.rpartition(".")
             setattr(block.get_submodule(parent), last, SlicedLinear(linear, scheme, routed))
-    return [routed]
+    return [routed], spent / n_weights

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mobiq_lightning.errors import KernelError
-from mobiq_lightning.kernels import missing_for_kernels, relay, restore
+from mobiq_lightning.kernels import missing_for_code, missing_for_kernels, relay, restore
 from mobiq_lightning.kernels.layout import KernelWeights
 from mobiq_lightning.kernels.routing import MAX_ROUTED, Routing, TwoLayerWeights, relay_router
 from mobiq_lightning.layers import ElasticLinear
@@ -222,6 +222,8 @@ def detach_kernels(model: nn.Module) -> None:
 def _missing(linear: ElasticLinear, dtype: torch.dtype) -> str | None:
     from importlib.util import find_spec
 
+    if reason := missing_for_code(linear.code):
+        return reason
     device = linear.get_buffer("slice_scale").device
     if find_spec("triton") is not None:
         from mobiq_lightning.kernels.dispatch import INTERPRETED

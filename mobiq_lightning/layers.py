@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mobiq_lightning.codes import CODES
 from mobiq_lightning.kept_weights import KeptWeights
 from mobiq_lightning.kernels import mixed_depth_product, sliced_linear
-from mobiq_lightning.packing import PackedSlices
+from mobiq_lightning.packing import SCALE_DTYPE, PackedSlices, PackedWeight
 from mobiq_lightning.routed_input import RoutedInput, held_slices, without_casts
 from mobiq_lightning.strategies.base import SliceScheme
 
@@ -88,6 +89,7 @@ class ElasticLinear(nn.Module):
         bias: Whether the layer adds a bias.
         max_bits: The depth up to which planes are held; by default all that `slice_bits` add up to.
         dtype: Of the bias term.
+        code: How codes become weights, one of `CODES`.
     """
 
     def __init__(
@@ -99,17 +101,19 @@ class ElasticLinear(nn.Module):
         bias: bool,
         max_bits: int | None = None,
         dtype: torch.dtype | None = None,
+        code: str = PackedSlices.code,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.slice_bits, self.group_size = held_slices(slice_bits, max_bits), group_size
-        self.n_planes = sum(self.slice_bits)
+        self.n_planes, self.code = sum(self.slice_bits), code
         row = -(-in_features // 8)
         for plane in range(self.n_planes):
             self.register_buffer(f"plane_{plane}", torch.zeros(out_features, row, dtype=torch.uint8))
-        groups = -(-in_features // group_size)
-        self.register_buffer("slice_scale", torch.zeros(out_features, groups, dtype=torch.bfloat16))
-        self.register_buffer("slice_bias", torch.zeros(out_features, groups, dtype=torch.bfloat16))
+        shapes = CODES[code].value_shapes(out_features, in_features, group_size, self.slice_bits)
+        for name, shape in shapes.items():
+            self.register_buffer(name, torch.zeros(shape, dtype=SCALE_DTYPE))
+        self._value_names = tuple(shapes)
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype), requires_grad=False) if bias else None
         self.kept: KeptWeights | None = None
         self._unregistered: tuple[RoutedInput, ...] = ()
@@ -129,14 +133,13 @@ class ElasticLinear(nn.Module):
         self._unregistered = (routed,)
 
     @property
-    def packed(self) -> PackedSlices:
+    def packed(self) -> PackedWeight:
         """The stored weight."""
         if self.kernel is not None:
             return self.kernel.packed(self)
-        return PackedSlices(
+        return CODES[self.code].of(
             tuple(self.get_buffer(f"plane_{p}") for p in range(self.n_planes)),
-            self.get_buffer("slice_scale"),
-            self.get_buffer("slice_bias"),
+            [self.get_buffer(name) for name in self._value_names],
             self.in_features,
             self.group_size,
             self.slice_bits,
@@ -149,8 +152,8 @@ class ElasticLinear(nn.Module):
 
     @property
     def overhead_bits(self) -> float:
-        """Bits per weight spent on scale and bias."""
-        return 32 * self.get_buffer("slice_scale").numel() / self.n_weights
+        """Bits per weight spent on the values of the code: scales and biases, or tables."""
+        return sum(self.get_buffer(name).numel() for name in self._value_names) * 16 / self.n_weights
 
     def give_up_planes(self) -> None:
         """Drops the planes, which `RoutedInput.kernel` holds in the kernels' order from now on."""
@@ -221,10 +224,9 @@ class ElasticLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Shown by `print(module)`."""
-        bits = list(self.slice_bits)
-        return (
-            f"{self.out_features}x{self.in_features}, {bits} bits, {self.n_planes} planes, groups of {self.group_size}"
-        )
+        bits, code = list(self.slice_bits), "" if self.code == PackedSlices.code else f", {self.code} code"
+        size = f"{self.out_features}x{self.in_features}, {bits} bits, {self.n_planes} planes"
+        return f"{size}, groups of {self.group_size}{code}"
 
 
 def routed_inputs(model: nn.Module) -> list[RoutedInput]:
@@ -240,11 +242,11 @@ def stored_bits(model: nn.Module) -> tuple[float, float]:
     """Bits per linear weight that an elastic model spends beside its codes.
 
     Returns:
-        Scale and bias; routers.
+        Scales and biases, or tables; routers.
     """
     linears = [m for m in model.modules() if isinstance(m, ElasticLinear)]
     n_weights = sum(linear.n_weights for linear in linears)
-    overhead = sum(linear.packed.overhead_bits * linear.n_weights for linear in linears) / n_weights
+    overhead = sum(linear.overhead_bits * linear.n_weights for linear in linears) / n_weights
     stored = [value for routed in routed_inputs(model) for value in routed.router.state_dict().values()]
     routers = sum(8 * value.element_size() * value.numel() for value in stored) / n_weights
     return overhead, routers

@@ -1,8 +1,10 @@
-"""The one storage format of sliced weights: bit planes of a nested code, with one scale and one bias per group.
+"""How sliced weights are stored: bit planes, and the values that turn their codes into weights.
 
 A weight matrix (O, I) is stored as ONE code of B bits per weight. Plane p holds bit p of every code, most significant
-first, so the first p planes are a valid p-bit weight: reading fewer planes truncates the code. For a group with range
-``[lo, hi]`` the weight read at depth p is the middle of the code's cell::
+first, so the first p planes are a valid p-bit weight: reading fewer planes truncates the code.
+
+Here is the nested code, which has one scale and one bias per group and is the only one that the kernels read; the others
+are in `codes`. For a group with range ``[lo, hi]`` the weight read at depth p is the middle of the code's cell::
 
     bias + scale * ((C >> (B - p)) + 1/2) / 2^p - 1/2),      scale = hi - lo,   bias = (hi + lo) / 2
 
@@ -12,19 +14,27 @@ in float32, with or without fused multiply-add, gives the same bits.
 
 from __future__ import annotations
 
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 QUANT_METHOD = "mobiq"
-FORMAT_VERSION = 1
-"""Of the names and the meaning of the saved tensors."""
+FORMAT_VERSION = 2
+"""The newest that this package reads, of the names and the meaning of the saved tensors. A checkpoint has the version of its
+code (`PackedWeight.format_version`), so that what older packages can read, they do."""
 
 SCALE_DTYPE = torch.bfloat16
+WHOLE_ROW = 2**16
+"""A group size that no row exceeds: one group per row."""
 _BIT_WEIGHTS = (128, 64, 32, 16, 8, 4, 2, 1)
+_OF_PLANE = re.compile(r"(?:^|\.)(?:plane|slice_[a-z]+)_(\d)$")
 
 
 def depths_of(slice_bits: tuple[int, ...]) -> tuple[int, ...]:
@@ -35,6 +45,12 @@ def depths_of(slice_bits: tuple[int, ...]) -> tuple[int, ...]:
 def n_groups(in_features: int, group_size: int) -> int:
     """Groups along one row; the last one may be shorter than `group_size`."""
     return -(-in_features // group_size)
+
+
+def plane_of(name: str) -> int | None:
+    """The last plane without which a stored tensor is of no use, by its name: None if it belongs to all depths."""
+    found = _OF_PLANE.search(name)
+    return None if found is None else int(found.group(1))
 
 
 def pack_planes(codes: Tensor, n_bits: int) -> Tensor:
@@ -93,28 +109,57 @@ def dequantize(codes: Tensor, n_bits: int, scale: Tensor, bias: Tensor, group_si
 
 def spread(per_group: Tensor, group_size: int, columns: int) -> Tensor:
     """(O, G) values of groups as (O, columns) float32 values of columns."""
-    return per_group.float().repeat_interleave(group_size, dim=1)[:, :columns]
+    return per_group.float().repeat_interleave(min(group_size, columns), dim=1)[:, :columns]
 
 
-@dataclass(frozen=True)
-class PackedSlices:
-    """A sliced weight as it is stored.
+class PackedWeight(ABC):
+    """A sliced weight as it is stored: planes, and the values of its code.
 
-    Args:
-        planes: B tensors (O, ceil(I / 8)) uint8, most significant bit first.
-        scale: (O, G) bfloat16.
-        bias: (O, G) bfloat16.
-        in_features: I.
-        group_size: Columns per group; the last group may be shorter.
-        slice_bits: Bits of each slice; they add up to at least the number of planes.
+    Names of values that belong to some depths alone end in ``_p``, p being the last plane that they need: a part of a
+    checkpoint without that plane does without them.
     """
 
+    code: ClassVar[str]
+    """Name of the code in config.json."""
+    format_version: ClassVar[int]
+    """Of checkpoints that hold it."""
+
     planes: tuple[Tensor, ...]
-    scale: Tensor
-    bias: Tensor
     in_features: int
     group_size: int
     slice_bits: tuple[int, ...]
+
+    @classmethod
+    @abstractmethod
+    def value_shapes(
+        cls, out_features: int, in_features: int, group_size: int, slice_bits: tuple[int, ...]
+    ) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the values, bfloat16, that belong to the planes of `slice_bits`."""
+
+    @classmethod
+    @abstractmethod
+    def of(
+        cls,
+        planes: tuple[Tensor, ...],
+        values: Sequence[Tensor],
+        in_features: int,
+        group_size: int,
+        slice_bits: tuple[int, ...],
+    ) -> PackedWeight:
+        """A weight of planes and of values in the order of `value_shapes`."""
+
+    @property
+    @abstractmethod
+    def values(self) -> tuple[Tensor, ...]:
+        """The values in the order of `value_shapes`."""
+
+    @abstractmethod
+    def weight_at(self, n_bits: int) -> Tensor:
+        """The weight read to a depth of `n_bits`, (O, I) float32.
+
+        Raises:
+            ValueError: If that depth cannot be read.
+        """
 
     @property
     def out_features(self) -> int:
@@ -128,8 +173,63 @@ class PackedSlices:
 
     @property
     def overhead_bits(self) -> float:
-        """Bits per weight spent on scale and bias."""
-        return (self.scale.numel() + self.bias.numel()) * 16 / self.n_weights
+        """Bits per weight spent on values."""
+        return sum(value.numel() for value in self.values) * 16 / self.n_weights
+
+    @property
+    def named_values(self) -> dict[str, Tensor]:
+        """The values by the names under which they are stored."""
+        names = self.value_shapes(self.out_features, self.in_features, self.group_size, self.slice_bits)
+        return dict(zip(names, self.values, strict=True))
+
+
+@dataclass(frozen=True)
+class PackedSlices(PackedWeight):
+    """A weight in the nested code.
+
+    Args:
+        planes: B tensors (O, ceil(I / 8)) uint8, most significant bit first.
+        scale: (O, G) bfloat16.
+        bias: (O, G) bfloat16.
+        in_features: I.
+        group_size: Columns per group; the last group may be shorter.
+        slice_bits: Bits of each slice; they add up to at least the number of planes.
+    """
+
+    code: ClassVar[str] = "nested"
+    format_version: ClassVar[int] = 1
+
+    planes: tuple[Tensor, ...]
+    scale: Tensor
+    bias: Tensor
+    in_features: int
+    group_size: int
+    slice_bits: tuple[int, ...]
+
+    @classmethod
+    def value_shapes(
+        cls, out_features: int, in_features: int, group_size: int, slice_bits: tuple[int, ...]
+    ) -> dict[str, tuple[int, ...]]:
+        """See `PackedWeight.value_shapes`."""
+        return dict.fromkeys(("slice_scale", "slice_bias"), (out_features, n_groups(in_features, group_size)))
+
+    @classmethod
+    def of(
+        cls,
+        planes: tuple[Tensor, ...],
+        values: Sequence[Tensor],
+        in_features: int,
+        group_size: int,
+        slice_bits: tuple[int, ...],
+    ) -> PackedSlices:
+        """See `PackedWeight.of`."""
+        scale, bias = values
+        return cls(planes, scale, bias, in_features, group_size, slice_bits)
+
+    @property
+    def values(self) -> tuple[Tensor, ...]:
+        """Scale and bias."""
+        return self.scale, self.bias
 
     def weight_at(self, n_bits: int) -> Tensor:
         """The weight read to a depth of `n_bits`, (O, I) float32."""

@@ -162,6 +162,9 @@ def print_summary(summary: Summary) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from mobiq_lightning.checkpoint.summary import SCALES, VALUE_TABLES
+    from mobiq_lightning.packing import WHOLE_ROW
+
     console = Console(width=None if sys.stdout.isatty() else max(100, shutil.get_terminal_size().columns))
     elastic, origin = summary.config, summary.provenance
     held = elastic["slice_bits"]
@@ -174,12 +177,18 @@ def print_summary(summary: Summary) -> None:
         "sliced linears", f"{sum(summary.linears.values())}, {summary.n_weights / 1e6:,.2f} M weights: {shapes}"
     )
     table.add_row("slices", f"{held} bits; {summary.n_planes} planes held, readable at {summary.depths} bits")
-    table.add_row("groups", f"{elastic['group_size']} columns")
+    columns = elastic["group_size"]
+    table.add_row("groups", "whole rows" if columns >= WHOLE_ROW else f"{columns} columns")
+    if code := elastic.get("code"):
+        table.add_row("code", f"{code}; the reference reads it, the kernels do not")
     table.add_row("routers", f"{summary.n_routers} x {elastic['router']['class_path'].rpartition('.')[2]}")
     table.add_row("dial", f"stands at {elastic['default_bits']:g} bits, thresholds per {elastic['threshold_scope']}")
-    stored = summary.bits_per_weight("planes", "scales and biases")
+    values = [kind for kind in (SCALES, VALUE_TABLES) if summary.bytes_by_kind[kind]]
+    stored = summary.bits_per_weight("planes", *values)
     routers = summary.bits_per_weight("routers", "threshold tables")
-    table.add_row("stored bits per weight", f"{stored:.3f} with scales and biases, {stored + routers:.3f} with routers")
+    table.add_row(
+        "stored bits per weight", f"{stored:.3f} with {' and '.join(values)}, {stored + routers:.3f} with routers"
+    )
     sizes = ", ".join(f"{kind} {size / 1e6:,.2f} MB" for kind, size in summary.bytes_by_kind.most_common())
     table.add_row("sizes", sizes)
     if origin:

@@ -98,7 +98,8 @@ class TestDamage:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"format_version": 99}, "format version 99.*up to 1"),
+            ({"format_version": 99}, "format version 99.*up to 2"),
+            ({"code": "morse"}, "there is no code 'morse'; there are nested, per_slice, per_plane, codebook"),
             ({"slice_bits": None}, "quantization_config lacks slice_bits"),
             ({"router": {"class_path": "subprocess.Popen", "init_args": {}}}, "no mobiq_lightning.strategies.Router"),
             ({"router": {"class_path": "nowhere.Router", "init_args": {}}}, "cannot be imported here"),

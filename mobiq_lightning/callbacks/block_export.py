@@ -12,8 +12,9 @@ from mobiq_lightning.callbacks.layerwise_calibration import checked
 from mobiq_lightning.checkpoint.names import ELASTIC, PROVENANCE, RECIPE
 from mobiq_lightning.checkpoint.provenance import provenance
 from mobiq_lightning.checkpoint.write import CheckpointWriter, describe_factory
+from mobiq_lightning.codes import CODES
 from mobiq_lightning.module import ElasticCalibration
-from mobiq_lightning.packing import FORMAT_VERSION, QUANT_METHOD
+from mobiq_lightning.packing import QUANT_METHOD, PackedSlices
 
 
 class BlockExport(Callback):
@@ -43,7 +44,7 @@ def finish_checkpoint(module: ElasticCalibration, recipe: str) -> list[int]:
     scheme: Any = next(iter(blocks[0].schemes.values()))
     quantization = {
         "quant_method": QUANT_METHOD,
-        "format_version": FORMAT_VERSION,
+        "format_version": CODES[scheme.code].format_version,
         "slice_bits": list(scheme.slice_bits),
         "group_size": scheme.group_size,
         "router": describe_factory(module.router),
@@ -53,6 +54,8 @@ def finish_checkpoint(module: ElasticCalibration, recipe: str) -> list[int]:
         "default_bits": float(module.budget.final_bits),
         "max_bits": None,
     }
+    if scheme.code != PackedSlices.code:
+        quantization["code"] = scheme.code
     extra = {RECIPE: recipe, PROVENANCE: json.dumps(provenance(module), indent=2) + "\n"}
     return _writer(module).finish(blocks, quantization, extra)
 

@@ -12,6 +12,7 @@ from mobiq_lightning.console import say
 from mobiq_lightning.errors import MobiqError
 from mobiq_lightning.module import ElasticCalibration
 from mobiq_lightning.run_folder import check_identity
+from mobiq_lightning.strategies.base import SliceScheme
 
 
 class LayerwiseCalibration(Callback):
@@ -47,6 +48,7 @@ class LayerwiseCalibration(Callback):
             if module.block_index - module.hidden.block > 1:
                 say(f"Resuming: passing the calibration windows through {module.block_index} finished blocks.")
             module.hidden.advance(module.block_index)
+            _forget(module, module.block_index)
         module.caller.bring(module.block_index)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -69,7 +71,16 @@ class LayerwiseCalibration(Callback):
         module = checked(pl_module)
         module.hidden = None
         module.caller.release()
+        _forget(module, len(module.blocks))
         shutil.rmtree(module.hidden_states_folder, ignore_errors=True)
+
+
+def _forget(module: ElasticCalibration, n_blocks: int) -> None:
+    """Lets the slice schemes of the first blocks give up what they keep of their weights."""
+    for index in range(n_blocks):
+        for scheme in module.block_at(index).schemes.values():
+            if isinstance(scheme, SliceScheme):
+                scheme.forget()
 
 
 def checked(module: LightningModule) -> ElasticCalibration:

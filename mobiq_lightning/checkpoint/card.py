@@ -10,7 +10,7 @@ import yaml
 
 from mobiq_lightning.checkpoint.names import CARD, CONFIG, PROVENANCE, RESULTS
 from mobiq_lightning.files import write_text
-from mobiq_lightning.packing import depths_of
+from mobiq_lightning.packing import WHOLE_ROW, PackedSlices, depths_of
 from mobiq_lightning.report import LABELS, bits_text, summarize, verdict
 
 
@@ -41,13 +41,21 @@ def card(config: dict[str, Any], origin: dict[str, Any], results: dict[str, Any]
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n",
         f"# {name.rstrip('/').rsplit('/', 1)[-1]}, elastic from {depths[0]} to {highest} bits\n",
         f"One checkpoint that runs at any average bit-width from {depths[0]} to {highest}, chosen at run time, token by "
-        f"token. Made with MoBiQ-Lightning (MoBiQuant, arXiv 2602.20191): slices of {elastic['slice_bits']} bits, groups "
-        f"of {elastic['group_size']}.\n",
+        f"token. Made with MoBiQ-Lightning (MoBiQuant, arXiv 2602.20191): slices of {elastic['slice_bits']} bits, "
+        f"{_groups(elastic)}\n",
         _usage(depths[0], highest),
         _measured(results, highest, highest < depths[-1]),
         _origin(origin),
     ]
     return "\n".join(part for part in parts if part)
+
+
+def _groups(elastic: dict[str, Any]) -> str:
+    size, code = elastic["group_size"], elastic.get("code", PackedSlices.code)
+    groups = "one group per row." if size >= WHOLE_ROW else f"groups of {size}."
+    if code == PackedSlices.code:
+        return groups
+    return f"{groups} The weights are in the {code} code, which runs on the reference alone, not on the Triton kernels."
 
 
 def _usage(lowest: int, highest: int) -> str:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mobiq_lightning.errors import CheckpointError
+from mobiq_lightning.packing import plane_of
 
 _SHOWN = 6  # problems that a message lists
 _THREADS = 4  # hashlib and the file system work outside of Python's lock
@@ -85,8 +86,8 @@ def tensor_problems(
     if not unreadable:  # what is missing is in the file that cannot be read
         missing = [name for name, wanted in expected.items() if wanted.required and name not in found]
         problems += _describe_missing(missing)
-        planes = [name for name in found if name not in expected and not name.rpartition(".")[2].startswith("plane_")]
-        problems += [f"{found[name].name}: {name} is not part of this model" for name in planes]
+        others = [name for name in found if name not in expected and plane_of(name) is None]
+        problems += [f"{found[name].name}: {name} is not part of this model" for name in others]
     if hashes is not None and not problems:
         known = {name: path for name, path in found.items() if name in expected and name in hashes}
         problems += [

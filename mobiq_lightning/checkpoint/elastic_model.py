@@ -17,7 +17,7 @@ from mobiq_lightning.fused_blocks import fuse_blocks
 from mobiq_lightning.graphed_step import GraphedStep
 from mobiq_lightning.kept_weights import KEPT_BYTES, KeptWeights
 from mobiq_lightning.kernel_input import attach_kernels, detach_kernels
-from mobiq_lightning.kernels import missing_for_kernels
+from mobiq_lightning.kernels import missing_for_code, missing_for_kernels
 from mobiq_lightning.layers import ElasticLinear, routed_inputs, stored_bits
 from mobiq_lightning.routed_input import RoutedInput
 from mobiq_lightning.strategies.thresholds import Scope
@@ -115,7 +115,8 @@ class ElasticModel:
             if self.kernels.missing is not None and here[0].type == "cuda":
                 warnings.warn(f"the model runs on the slow reference: {self.kernels.missing}", stacklevel=2)
         else:
-            self.kernels.missing = missing_for_kernels(*here)
+            code = next(module.code for module in model.modules() if isinstance(module, ElasticLinear))
+            self.kernels.missing = missing_for_code(code) or missing_for_kernels(*here)
 
     def keep_weights(self, n_bytes: int) -> None:
         """Sets how much memory the reference may keep dequantized weights in; they are unpacked for every call beyond it.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,8 @@ from mobiq_lightning.checkpoint.names import CARD, CONFIG, HASHES, INDEX
 from mobiq_lightning.checkpoint.write import seal, write_shard
 from mobiq_lightning.errors import BitsError, CheckpointError
 from mobiq_lightning.files import folder_replaced_atomically, write_json
+from mobiq_lightning.packing import plane_of
 from mobiq_lightning.routed_input import held_slices
-
-_PLANE = re.compile(r"\.plane_(\d)$")
 
 
 def export(source: str | Path, to: str | Path, max_bits: int | None = None, overwrite: bool = False) -> Path:
@@ -67,7 +65,8 @@ def export(source: str | Path, to: str | Path, max_bits: int | None = None, over
 def _copy_shard(path: Path, target: Path, n_planes: int, hashes: dict[str, str] | None) -> None:
     """Copies the tensors of a shard that are kept."""
     with safe_open(path, framework="pt") as file:
-        kept = [name for name in file.keys() if _is_kept(name, n_planes)]  # noqa: SIM118 - not a dict
+        names = [(name, plane_of(name)) for name in file.keys()]  # noqa: SIM118 - not a dict
+        kept = [name for name, plane in names if plane is None or plane < n_planes]
         tensors = {name: file.get_tensor(name) for name in kept}
     found = {name: hash_tensor(tensor) for name, tensor in tensors.items()}
     differing = [name for name in found if hashes is not None and hashes.get(name) != found[name]]
@@ -75,11 +74,6 @@ def _copy_shard(path: Path, target: Path, n_planes: int, hashes: dict[str, str] 
         lines = [f"{path.name}: the bytes of {name} are not those that were written" for name in differing]
         raise CheckpointError(describe_problems(path.parent, lines, "nothing was exported"))
     write_shard(target, tensors, found)
-
-
-def _is_kept(name: str, n_planes: int) -> bool:
-    plane = _PLANE.search(name)
-    return plane is None or int(plane.group(1)) < n_planes
 
 
 def _read_hashes(folder: Path) -> dict[str, str] | None:

@@ -24,9 +24,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from mobiq_lightning.checkpoint.check import Expected, check_tensors
 from mobiq_lightning.checkpoint.elastic_model import make_elastic
 from mobiq_lightning.checkpoint.names import HASHES
+from mobiq_lightning.codes import CODES
 from mobiq_lightning.errors import CheckpointError
 from mobiq_lightning.layers import ElasticLinear, routed_inputs
-from mobiq_lightning.packing import FORMAT_VERSION, QUANT_METHOD
+from mobiq_lightning.packing import FORMAT_VERSION, QUANT_METHOD, PackedSlices
 from mobiq_lightning.routed_input import RoutedInput
 from mobiq_lightning.source import BlockLayout, Share
 from mobiq_lightning.strategies.base import Router
@@ -50,7 +51,8 @@ class ElasticConfig(QuantizationConfigMixin):
         threshold_scope: Which of the two threshold tables is used unless another is asked for.
         default_bits: Where the dial stands after loading.
         max_bits: The depth up to which planes are held; None for all.
-        format_version: Of the tensors' names and meaning.
+        format_version: Of the tensors' names and meaning; by default that of the code.
+        code: How codes become weights, one of `CODES`. Not stored if it is the nested code, which older versions read.
         check_hashes: Whether loading compares the tensors that it reads with hashes.json. Not stored.
     """
 
@@ -64,12 +66,13 @@ class ElasticConfig(QuantizationConfigMixin):
         threshold_scope: Scope = "layer",
         default_bits: float = 4.0,
         max_bits: int | None = None,
-        format_version: int = FORMAT_VERSION,
+        format_version: int | None = None,
+        code: str = PackedSlices.code,
         check_hashes: bool = True,
         **_: Any,
     ) -> None:
         self.quant_method = QUANT_METHOD
-        self.format_version = format_version
+        self.format_version, self.code = format_version or CODES[code].format_version, code
         self.slice_bits, self.group_size = list(slice_bits), group_size
         self.router, self.layout, self.share_routers = router, layout, share_routers
         self.threshold_scope: Scope = threshold_scope
@@ -81,14 +84,17 @@ class ElasticConfig(QuantizationConfigMixin):
         """See transformers.
 
         Raises:
-            CheckpointError: If the format is newer than this package, or a key is missing.
+            CheckpointError: If the format is newer than this package, its code is unknown, or a key is missing.
         """
-        found = config_dict.get("format_version", FORMAT_VERSION)
+        found = config_dict.get("format_version", PackedSlices.format_version)
         if not isinstance(found, int) or found > FORMAT_VERSION:
             raise CheckpointError(
                 f"this elastic checkpoint has format version {found}; this version of mobiq-lightning reads up to "
                 f"{FORMAT_VERSION}. Update mobiq-lightning"
             )
+        code = config_dict.get("code", PackedSlices.code)
+        if code not in CODES:
+            raise CheckpointError(f"config.json: there is no code {code!r}; there are {', '.join(CODES)}")
         missing = [key for key in ("slice_bits", "group_size", "router", "layout") if key not in config_dict]
         if missing:
             raise CheckpointError(
@@ -101,6 +107,8 @@ class ElasticConfig(QuantizationConfigMixin):
         """What is stored."""
         stored = super().to_dict()
         stored.pop("check_hashes", None)
+        if self.code == PackedSlices.code:
+            del stored["code"]
         return dict(stored)
 
 
@@ -131,9 +139,8 @@ class ElasticQuantizer(HfQuantizer):
             if config.check_hashes and hashes.is_file():
                 known = json.loads(hashes.read_text(encoding="utf-8"))["tensors"]
             check_tensors(files, expected_tensors(model), known)
-        left = sorted({f"plane_{p}" for p in range(8)} - {f"plane_{p}" for p in range(_n_planes(model))})
-        if left:  # deeper planes than are to be held are left in the file
-            pattern = rf"\.({'|'.join(left)})$"
+        if (held := _n_planes(model)) < 8:  # deeper planes than are to be held are left in the file, with their values
+            pattern = rf"\.(plane|slice_[a-z]+)_[{held}-7]$"
             ignored: Any = model._keys_to_ignore_on_load_unexpected  # a set, in earlier versions a list or None
             both = ignored | {pattern} if isinstance(ignored, set) else [*(ignored or []), pattern]
             model._keys_to_ignore_on_load_unexpected = both  # type: ignore[assignment]
@@ -182,6 +189,7 @@ def insert_elastic_linears(model: nn.Module, config: ElasticConfig) -> None:
                     linear.bias is not None,
                     config.max_bits,
                     linear.weight.dtype,
+                    config.code,
                 )
                 elastic.attach(routed)
                 if name == names[0]:  # one of the linears carries the input in the model's tree

@@ -20,6 +20,9 @@ from mobiq_lightning.layers import ElasticLinear, routed_inputs
 from mobiq_lightning.packing import QUANT_METHOD, depths_of
 from mobiq_lightning.source import BlockLayout
 
+SCALES, VALUE_TABLES = "scales and biases", "value tables"
+"""Kinds of tensors that turn codes into weights."""
+
 
 @dataclass
 class Summary:
@@ -32,7 +35,7 @@ class Summary:
         linears: (O, I) -> how many sliced linears of that shape.
         n_weights: Weights of the sliced linears.
         n_blocks: Decoder blocks.
-        bytes_by_kind: Bytes of planes, scales and biases, routers, threshold tables, and everything else.
+        bytes_by_kind: Bytes of planes, scales and biases, value tables, routers, threshold tables, and everything else.
         n_routers: Routers.
         n_planes: Planes held of every weight.
         provenance: Of provenance.json.
@@ -105,8 +108,8 @@ def _kind(name: str) -> str:
     last = name.rpartition(".")[2]
     if last.startswith("plane_"):
         return "planes"
-    if last in ("slice_scale", "slice_bias"):
-        return "scales and biases"
+    if last.startswith("slice_"):
+        return VALUE_TABLES if last.startswith("slice_table_") else SCALES
     if ".input." in name:
         return "routers" if ".input.router." in name else "threshold tables"
     return "not sliced"

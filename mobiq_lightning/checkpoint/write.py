@@ -113,7 +113,7 @@ def block_tensors(prefix: str, block: nn.Module) -> dict[str, Tensor]:
         packed = linear.scheme.pack(linear.weight.to(device))
         base = f"{prefix}.{name}"
         tensors |= {f"{base}.plane_{p}": plane for p, plane in enumerate(packed.planes)}
-        tensors |= {f"{base}.slice_scale": packed.scale, f"{base}.slice_bias": packed.bias}
+        tensors |= {f"{base}.{value_name}": value for value_name, value in packed.named_values.items()}
         if linear.bias is not None:
             tensors[f"{base}.bias"] = linear.bias
     for name, value in block.state_dict().items():

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mobiq_lightning.kernels.layout import KernelWeights, relay, restore
 from mobiq_lightning.kernels.reference import mixed_depth_product, reference_linear
-from mobiq_lightning.packing import PackedSlices
+from mobiq_lightning.packing import PackedSlices, PackedWeight
 
 MIN_CAPABILITY = (8, 0)
 KERNEL_DTYPES = (torch.bfloat16, torch.float16)
@@ -22,7 +22,7 @@ KERNEL_DTYPES = (torch.bfloat16, torch.float16)
 
 def sliced_linear(
     x: Tensor,
-    packed: PackedSlices | KernelWeights,
+    packed: PackedWeight | KernelWeights,
     bits_per_token: Tensor,
     weight_at: Callable[[int], Tensor] | None = None,
 ) -> Tensor:
@@ -44,7 +44,7 @@ def sliced_linear(
     Raises:
         ValueError: If the kernels cannot take the tokens.
     """
-    if isinstance(packed, PackedSlices):
+    if isinstance(packed, PackedWeight):
         return reference_linear(x, packed, bits_per_token, weight_at)
     from mobiq_lightning.kernels import dispatch
 
@@ -78,8 +78,20 @@ def missing_for_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def missing_for_code(code: str) -> str | None:
+    """Why the Triton kernels cannot read a code, or None if they can.
+
+    Args:
+        code: Its name, see `PackedWeight.code`.
+    """
+    if code == PackedSlices.code:
+        return None
+    return f"the weights are in the {code} code; the kernels read the {PackedSlices.code} code (ResidualSlices) alone"
+
+
 __all__ = [
     "KernelWeights",
+    "missing_for_code",
     "missing_for_kernels",
     "mixed_depth_product",
     "relay",

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mobiq_lightning.packing import PackedSlices, depths_of, pack_planes, unpack_codes
+from mobiq_lightning.packing import PackedSlices, PackedWeight, depths_of, pack_planes, unpack_codes
 
 TILE_COLUMNS = 128
 TILE_ROWS = 16
@@ -107,15 +107,19 @@ def padded_group(group_size: int) -> int:
     return next((step for step in _STEPS if group_size <= step), _padded(group_size, TILE_COLUMNS))
 
 
-def relay(packed: Sequence[PackedSlices]) -> KernelWeights:
+def relay(weights: Sequence[PackedWeight]) -> KernelWeights:
     """Brings the saved weights of linears that share an input into the kernels' order.
 
     Args:
-        packed: The linears' weights; of one input, group size and slicing.
+        weights: The linears' weights; of one input, group size and slicing, in the nested code.
 
     Raises:
-        ValueError: If they differ in what they must share, or are too large for 32-bit offsets.
+        ValueError: If they are in another code, differ in what they must share, or are too large for 32-bit offsets.
     """
+    packed = [p for p in weights if isinstance(p, PackedSlices)]
+    if len(packed) < len(weights):
+        codes = sorted({p.code for p in weights if not isinstance(p, PackedSlices)})
+        raise ValueError(f"the kernels read the nested code alone, not {', '.join(codes)}; use the reference")
     first = packed[0]
     if any((p.in_features, p.group_size, len(p.planes)) != _shared(first) for p in packed):
         raise ValueError("linears that are read together need the same in_features, group_size and number of planes")

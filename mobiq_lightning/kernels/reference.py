@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mobiq_lightning.packing import PackedSlices, depths_of
+from mobiq_lightning.codes import CODES
+from mobiq_lightning.packing import PackedWeight, depths_of
 
 _FEW_ROWS = 4  # CPU libraries multiply two or three float32 rows slower than four
 
 
 def reference_linear(
     x: Tensor,
-    packed: PackedSlices,
+    packed: PackedWeight,
     bits_per_token: Tensor,
     weight_at: Callable[[int], Tensor] | None = None,
 ) -> Tensor:
@@ -36,7 +37,8 @@ def reference_linear(
     """
     if torch.compiler.is_compiling():
         sizes = (packed.in_features, packed.group_size, list(packed.slice_bits))
-        result: Tensor = _sliced_linear(x, list(packed.planes), packed.scale, packed.bias, bits_per_token, *sizes)
+        stored = (list(packed.planes), list(packed.values))
+        result: Tensor = _sliced_linear(x, *stored, bits_per_token, *sizes, packed.code)
         return result
     weight_at = weight_at or packed.weight_at
     if x.device.type == "cpu":
@@ -80,15 +82,15 @@ def mixed_depth_product(
 def _sliced_linear(
     x: Tensor,
     planes: Sequence[Tensor],
-    scale: Tensor,
-    bias: Tensor,
+    values: Sequence[Tensor],
     bits_per_token: Tensor,
     in_features: int,
     group_size: int,
     slice_bits: Sequence[int],
+    code: str,
 ) -> Tensor:
     """`reference_linear` as one operator: which depths occur is data, which a compiler cannot look through."""
-    packed = PackedSlices(tuple(planes), scale, bias, in_features, group_size, tuple(slice_bits))
+    packed = CODES[code].of(tuple(planes), values, in_features, group_size, tuple(slice_bits))
     return reference_linear(x, packed, bits_per_token)
 
 

@@ -14,7 +14,7 @@ from mobiq_lightning.checkpoint.provenance import environment
 from mobiq_lightning.console import say
 from mobiq_lightning.errors import KernelError, RecipeError, nearest
 from mobiq_lightning.files import write_atomically
-from mobiq_lightning.kernels import missing_for_kernels
+from mobiq_lightning.kernels import missing_for_code, missing_for_kernels
 from mobiq_lightning.latency import report, sections
 from mobiq_lightning.latency.journal import PLOT, RESULTS, Journal
 from mobiq_lightning.latency.shapes import Shape, parse_shapes, shapes_of_checkpoint
@@ -127,10 +127,21 @@ def chosen_shapes(run: str, shapes: str, path: str) -> list[Shape]:
 
     Raises:
         RecipeError: If both a run and shapes are given, or a shape does not exist.
+        KernelError: If the kernels are to be timed, but the run is in a code that they do not read.
     """
     if run and shapes:
         raise RecipeError("latency: give a run, whose shapes are taken, or --shapes, not both")
-    return shapes_of_checkpoint(run) if run else parse_shapes(shapes or DEFAULT_SHAPES[path])
+    if not run:
+        return parse_shapes(shapes or DEFAULT_SHAPES[path])
+    listed = shapes_of_checkpoint(run)
+    if reason := missing_for_code(listed[0].code):
+        if path == "kernels":
+            raise KernelError(
+                f"latency: {run}: {reason}. CUDA_VISIBLE_DEVICES= times the reference on the CPU, and the LatencyCheck "
+                "callback times the run's own model on any device"
+            )
+        say(f"{run}: {reason}. The reference is timed, with random weights of these shapes in the nested code")
+    return listed
 
 
 def versions() -> dict[str, str]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from mobiq_lightning.errors import RecipeError, nearest
 from mobiq_lightning.layers import ElasticLinear
-from mobiq_lightning.packing import depths_of
+from mobiq_lightning.packing import PackedSlices, depths_of
 
 SLICE_BITS = (2, 1, 1, 2, 2)
 GROUP_SIZE = 128
@@ -28,6 +28,7 @@ class Shape:
         in_features: Columns.
         slice_bits: Bits of each slice.
         group_size: Columns that share a scale.
+        code: Of the weights that the shape was taken from.
     """
 
     model: str
@@ -36,6 +37,7 @@ class Shape:
     in_features: int
     slice_bits: tuple[int, ...] = SLICE_BITS
     group_size: int = GROUP_SIZE
+    code: str = PackedSlices.code
 
     @property
     def name(self) -> str:
@@ -128,6 +130,7 @@ def groups_of(model: nn.Module, name: str) -> dict[Shape, list[list[ElasticLinea
             linears[0].in_features,
             linears[0].slice_bits,
             linears[0].group_size,
+            linears[0].code,
         )
         groups.setdefault(shape, []).append(linears)
     return groups

@@ -23,9 +23,15 @@ from mobiq_lightning.strategies.routers import (
     RandomRouter,
     StaticRouter,
 )
-from mobiq_lightning.strategies.slices import ResidualSlices
+from mobiq_lightning.strategies.slices import (
+    BinaryCodedSlices,
+    IndependentResidualSlices,
+    KMeansSlices,
+    ResidualSlices,
+)
 
 __all__ = [
+    "BinaryCodedSlices",
     "BlockReconstruction",
     "BlockRun",
     "BudgetSchedule",
@@ -33,6 +39,8 @@ __all__ = [
     "CosineBudget",
     "ErrorSketchRouter",
     "ExponentialBudget",
+    "IndependentResidualSlices",
+    "KMeansSlices",
     "LinearBudget",
     "LinearRouter",
     "ListedBudget",

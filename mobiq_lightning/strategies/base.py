@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from mobiq_lightning.packing import PackedSlices, depths_of
+from mobiq_lightning.packing import PackedSlices, PackedWeight, depths_of
 from mobiq_lightning.strategies.thresholds import Scope, prefix_scores, threshold_for_budget
 
 
@@ -24,6 +24,9 @@ class SliceScheme(nn.Module, ABC):
         in_features: I.
         slice_bits: Bits of each slice, coarsest first.
     """
+
+    code: ClassVar[str] = PackedSlices.code
+    """The code of what `pack` gives; see `packing` and `codes`."""
 
     def __init__(self, out_features: int, in_features: int, slice_bits: Sequence[int]) -> None:
         super().__init__()
@@ -53,7 +56,7 @@ class SliceScheme(nn.Module, ABC):
         """
 
     @abstractmethod
-    def pack(self, weight: Tensor) -> PackedSlices:
+    def pack(self, weight: Tensor) -> PackedWeight:
         """What is stored: its first planes, read back, equal `weight_at` bit by bit.
 
         Args:
@@ -75,6 +78,9 @@ class SliceScheme(nn.Module, ABC):
     def prefixes(self, weight: Tensor) -> Tensor:
         """The weight at 1, 2, ... S slices, (S, O, I) float32; a scheme may override it with something faster."""
         return torch.stack([self.weight_at(weight, k + 1) for k in range(len(self.slice_bits))])
+
+    def forget(self) -> None:
+        """Gives up what is kept of the weight between calls, and can be made again; called when a block is done."""
 
 
 class Router(nn.Module, ABC):

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from mobiq_lightning.packing import SCALE_DTYPE, PackedSlices, n_groups, pack_planes
-from mobiq_lightning.strategies.base import SliceScheme
+from mobiq_lightning.packing import SCALE_DTYPE, PackedSlices, pack_planes
+from mobiq_lightning.strategies.slices.grouped import GroupedSlices
 from mobiq_lightning.strategies.slices.nested_code import NestedCode, cells, unit_position
+from mobiq_lightning.strategies.slices.ranges import learned_range
 
 
-class ResidualSlices(SliceScheme):
+class ResidualSlices(GroupedSlices):
     """Nested codes with one learned range per group (MoBiSlice, arXiv 2602.20191, section 3).
 
     Each group of `group_size` columns has a range ``[lo, hi]``. The weight's code is its cell among ``2^B`` equal cells
@@ -37,13 +37,9 @@ class ResidualSlices(SliceScheme):
         slice_bits: Sequence[int] = (2, 1, 1, 1, 1, 1, 1),
         group_size: int = 128,
     ) -> None:
-        super().__init__(out_features, in_features, slice_bits)
-        if group_size < 1:
-            raise ValueError(f"group_size ({group_size}) must be at least 1")
-        self.group_size = group_size
-        shape = (out_features, n_groups(in_features, group_size))
-        self.low_clip = nn.Parameter(torch.zeros(shape))
-        self.high_clip = nn.Parameter(torch.zeros(shape))
+        super().__init__(out_features, in_features, slice_bits, group_size)
+        self.low_clip = nn.Parameter(torch.zeros(self.group_shape))
+        self.high_clip = nn.Parameter(torch.zeros(self.group_shape))
 
     def weight_at(self, weight: Tensor, n_slices: int) -> Tensor:
         """See `SliceScheme.weight_at`."""
@@ -72,29 +68,5 @@ class ResidualSlices(SliceScheme):
         )
 
     def _range(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Width and centre (O, G) of the groups' ranges, rounded to the stored dtype as they will be saved."""
-        low, high = self._extremes(weight.detach().float())
-        centre, half_width = (low + high) / 2, (high - low) / 2
-        low = centre - half_width * 2 * torch.sigmoid(self.low_clip)
-        high = centre + half_width * 2 * torch.sigmoid(self.high_clip)
-        # In a group of (almost) equal weights the rounding of the bias alone would leave the range; keep it inside.
-        narrowest = torch.maximum(low.abs(), high.abs()) * 2 * torch.finfo(SCALE_DTYPE).eps
-        scale = _round_as_stored(torch.maximum(high - low, narrowest + 1e-30))
-        return scale, _round_as_stored((low + high) / 2)
-
-    def _extremes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Smallest and largest weight (O, G) of each group."""
-        missing = -weight.shape[1] % self.group_size
-        # A copy of the last column changes neither extreme of the short group that it fills up.
-        groups = F.pad(weight.unsqueeze(0), (0, missing), mode="replicate").squeeze(0) if missing else weight
-        groups = groups.unflatten(1, (-1, self.group_size))
-        return groups.amin(-1), groups.amax(-1)
-
-    def extra_repr(self) -> str:
-        """Shown by `print(module)`."""
-        return f"{self.out_features}x{self.in_features}, {list(self.slice_bits)} bits, groups of {self.group_size}"
-
-
-def _round_as_stored(value: Tensor) -> Tensor:
-    """`value` rounded to the stored dtype, with the gradient of no rounding."""
-    return value + (value.to(SCALE_DTYPE).float() - value).detach()
+        """Width and centre (O, G) of the groups' ranges."""
+        return learned_range(weight.detach().float(), self.low_clip, self.high_clip, self.group_size)

@@ -1,0 +1,86 @@
+"""Binary coded slices: planes of +1 and -1 with a scale each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mobiq_lightning.codes import PackedBinary, binary_prefixes
+from mobiq_lightning.packing import SCALE_DTYPE, pack_planes
+from mobiq_lightning.strategies.slices.binary_fit import fit_binary
+from mobiq_lightning.strategies.slices.fixed_codes import FixedCodeSlices, follow
+from mobiq_lightning.strategies.slices.ranges import round_as_stored
+
+
+class BinaryCodedSlices(FixedCodeSlices):
+    """Binary coding quantization, grown plane by plane (AnyBCQ, arXiv 2510.10467).
+
+    A weight read with p planes is ``bias + sum of scale_i * b_i`` with ``b_i`` of +1 or -1. The planes of the base slice
+    start greedily, each the sign of what the planes before it leave over, with the mean of its size as scale; then codes
+    and scales take turns: the nearest code of every weight, the scales and the bias of least squares. Every further slice
+    is fitted in the same way to what is left over, with all coarser planes and scales frozen, and without a bias.
+
+    Learned are a factor of each scale, kept as its logarithm, and a shift of the bias in units of the first scale. The
+    codes stay as they were found: a gradient of the scales is then exact, and none goes through a rounding.
+
+    Args:
+        out_features: O.
+        in_features: I; the last group may be shorter than `group_size`.
+        slice_bits: Bits of each slice, coarsest first; any positive integers with a sum of at most 8.
+        group_size: Columns that share scales and bias.
+        rounds: How often codes and scales take turns in each slice.
+    """
+
+    code = PackedBinary.code
+
+    def __init__(
+        self,
+        out_features: int,
+        in_features: int,
+        slice_bits: Sequence[int] = (2, 1, 1, 1, 1, 1, 1),
+        group_size: int = 128,
+        rounds: int = 8,
+    ) -> None:
+        super().__init__(out_features, in_features, slice_bits, group_size)
+        if rounds < 0:
+            raise ValueError(f"rounds ({rounds}) must be 0 or more")
+        self.rounds = rounds
+        self.log_scale = nn.Parameter(torch.zeros(self.depths[-1], *self.group_shape))
+        self.bias_shift = nn.Parameter(torch.zeros(self.group_shape))
+
+    def weight_at(self, weight: Tensor, n_slices: int) -> Tensor:
+        """See `SliceScheme.weight_at`."""
+        return self._prefixes(weight, n_slices)[-1]
+
+    def prefixes(self, weight: Tensor) -> Tensor:
+        """See `SliceScheme.prefixes`."""
+        return torch.stack(self._prefixes(weight, len(self.slice_bits)))
+
+    @torch.no_grad()
+    def pack(self, weight: Tensor) -> PackedBinary:
+        """See `SliceScheme.pack`."""
+        codes, scales, bias = self._learned(weight)
+        planes = tuple(pack_planes(codes, self.depths[-1]))
+        values = tuple(value.to(SCALE_DTYPE) for value in (bias, *scales))
+        return PackedBinary(planes, values, self.in_features, self.group_size, self.slice_bits)
+
+    def find(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """See `FixedCodeSlices.find`: codes (O, I), scales (O, G, B), bias (O, G)."""
+        return fit_binary(weight, self.slice_bits, self.group_size, self.rounds)
+
+    def _prefixes(self, weight: Tensor, n_slices: int) -> list[Tensor]:
+        """The weight (O, I) read with 1, 2, ... slices."""
+        codes, scales, bias = self._learned(weight)
+        depths = self.depths[:n_slices]
+        leading = codes >> (self.depths[-1] - depths[-1])
+        reads = list(binary_prefixes(leading, scales[: depths[-1]], bias, self.group_size))
+        return [follow(reads[depth - 1], weight) for depth in depths]
+
+    def _learned(self, weight: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+        """Codes (O, I), scales (O, G) of each plane, and bias (O, G), as stored."""
+        codes, scales, bias = self.found(weight)
+        learned = scales.movedim(-1, 0) * self.log_scale.exp()
+        shifted = bias + self.bias_shift * scales[..., 0]
+        return codes, [round_as_stored(scale) for scale in learned], round_as_stored(shifted)

@@ -1,0 +1,35 @@
+"""What the slice schemes have in common: weights that are next to each other in a row share what is learned."""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Sequence
+
+from mobiq_lightning.packing import n_groups
+from mobiq_lightning.strategies.base import SliceScheme
+
+
+class GroupedSlices(SliceScheme, ABC):
+    """A scheme that treats each group of columns of each row by itself.
+
+    Args:
+        out_features: O.
+        in_features: I; the last group may be shorter than `group_size`.
+        slice_bits: Bits of each slice, coarsest first; any positive integers with a sum of at most 8.
+        group_size: Columns per group; `packing.WHOLE_ROW` or any number above I for one group per row.
+    """
+
+    def __init__(self, out_features: int, in_features: int, slice_bits: Sequence[int], group_size: int) -> None:
+        super().__init__(out_features, in_features, slice_bits)
+        if group_size < 1:
+            raise ValueError(f"group_size ({group_size}) must be at least 1")
+        self.group_size = group_size
+
+    @property
+    def group_shape(self) -> tuple[int, int]:
+        """(O, G)."""
+        return self.out_features, n_groups(self.in_features, self.group_size)
+
+    def extra_repr(self) -> str:
+        """Shown by `print(module)`."""
+        return f"{self.out_features}x{self.in_features}, {list(self.slice_bits)} bits, groups of {self.group_size}"

@@ -1,0 +1,84 @@
+"""Residual slices with a range each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mobiq_lightning.codes import PackedResiduals
+from mobiq_lightning.packing import SCALE_DTYPE, pack_planes
+from mobiq_lightning.strategies.slices.grouped import GroupedSlices
+from mobiq_lightning.strategies.slices.nested_code import NestedCode, cells, unit_position
+from mobiq_lightning.strategies.slices.ranges import learned_range
+
+
+class IndependentResidualSlices(GroupedSlices):
+    """Every slice rounds what the coarser ones left over, within a range of its own (residual quantization, as AutoRound
+    has it; the rounding itself is not learned here).
+
+    The residual of a group, given the slices before as they are at present, has a smallest and a largest value; between
+    them lie ``2^b`` equal cells. The ends are learned per slice as factors of the half-width, as in `ResidualSlices`. So
+    what the base clips, later slices still reach, since their ranges grow with it; the price is a scale and a bias per
+    group and slice instead of per group.
+
+    Args:
+        out_features: O.
+        in_features: I; the last group may be shorter than `group_size`.
+        slice_bits: Bits of each slice, coarsest first; any positive integers with a sum of at most 8.
+        group_size: Columns that share a range in each slice.
+    """
+
+    code = PackedResiduals.code
+
+    def __init__(
+        self,
+        out_features: int,
+        in_features: int,
+        slice_bits: Sequence[int] = (2, 1, 1, 1, 1, 1, 1),
+        group_size: int = 128,
+    ) -> None:
+        super().__init__(out_features, in_features, slice_bits, group_size)
+        shape = (len(self.slice_bits), *self.group_shape)
+        self.low_clip = nn.Parameter(torch.zeros(shape))
+        self.high_clip = nn.Parameter(torch.zeros(shape))
+
+    def weight_at(self, weight: Tensor, n_slices: int) -> Tensor:
+        """See `SliceScheme.weight_at`."""
+        *_, read = self._prefixes(weight, n_slices)
+        return read
+
+    def prefixes(self, weight: Tensor) -> Tensor:
+        """See `SliceScheme.prefixes`."""
+        return torch.stack(list(self._prefixes(weight, len(self.slice_bits))))
+
+    @torch.no_grad()
+    def pack(self, weight: Tensor) -> PackedResiduals:
+        """See `SliceScheme.pack`."""
+        codes = torch.zeros_like(weight, dtype=torch.uint8)
+        values: list[Tensor] = []
+        residual = weight.float()
+        for number, read in enumerate(self._prefixes(weight, len(self.slice_bits))):
+            scale, bias = self._range(residual, number)
+            bits = self.slice_bits[number]
+            own = cells(unit_position(residual, scale, bias, self.group_size), bits).to(torch.uint8)
+            codes = (codes << bits) | own
+            values += [scale.to(SCALE_DTYPE), bias.to(SCALE_DTYPE)]
+            residual = weight.float() - read
+        planes = tuple(pack_planes(codes, self.depths[-1]))
+        return PackedResiduals(planes, tuple(values), self.in_features, self.group_size, self.slice_bits)
+
+    def _prefixes(self, weight: Tensor, n_slices: int) -> Iterator[Tensor]:
+        """The weight (O, I) read with 1, 2, ... slices."""
+        residual, read = weight.float(), None
+        for number, bits in enumerate(self.slice_bits[:n_slices]):
+            scale, bias = self._range(residual, number)
+            own: Tensor = NestedCode.apply(residual, scale, bias, self.group_size, (bits,))[0]  # type: ignore[no-untyped-call]
+            read = own if read is None else read + own
+            yield read
+            residual = weight.float() - read
+
+    def _range(self, residual: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        """Width and centre (O, G) of the ranges of slice `number`."""
+        return learned_range(residual.detach(), self.low_clip[number], self.high_clip[number], self.group_size)

@@ -28,7 +28,9 @@ def error_chart(strategies: Sequence[Strategy]) -> Chart | None:
     if not drawn:
         return None
     panels = [Panel("mean over blocks", partial(_draw_means, strategies=drawn))]
-    panels += [Panel(f"{s.name}: by block", partial(_draw_blocks, strategy=s)) for s in drawn]
+    every = [error for s in drawn for found in s.diagnosed for row in found["block_error"]["relative_error"] for error in row]
+    limits = (0.7 * min(every), 1.4 * max(every))  # the same for all strategies
+    panels += [Panel(f"{s.name}: by block", partial(_draw_blocks, strategy=s, limits=limits)) for s in drawn]
     depths = sorted({depth for s in drawn for found in s.diagnosed for depth in found["depths"]})
     key = [*key_of(drawn), *(KeyEntry(f"{depth} bits", depth_color(depth)) for depth in depths)]
     caption = (
@@ -51,10 +53,11 @@ def _draw_means(axes: Any, strategies: Sequence[Strategy]) -> None:
     axes.set_xlabel("depth in bits")
 
 
-def _draw_blocks(axes: Any, strategy: Strategy) -> None:
+def _draw_blocks(axes: Any, strategy: Strategy, limits: tuple[float, float]) -> None:
     errors = mean_of([found["block_error"]["relative_error"] for found in strategy.diagnosed])
     for depth, values in zip(strategy.diagnosed[0]["depths"], zip(*errors, strict=True), strict=True):
         axes.plot(range(len(errors)), values, color=depth_color(depth), marker=".", linewidth=1.3)
+    axes.set_ylim(*limits)
     scale_log(axes)
     axes.set_xlabel("block")
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -74,12 +77,14 @@ def progress_charts(strategies: Sequence[Strategy]) -> list[Chart]:
         [Panel("loss (log scale)", partial(_draw_losses, strategies=drawn), 3.2)],
         key_of(drawn),
     )
+    asked = [entry["target_bits"] for s in drawn for run in s.runs for entry in (*run.epochs, *run.steps)]
+    limits = (min(asked) - 0.3, max(asked) + 0.3)
     budgets = Chart(
         "calibration-budget",
         "Budget over progress",
         "Bits asked for while blocks are calibrated: lines are means of epochs, dots single steps as they were logged, and "
         "crosses what the gates spent where the objective measures it. One run per strategy, its first.",
-        [Panel(s.name, partial(_draw_budget, strategy=s), 2.4) for s in drawn],
+        [Panel(s.name, partial(_draw_budget, strategy=s, limits=limits), 2.4) for s in drawn],
         [KeyEntry("asked for", GREY, "."), KeyEntry("spent by the gates", INK, "x", "0 9")],
     )
     return [losses, budgets]
@@ -99,7 +104,7 @@ def _draw_losses(axes: Any, strategies: Sequence[Strategy]) -> None:
     _label_blocks(axes, [run for strategy in strategies for run in strategy.runs if run.epochs])
 
 
-def _draw_budget(axes: Any, strategy: Strategy) -> None:
+def _draw_budget(axes: Any, strategy: Strategy, limits: tuple[float, float]) -> None:
     run = next(run for run in strategy.runs if run.epochs)
     color = color_of(strategy)
     for block in _by_block(run):
@@ -110,6 +115,7 @@ def _draw_budget(axes: Any, strategy: Strategy) -> None:
     spent = [(x, entry["routed_bits"]) for x, entry in steps if "routed_bits" in entry]
     axes.plot([x for x, _ in spent], [bits for _, bits in spent], "x", color=INK, markersize=3, alpha=0.6)
     axes.set_ylabel("bits")
+    axes.set_ylim(*limits)
     axes.yaxis.set_major_formatter("{x:.3g}")
     _label_blocks(axes, [run])
 

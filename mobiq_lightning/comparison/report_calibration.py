@@ -28,7 +28,9 @@ def error_chart(strategies: Sequence[Strategy]) -> Chart | None:
     if not drawn:
         return None
     panels = [Panel("mean over blocks", partial(_draw_means, strategies=drawn))]
-    every = [error for s in drawn for found in s.diagnosed for row in found["block_error"]["relative_error"] for error in row]
+    every = [
+        error for s in drawn for found in s.diagnosed for row in found["block_error"]["relative_error"] for error in row
+    ]
     limits = (0.7 * min(every), 1.4 * max(every))  # the same for all strategies
     panels += [Panel(f"{s.name}: by block", partial(_draw_blocks, strategy=s, limits=limits)) for s in drawn]
     depths = sorted({depth for s in drawn for found in s.diagnosed for depth in found["depths"]})

@@ -118,7 +118,7 @@ class CurvePoint:
 
 
 def curve(runs: Sequence[Run], allocation: str, metric: str) -> list[CurvePoint]:
-    """A strategy's curve of an allocation, by used bits: over runs, and for ``random`` also over draws."""
+    """A strategy's curve of an allocation, by used bits: over runs, and for controls also over draws."""
     by_budget: dict[float, list[Mapping[str, Any]]] = {}
     for row in (row for run in runs for row in run.rows if row["allocation"] == allocation):
         by_budget.setdefault(row["target_bits"], []).append(row)

@@ -17,6 +17,7 @@ from mobiq_lightning.layers import ElasticLinear, SlicedLinear, routed_inputs, s
 from mobiq_lightning.metrics import KLDivergence, Perplexity, UsedBits, log_probabilities
 from mobiq_lightning.packing import n_groups
 from mobiq_lightning.routed_input import RoutedInput, fixed_depth, full_precision, record_gates
+from mobiq_lightning.routing_use import RoutingUse
 from mobiq_lightning.source import BlockLayout
 from mobiq_lightning.strategies import RandomRouter, ResidualSlices, StaticRouter
 from mobiq_lightning.strategies.thresholds import Scope
@@ -46,6 +47,7 @@ class Arm:
     perplexity: Perplexity = field(default_factory=Perplexity)
     kl: KLDivergence = field(default_factory=KLDivergence)
     used: UsedBits | None = None
+    routing: RoutingUse | None = None
 
 
 class Comparison:
@@ -155,6 +157,8 @@ class Comparison:
                 logits, bits = self._run(arm, ids, batch_idx)
                 if arm.used is not None:
                     arm.used.update(bits, labels != IGNORED)
+                if arm.routing is not None:
+                    arm.routing.update(bits, ids, labels != IGNORED)
                 log_probs = log_probabilities(logits[:, :-1][scored])
             arm.perplexity.update(log_probs, wanted)
             arm.kl.update(log_probs, reference, reference_probs)
@@ -169,11 +173,18 @@ class Comparison:
         arms = [arm for arm in self.first if arm.allocation == "router"]
         return {arm.target_bits: arm.used.per_input().tolist() for arm in arms if arm.used is not None}
 
+    def routing_uses(self) -> list[tuple[float, dict[str, Tensor]]]:
+        """For each budget, what the routers did with the text, see `RoutingUse.compute`."""
+        return [(arm.target_bits, arm.routing.compute()) for arm in self.first if arm.routing is not None]
+
     def _prepare(self, arm: Arm) -> None:
         for metric in (arm.perplexity, arm.kl):
             metric.to(self.device)
         if arm.allocation in ("router", "static", "random"):
             arm.used = UsedBits(self.sizes).to(self.device)
+        if arm.allocation == "router":
+            vocabulary = self.full.get_input_embeddings().num_embeddings  # type: ignore[operator]
+            arm.routing = RoutingUse(self.sizes, self.inputs[0].depths, vocabulary).to(self.device)
 
     def _run(self, arm: Arm, ids: Tensor, batch_idx: int) -> tuple[Tensor, list[Tensor]]:
         """Logits (B, T, V), and for each input the bits (B, T) of its tokens."""

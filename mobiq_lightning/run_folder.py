@@ -16,15 +16,16 @@ from mobiq_lightning.checkpoint.names import ELASTIC
 from mobiq_lightning.errors import RunFolderError
 from mobiq_lightning.files import sha256, write_atomically, write_json, write_text
 
-CONFIG, RESULTS, CHECKPOINTS, IDENTITY, RETRIES = (
+CONFIG, RESULTS, DIAGNOSTICS, CHECKPOINTS, IDENTITY, RETRIES = (
     "config.yaml",
     "results.json",
+    "diagnostics.json",
     "checkpoints",
     "identity.json",
     "retries.json",
 )
 _OWN: tuple[str, ...] = (CONFIG, RESULTS, ELASTIC, f"{ELASTIC}.partial", CHECKPOINTS, IDENTITY, RETRIES)
-_OWN += ("results.csv", "results.png", "metrics.jsonl", "csv", "hidden_states", "wandb")
+_OWN += (DIAGNOSTICS, "results.csv", "results.png", "metrics.jsonl", "csv", "hidden_states", "wandb")
 _IRRELEVANT = (
     "overwrite",
     "config",

@@ -23,6 +23,7 @@ from mobiq_lightning.callbacks import (
     LatencyCheck,
     LayerwiseCalibration,
     Results,
+    RoutingDiagnostics,
     ThresholdTuning,
 )
 from mobiq_lightning.callbacks.block_export import finish_checkpoint
@@ -147,8 +148,9 @@ class ElasticCLI(LightningCLI):
         """Adds the callbacks, loggers and checkpoint writer that every run has."""
         config = self._get(self.config_init, "trainer")
         given: list[Callback] = list(config.get("callbacks") or [])
-        own = [LayerwiseCalibration(), ThresholdTuning(), BlockExport(), CalibrationProgress(), Results()]
-        own += [LatencyCheck(), *self._checkpoints()]
+        own = [LayerwiseCalibration(), ThresholdTuning(), BlockExport(), CalibrationProgress(), RoutingDiagnostics()]
+        # A run with results counts as finished, so they are written when all else is.
+        own += [Results(), LatencyCheck(), *self._checkpoints()]
         callbacks = given + [c for c in own if not any(type(c) is type(g) for g in given) or _is_checkpoint(c)]
         # One that the recipe gives comes first, but adds to what Results writes.
         config["callbacks"] = sorted(callbacks, key=lambda c: isinstance(c, LatencyCheck))

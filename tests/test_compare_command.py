@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import json
 import os
 import shutil
@@ -140,6 +141,15 @@ def test_every_strategy_stands_beside_full_precision_rounding_static_and_random(
         assert {(a, b) for a in ("router", "static", "random") for b in ("2", "2.5", "3")} <= found
     assert {row["n"] for row in table} == {"2"}
     assert all(row["perplexity_spread"] for row in table)
+
+
+def test_the_report_lies_beside_the_tables_with_verdicts_and_failures(compared: Compared) -> None:
+    page = (compared.folder / "report.html").read_text(encoding="utf-8")
+    summary = json.loads((compared.folder / "table.json").read_text())
+    assert all(html.escape(sentence).replace("&#x27;", "&#39;") in page for sentence in summary["verdicts"])
+    assert "2 of 6 runs failed" in page
+    assert (compared.folder / "pareto-perplexity.png").is_file()
+    assert f"The report is {compared.folder / 'report.html'}." in compared.said
 
 
 def test_cells_share_tokens_and_the_rows_that_no_strategy_changes(compared: Compared) -> None:

@@ -5,6 +5,7 @@ from mobiq_lightning.callbacks.latency_check import LatencyCheck
 from mobiq_lightning.callbacks.layerwise_calibration import LayerwiseCalibration
 from mobiq_lightning.callbacks.progress import CalibrationProgress
 from mobiq_lightning.callbacks.results import Results
+from mobiq_lightning.callbacks.routing_diagnostics import RoutingDiagnostics
 from mobiq_lightning.callbacks.threshold_tuning import ThresholdTuning
 
 __all__ = [
@@ -13,5 +14,6 @@ __all__ = [
     "LatencyCheck",
     "LayerwiseCalibration",
     "Results",
+    "RoutingDiagnostics",
     "ThresholdTuning",
 ]

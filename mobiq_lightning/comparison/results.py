@@ -7,15 +7,20 @@ import io
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from mobiq_lightning.comparison.folder import ComparisonFolder
 from mobiq_lightning.comparison.grid import Cell, Grid
+from mobiq_lightning.comparison.report_input import ReportCell, ReportInput
+from mobiq_lightning.comparison.report_page import write_report
+from mobiq_lightning.comparison.report_tables import Value, columns_of, lines_of
 from mobiq_lightning.comparison.table import INTERPOLATION, long_table, points_of
 from mobiq_lightning.comparison.tracking import log_comparison
 from mobiq_lightning.comparison.verdicts import verdicts
+from mobiq_lightning.console import say
 from mobiq_lightning.files import write_json, write_text
-from mobiq_lightning.report import LABELS
 
 COLUMNS = (
     "strategy", "allocation", "used_bits", "perplexity_mean", "perplexity_spread", "kl_mean", "kl_spread", "n"
@@ -50,7 +55,9 @@ def publish(
     }
     write_json(folder.path / "table.json", summary)
     write_text(folder.path / "table.csv", _as_csv(table))
+    report = write_report(folder.path, _report_of(summary))
     print_comparison(summary)
+    say(f"The report is {report}.")
     if grid.wandb is not None:
         log_comparison(grid, summary, sorted(folder.path.glob("*.png")))
 
@@ -61,52 +68,33 @@ def print_comparison(summary: Mapping[str, Any]) -> None:
     from rich.table import Table
 
     protocol = summary["protocol"]
-    bits = sorted({row["used_bits"] for row in summary["table"] if row["allocation"] != "full"})
+    bits = columns_of(summary["table"])
     table = Table(
         title=f"{summary['title']}: perplexity at equal used bits\n{summary['model']} on {protocol['data']}, "
         f"{protocol['eval_protocol']}, window {protocol['window']}, {protocol['n_tokens']} tokens, seeds {summary['seeds']}"
     )
     for column in ("strategy", "allocation", *(f"{asked:g} bits" for asked in bits)):
         table.add_column(column, justify="left" if column in ("strategy", "allocation") else "right", no_wrap=True)
-    last = None
-    for strategy, allocation, cells in _lines(summary["table"], bits):
-        if last is not None and strategy != last:
-            table.add_section()
-        last = strategy
-        table.add_row(strategy, LABELS[allocation], *cells)
+    for group in lines_of(summary["table"], "perplexity"):
+        table.add_section()
+        for line in group:
+            table.add_row(line.strategy, line.allocation, *map(_as_text, line.values))
     console = Console(width=None if sys.stdout.isatty() else max(120, shutil.get_terminal_size().columns))
     console.print(table)
     for sentence in summary["verdicts"]:
         console.print(f"- {sentence}", markup=False, highlight=False)
 
 
-def _lines(table: Sequence[Mapping[str, Any]], bits: Sequence[float]) -> list[tuple[str, str, list[str]]]:
-    """Strategy, allocation and perplexities at each of `bits`; full precision and rounding once if all share them."""
-    lines: dict[tuple[str, str], dict[float, str]] = {}
-    for row in table:
-        at = bits[0] if row["allocation"] == "full" else row["used_bits"]
-        lines.setdefault((row["strategy"], row["allocation"]), {})[at] = _with_spread(row, "perplexity", 2)
-    shared: dict[tuple[str, ...], set[str]] = {}
-    for (strategy, allocation), values in lines.items():
-        shared.setdefault((allocation, *values.values()), set()).add(strategy)
-    n_strategies = len({strategy for strategy, _ in lines})
-    ordered: list[tuple[str, str, list[str]]] = []
-    for (strategy, allocation), values in sorted(lines.items(), key=lambda item: item[0][1] not in ("full", "rtn")):
-        name = strategy
-        if allocation in ("full", "rtn"):
-            owners = shared[(allocation, *values.values())]
-            if strategy != min(owners):
-                continue
-            name = (
-                "" if len(owners) == n_strategies else ", ".join(s for s, a in lines if a == allocation and s in owners)
-            )
-        ordered.append((name, allocation, [values.get(asked, "") for asked in bits]))
-    return ordered
+def _as_text(value: Value | None) -> str:
+    return "" if value is None else f"{value.text} {value.spread}".rstrip()
 
 
-def _with_spread(row: Mapping[str, Any], name: str, digits: int) -> str:
-    spread = row[f"{name}_spread"]
-    return f"{row[f'{name}_mean']:.{digits}f}" + ("" if spread is None else f" ± {spread:.{digits}f}")
+def _report_of(summary: Mapping[str, Any]) -> ReportInput:
+    known = {field.name for field in fields(ReportCell)}
+    described = [{**cell, "folder": Path(cell["folder"])} for cell in summary["cells"]]
+    cells = [ReportCell(**{key: value for key, value in cell.items() if key in known}) for cell in described]
+    shared = {field.name: summary[field.name] for field in fields(ReportInput) if field.name != "cells"}
+    return ReportInput(**shared, cells=cells)
 
 
 def _describe(folder: ComparisonFolder, cell: Cell, failures: Mapping[str, str]) -> dict[str, Any]:

@@ -1,0 +1,101 @@
+"""Writes what the routers of a finished run do, and how good its blocks are, into diagnostics.json."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from mobiq_lightning.block_errors import BlockErrors
+from mobiq_lightning.callbacks.layerwise_calibration import checked
+from mobiq_lightning.data import IGNORED
+from mobiq_lightning.errors import RecipeError
+from mobiq_lightning.evaluation import Comparison
+from mobiq_lightning.files import write_json
+from mobiq_lightning.module import ElasticCalibration
+from mobiq_lightning.routed_input import full_precision
+from mobiq_lightning.routing_use import use_by_frequency, use_by_position
+from mobiq_lightning.run_folder import DIAGNOSTICS
+
+
+class RoutingDiagnostics(Callback):
+    """With every comparison: depths per input at each budget, bits by token position and frequency, error of each block.
+
+    What routers do is counted while the comparison runs. The blocks' errors take passes of their own, through a few
+    evaluation batches spread over all of them: windows come sorted by length.
+
+    Args:
+        error_batches: Evaluation batches on which the blocks' errors are measured, per process.
+    """
+
+    def __init__(self, error_batches: int = 2) -> None:
+        if error_batches < 1:
+            raise RecipeError(f"RoutingDiagnostics: error_batches ({error_batches}) must be at least 1")
+        self.error_batches = error_batches
+        self.errors: BlockErrors | None = None
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Every validation measures anew."""
+        self.errors = None
+
+    @torch.no_grad()
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: dict[str, Tensor],
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Measures the blocks' errors on some batches of the first pass."""
+        if dataloader_idx != 0 or batch_idx not in _spread(self.error_batches, int(trainer.num_val_batches[0])):
+            return
+        module = checked(pl_module)
+        comparison = _comparison(module)
+        if self.errors is None:
+            full, elastic = module.layout.find(comparison.full), module.layout.find(comparison.elastic)
+            self.errors = BlockErrors(list(full), list(elastic), comparison.inputs[0].depths).to(comparison.device)
+        ids, labels = batch["input_ids"].to(comparison.device), batch["labels"].to(comparison.device)
+        with full_precision(comparison.rounded):
+            self.errors.update(comparison.full, ids, labels != IGNORED)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Gathers on all ranks, writes on the first."""
+        module = checked(pl_module)
+        comparison = _comparison(module)
+        assert self.errors is not None
+        errors, tokens = self.errors.compute()
+        found = {
+            "inputs": [{"name": n, "weights": w} for n, w in zip(comparison.names, comparison.sizes, strict=True)],
+            "depths": list(comparison.inputs[0].depths),
+            "budgets": [_budget(*use, comparison.inputs[0].depths) for use in comparison.routing_uses()],
+            "block_error": {"tokens": int(tokens), "relative_error": errors.tolist()},
+        }
+        if trainer.is_global_zero:
+            write_json(module.run_folder / DIAGNOSTICS, found)
+
+
+def _budget(target_bits: float, sums: dict[str, Tensor], depths: Sequence[int]) -> dict[str, Any]:
+    """What the routers did at one budget."""
+    share = sums["read"].double() / sums["read"].sum(1, keepdim=True)
+    return {
+        "target_bits": target_bits,
+        "mean_bits": (share @ share.new_tensor(depths)).tolist(),
+        "depth_share": share.tolist(),
+        "by_position": use_by_position(sums),
+        "by_frequency": use_by_frequency(sums),
+    }
+
+
+def _spread(chosen: int, count: int) -> set[int]:
+    """So many of the numbers below `count`, evenly spread."""
+    return {(2 * number + 1) * count // (2 * chosen) for number in range(chosen)}
+
+
+def _comparison(module: ElasticCalibration) -> Comparison:
+    assert module.comparison is not None, "validation starts the comparison"
+    return module.comparison

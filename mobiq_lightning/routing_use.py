@@ -1,0 +1,100 @@
+"""What routers do with a text: depths per input, bits by token position and by token. Counts, right over ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+_EDGES = (1, 2, 3, *(2**power for power in range(2, 24)))
+"""Where classes of positions begin: 0, 1, 2, 3 for themselves, then doubling."""
+
+
+class RoutingUse(Metric):
+    """How deep the tokens of each input were read, and which tokens these were.
+
+    Positions and tokens are averaged over inputs, weighted by the weights that read each input.
+
+    Args:
+        sizes: Weights that read each input.
+        depths: Bits that a token can read, ascending.
+        vocabulary: Number of token ids.
+    """
+
+    full_state_update = False
+    read: Tensor
+    position_bits: Tensor
+    position_count: Tensor
+    token_bits: Tensor
+    token_count: Tensor
+
+    def __init__(self, sizes: Sequence[int], depths: Sequence[int], vocabulary: int) -> None:
+        super().__init__()
+        self.shares = torch.tensor(list(sizes), dtype=torch.float64) / sum(sizes)
+        self.depths = torch.tensor(list(depths), dtype=torch.float64)
+        self.edges = torch.tensor(_EDGES)
+        counts = {"read": (len(sizes), len(depths)), "position_count": (len(_EDGES) + 1,), "token_count": (vocabulary,)}
+        for name, shape in counts.items():
+            self.add_state(name, torch.zeros(shape, dtype=torch.int64), dist_reduce_fx="sum")
+        for name, size in (("position_bits", len(_EDGES) + 1), ("token_bits", vocabulary)):
+            self.add_state(name, torch.zeros(size, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, bits: Sequence[Tensor], ids: Tensor, mask: Tensor) -> None:
+        """Adds tokens.
+
+        Args:
+            bits: For each input, (B, T) code bits of its tokens.
+            ids: (B, T) the tokens; a token's column is its position in the window.
+            mask: (B, T) which tokens count.
+        """
+        device = mask.device
+        kept = torch.stack([values.reshape(mask.shape)[mask] for values in bits]).double()
+        reached = torch.bucketize(kept, self.depths.to(device))
+        self.read += torch.stack([torch.bincount(row, minlength=len(self.depths)) for row in reached])
+        mean = self.shares.to(device) @ kept
+        columns = torch.arange(mask.shape[1], device=device).expand(mask.shape)[mask]
+        classes = torch.bucketize(columns, self.edges.to(device), right=True)
+        self._add("position", classes, mean)
+        self._add("token", ids[mask], mean)
+
+    def compute(self) -> dict[str, Tensor]:
+        """All sums: ``read`` (inputs, depths), and ``position_`` and ``token_`` with ``bits`` and ``count``."""
+        return {name: getattr(self, name) for name in self._defaults}
+
+    def _add(self, kind: str, index: Tensor, bits: Tensor) -> None:
+        total, count = getattr(self, f"{kind}_bits"), getattr(self, f"{kind}_count")
+        total += torch.bincount(index, weights=bits, minlength=len(total))
+        count += torch.bincount(index, minlength=len(count))
+
+
+def use_by_position(sums: dict[str, Tensor]) -> list[dict[str, float | str]]:
+    """Of what `RoutingUse` computes: dicts ``tokens``, their mean ``bits``, and in words the positions, as ``class``."""
+    starts = (0, *_EDGES)
+    return _classes(
+        sums["position_bits"], sums["position_count"], [_span(a, b) for a, b in zip(starts, _EDGES, strict=False)]
+    )
+
+
+def use_by_frequency(sums: dict[str, Tensor]) -> list[dict[str, float | str]]:
+    """Likewise by how often a token occurs in the text, in classes that double: 1, 2-3, 4-7, ..."""
+    seen = sums["token_count"] > 0
+    counts = sums["token_count"][seen]
+    powers = torch.frexp(counts.double()).exponent.long() - 1
+    classes = int(powers.max()) + 1 if len(powers) else 0
+    bits = torch.zeros(classes, dtype=torch.float64, device=counts.device).index_add_(
+        0, powers, sums["token_bits"][seen]
+    )
+    tokens = torch.zeros_like(counts[:1]).expand(classes).clone().index_add_(0, powers, counts)
+    return _classes(bits, tokens, [_span(2**power, 2 ** (power + 1)) for power in range(classes)])
+
+
+def _span(first: int, end: int) -> str:
+    return f"{first}" if end == first + 1 else f"{first}-{end - 1}"
+
+
+def _classes(bits: Tensor, tokens: Tensor, names: Sequence[str]) -> list[dict[str, float | str]]:
+    """One dict per class that has tokens."""
+    rows = zip(names, bits.tolist(), tokens.tolist(), strict=False)
+    return [{"class": name, "tokens": count, "bits": total / count} for name, total, count in rows if count]

@@ -74,11 +74,14 @@ class ElasticCLI(LightningCLI):
     datamodule: TextWindows
     model: ElasticCalibration
     trainer: Trainer
+    own_keys: tuple[str, ...] = ("overwrite", "config")
+    """Keys of the command line that are no part of the recipe."""
 
     def __init__(self, arguments: list[str]) -> None:
         _quiet_libraries()
         self.run_folder = RunFolder(".")
         self.resumes = False
+        self.recipe: dict[str, Any] = {}
         # LightningCLI reads sys.argv, and DDP starts the other processes with it.
         argv, sys.argv = sys.argv, [sys.argv[0], *arguments]
         try:
@@ -111,10 +114,11 @@ class ElasticCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Claims the run folder before anything is built."""
         self._dump_config()
-        recipe = json.loads(json.dumps({k: v for k, v in self.config_dump.items() if k not in ("overwrite", "config")}))
-        self.run_folder = RunFolder(recipe["trainer"]["default_root_dir"])
+        recipe = {k: v for k, v in self.config_dump.items() if k not in self.own_keys}
+        self.recipe = json.loads(json.dumps(recipe))
+        self.run_folder = RunFolder(self.recipe["trainer"]["default_root_dir"])
         if self.subcommand == "fit":
-            self.resumes = self.run_folder.claim(recipe, bool(self._get(self.config, "overwrite")))
+            self.resumes = self.run_folder.claim(self.recipe, bool(self._get(self.config, "overwrite")))
         elif not (self.run_folder.path / ELASTIC / "config.json").is_file():
             raise RunFolderError(
                 f"{self.run_folder.path} holds no finished run (no {ELASTIC}/config.json). Run `fit` with this recipe "

@@ -21,6 +21,7 @@ from mobiq_lightning.callbacks import (
     CalibrationProgress,
     LatencyCheck,
     LayerwiseCalibration,
+    OutlierMigration,
     Results,
     ThresholdTuning,
 )
@@ -140,8 +141,9 @@ class ElasticCLI(LightningCLI):
         own = [LayerwiseCalibration(), ThresholdTuning(), BlockExport(), CalibrationProgress(), Results()]
         own += [LatencyCheck(), *self._checkpoints()]
         callbacks = given + [c for c in own if not any(type(c) is type(g) for g in given) or _is_checkpoint(c)]
-        # One that the recipe gives comes first, but adds to what Results writes.
-        config["callbacks"] = sorted(callbacks, key=lambda c: isinstance(c, LatencyCheck))
+        # One that the recipe gives comes first, but these add to what Results writes and log after it, in this order.
+        last = (OutlierMigration, LatencyCheck)
+        config["callbacks"] = sorted(callbacks, key=lambda c: [isinstance(c, kind) for kind in reversed(last)])
         config["logger"] = self._loggers(config.get("logger"))
         plugins = config.get("plugins") or []
         plugins = plugins if isinstance(plugins, list) else [plugins]

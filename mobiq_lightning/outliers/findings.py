@@ -133,7 +133,7 @@ def overlap_verdict(tokens: dict[str, Any]) -> str:
         shared = tokens["same_bits"].values()
         text += (
             f" At one and the same precision, a model calibrated for it and the uncalibrated one share {min(shared):.0%} to "
-            f"{max(shared):.0%}: an overlap of that size is what any other rounding leaves, at no other precision."
+            f"{max(shared):.0%}: so much change comes with any other rounding, without another precision."
         )
     return text
 

@@ -22,6 +22,7 @@ commands:
   verify RUN                      check every byte, shape, code and threshold, and a forward pass at every depth
   evaluate RUN --tasks A,B        tasks of lm-evaluation-harness at --bits 2,3,4 (pip install "mobiq-lightning[evaluate]")
   compare --config GRID.yaml      run strategies x seeds, and compare them at equal used bits; grids are in recipes/compare/
+  outliers --config RECIPE.yaml   calibrate for each of --bits 2,3,4 alone, read each at all of them; which tokens suffer where
   latency                         time the kernels, or the CPU reference, beside plain weights; latency RUN takes RUN's shapes
 
 RUN is a run folder, an elastic checkpoint, or its id on the Hugging Face hub.
@@ -54,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         commands: dict[str, Callable[[str, list[str]], None]] = {"fit": _train, "validate": _train}
         commands |= dict.fromkeys(("generate", "export", "inspect", "verify", "evaluate", "latency"), _run)
-        commands["compare"] = _compare
+        commands |= {"compare": _compare, "outliers": _outliers}
         if command not in commands:
             raise RecipeError(f"no command {command!r}. {nearest(command, commands)} Commands: {', '.join(commands)}")
         commands[command](command, rest)
@@ -80,6 +81,15 @@ def _compare(command: str, rest: list[str]) -> None:
     from mobiq_lightning.comparison.command import compare
 
     compare(rest)
+
+
+def _outliers(command: str, rest: list[str]) -> None:
+    from mobiq_lightning.recipe import check_arguments
+
+    check_arguments(rest, options=("bits", "share"))
+    from mobiq_lightning.outliers.command import OutliersCLI
+
+    OutliersCLI(rest)
 
 
 def _run(command: str, rest: list[str]) -> None:

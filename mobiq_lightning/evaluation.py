@@ -86,7 +86,7 @@ class Comparison:
         self.sizes = [routed.n_weights for routed in self.inputs]
         self.slice_bits = self.inputs[0].slice_bits
         linears = [m for m in elastic.modules() if isinstance(m, ElasticLinear)]
-        self.rounded, self.rounded_overhead = _wrap_for_rounding(full, layout, linears[0].group_size)
+        self.rounded, self.rounded_overhead = wrap_for_rounding(full, layout, linears[0].group_size)
         self.full_bits = 8 * next(full.parameters()).element_size()
         self.overhead_bits, self.router_bits = stored_bits(elastic)
         self.first = [Arm("full", self.full_bits)]
@@ -250,14 +250,21 @@ def rounding_key(module: ElasticCalibration, group_size: int, device: torch.devi
     }
 
 
-def _wrap_for_rounding(model: nn.Module, layout: BlockLayout, group_size: int) -> tuple[list[RoutedInput], float]:
+def wrap_for_rounding(
+    model: nn.Module, layout: BlockLayout, group_size: int, bits: tuple[int, ...] = (2, 1, 1, 2, 2)
+) -> tuple[list[RoutedInput], float]:
     """Lets the decoder linears of a model be read as uncalibrated nested codes.
+
+    Args:
+        model: Whose linears are replaced.
+        layout: Where its blocks are.
+        group_size: Columns per range.
+        bits: Of the slices; they decide which depths can be read, not the codes.
 
     Returns:
         The inputs to set the depth of, or to set to full precision; bits per weight spent on scales and biases.
     """
     spent = n_weights = 0.0
-    bits = (2, 1, 1, 2, 2)
     routed = RoutedInput(StaticRouter(1, len(bits)), bits, 0)
     for block in layout.find(model):
         names = [n for n, m in block.named_modules() if isinstance(m, (nn.Linear, SlicedLinear))]

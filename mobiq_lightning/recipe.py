@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,12 @@ _STRATEGY_KEYS = {
 _TOP_LEVEL = ("seed_everything", "trainer", "model", "data", "overwrite")
 
 
-def check_arguments(arguments: list[str]) -> None:
+def check_arguments(arguments: list[str], options: Collection[str] = ()) -> None:
     """Checks the recipes and the keys of a ``fit`` or ``validate`` command line.
 
     Args:
         arguments: What follows the command.
+        options: Keys that the command has beside those of a recipe.
 
     Raises:
         RecipeError: With one line for every key or class that does not exist.
@@ -51,6 +52,8 @@ def check_arguments(arguments: list[str]) -> None:
             classes |= {key: _class_name(value) for key, value in _strategies(recipe)}
         elif name.startswith("--") and not name.startswith("--print_") and not name.endswith(".help"):
             keys = name[2:].rstrip("+").split(".")
+            if name[2:] in options:
+                continue
             given = value if equals else (pending[0] if pending else "")
             problems += check_key(keys) or _check_override(keys, given, classes)
     if problems:

@@ -26,6 +26,7 @@ CONFIG, RESULTS, DIAGNOSTICS, CHECKPOINTS, IDENTITY, RETRIES = (
 )
 _OWN: tuple[str, ...] = (CONFIG, RESULTS, ELASTIC, f"{ELASTIC}.partial", CHECKPOINTS, IDENTITY, RETRIES)
 _OWN += (DIAGNOSTICS, "results.csv", "results.png", "metrics.jsonl", "csv", "hidden_states", "wandb")
+_OWN += ("outliers.json", "outliers.csv", "outliers.png")
 _IRRELEVANT = (
     "overwrite",
     "config",

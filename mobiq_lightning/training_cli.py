@@ -22,6 +22,7 @@ from mobiq_lightning.callbacks import (
     CalibrationProgress,
     LatencyCheck,
     LayerwiseCalibration,
+    OutlierMigration,
     Results,
     RoutingDiagnostics,
     ThresholdTuning,
@@ -76,11 +77,14 @@ class ElasticCLI(LightningCLI):
     datamodule: TextWindows
     model: ElasticCalibration
     trainer: Trainer
+    own_keys: tuple[str, ...] = ("overwrite", "config")
+    """Keys of the command line that are no part of the recipe."""
 
     def __init__(self, arguments: list[str]) -> None:
         _quiet_libraries()
         self.run_folder = RunFolder(".")
         self.resumes = False
+        self.recipe: dict[str, Any] = {}
         # LightningCLI reads sys.argv, and DDP starts the other processes with it.
         argv, sys.argv = sys.argv, [sys.argv[0], *arguments]
         try:
@@ -114,10 +118,11 @@ class ElasticCLI(LightningCLI):
         """Claims the run folder before anything is built."""
         self.expand_run_folder()
         self._dump_config()
-        recipe = json.loads(json.dumps({k: v for k, v in self.config_dump.items() if k not in ("overwrite", "config")}))
-        self.run_folder = RunFolder(recipe["trainer"]["default_root_dir"])
+        recipe = {k: v for k, v in self.config_dump.items() if k not in self.own_keys}
+        self.recipe = json.loads(json.dumps(recipe))
+        self.run_folder = RunFolder(self.recipe["trainer"]["default_root_dir"])
         if self.subcommand == "fit":
-            self.resumes = self.run_folder.claim(recipe, bool(self._get(self.config, "overwrite")))
+            self.resumes = self.run_folder.claim(self.recipe, bool(self._get(self.config, "overwrite")))
         elif not (self.run_folder.path / ELASTIC / "config.json").is_file():
             raise RunFolderError(
                 f"{self.run_folder.path} holds no finished run (no {ELASTIC}/config.json). Run `fit` with this recipe "
@@ -152,8 +157,9 @@ class ElasticCLI(LightningCLI):
         # A run with results counts as finished, so they are written when all else is.
         own += [Results(), LatencyCheck(), *self._checkpoints()]
         callbacks = given + [c for c in own if not any(type(c) is type(g) for g in given) or _is_checkpoint(c)]
-        # One that the recipe gives comes first, but adds to what Results writes.
-        config["callbacks"] = sorted(callbacks, key=lambda c: isinstance(c, LatencyCheck))
+        # One that the recipe gives comes first, but these add to what Results writes and log after it, in this order.
+        last = (OutlierMigration, LatencyCheck)
+        config["callbacks"] = sorted(callbacks, key=lambda c: [isinstance(c, kind) for kind in reversed(last)])
         config["logger"] = self._loggers(config.get("logger"))
         plugins = config.get("plugins") or []
         plugins = plugins if isinstance(plugins, list) else [plugins]

@@ -3,6 +3,7 @@
 from mobiq_lightning.callbacks.block_export import BlockExport
 from mobiq_lightning.callbacks.latency_check import LatencyCheck
 from mobiq_lightning.callbacks.layerwise_calibration import LayerwiseCalibration
+from mobiq_lightning.callbacks.outlier_migration import OutlierMigration
 from mobiq_lightning.callbacks.progress import CalibrationProgress
 from mobiq_lightning.callbacks.results import Results
 from mobiq_lightning.callbacks.routing_diagnostics import RoutingDiagnostics
@@ -13,6 +14,7 @@ __all__ = [
     "CalibrationProgress",
     "LatencyCheck",
     "LayerwiseCalibration",
+    "OutlierMigration",
     "Results",
     "RoutingDiagnostics",
     "ThresholdTuning",

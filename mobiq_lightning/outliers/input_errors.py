@@ -1,0 +1,84 @@
+"""How far the linears of a routed input are off for each token, at each precision, on full-precision inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mobiq_lightning.layers import ElasticLinear
+
+
+class InputErrors:
+    """Watches a full-precision model and computes what an elastic one would make of the inputs of its linears.
+
+    Args:
+        full: The source model.
+        elastic: An elastic model made of it, whose linears have the same names.
+        bits: The P precisions.
+    """
+
+    def __init__(self, full: nn.Module, elastic: nn.Module, bits: Sequence[int]) -> None:
+        self.bits = tuple(bits)
+        groups: dict[int, list[str]] = {}
+        for name, module in elastic.named_modules():
+            if isinstance(module, ElasticLinear):
+                groups.setdefault(id(module.routed), []).append(name)
+        self.linears: dict[str, list[tuple[Any, ElasticLinear]]] = {
+            names[0]: [(full.get_submodule(n), _elastic_linear(elastic, n)) for n in names] for names in groups.values()
+        }
+        self._found: dict[str, list[Tensor]] = {name: [] for name in self.linears}
+
+    @contextmanager
+    def watch(self, counted: Tensor) -> Iterator[None]:
+        """Within it, a forward pass of the full-precision model is watched.
+
+        Args:
+            counted: (B, T - 1) which tokens but the last of each window count.
+        """
+        handles = [
+            linears[0][0].register_forward_pre_hook(partial(self._note, name, counted))
+            for name, linears in self.linears.items()
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def errors(self) -> dict[str, Tensor]:
+        """By the first linear of each input, the relative errors (P, N) of all tokens that were watched."""
+        return {name: torch.cat(found, dim=1) for name, found in self._found.items()}
+
+    def _note(self, name: str, counted: Tensor, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0][:, :-1][counted].float()
+        weight = torch.cat([source.weight for source, _ in self.linears[name]]).float()
+        read = (torch.cat([elastic.weight_at(b) for _, elastic in self.linears[name]]) for b in self.bits)
+        self._found[name].append(relative_errors(x, weight, read).cpu())
+
+
+def relative_errors(x: Tensor, weight: Tensor, read: Iterator[Tensor]) -> Tensor:
+    """``|(W - W_b) x|^2 / |W x|^2`` of each token.
+
+    Args:
+        x: (N, I).
+        weight: (O, I) in full precision, all linears of the input below each other.
+        read: The same (O, I) at each of the P precisions.
+
+    Returns:
+        (P, N).
+    """
+    size = F.linear(x, weight).square().sum(-1).clamp_min(1e-30)
+    # The difference of the weights, not of the products: at 8 bits those would agree to all digits that they have.
+    return torch.stack([F.linear(x, weight - at).square().sum(-1) / size for at in read])
+
+
+def _elastic_linear(model: nn.Module, name: str) -> ElasticLinear:
+    linear = model.get_submodule(name)
+    assert isinstance(linear, ElasticLinear)
+    return linear

@@ -1,0 +1,49 @@
+"""Writes what was found: outliers.json, outliers.csv with every token, outliers.png."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+from mobiq_lightning.files import write_atomically, write_json, write_text
+from mobiq_lightning.outliers.figure import plot_outliers
+from mobiq_lightning.outliers.token_record import TokenRecord
+
+FILES = ("outliers.json", "outliers.csv", "outliers.png")
+
+
+def write_outliers(found: dict[str, Any], record: TokenRecord, tokenizer: Any, folder: Path) -> None:
+    """Writes the three files into a run folder, each atomically.
+
+    Args:
+        found: For outliers.json.
+        record: Of the elastic checkpoint.
+        tokenizer: Names the tokens.
+        folder: The run folder.
+    """
+    write_json(folder / FILES[0], found)
+    write_text(folder / FILES[1], _token_table(record, tokenizer))
+    write_atomically(folder / FILES[2], lambda path: plot_outliers(found, record, path))
+
+
+def _token_table(record: TokenRecord, tokenizer: Any) -> str:
+    """A line for each token: where it is, what it is, what it costs in full precision, and its KL at each precision."""
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["window", "position", "token", "full_nll", *(f"kl_at_{b}_bits" for b in record.bits)])
+    names = tokenizer.convert_ids_to_tokens(record.ids.tolist())
+    place = zip(record.windows.tolist(), record.positions.tolist(), names, strict=True)
+    for where, nll, kl in zip(place, record.full_nll.tolist(), record.kl.T.tolist(), strict=True):
+        writer.writerow([*where, f"{nll:.4g}", *(f"{value:.4g}" for value in kl)])
+    return text.getvalue()
+
+
+def overlap_metrics(tokens: dict[str, Any]) -> dict[str, float]:
+    """Scalars for loggers, of what `summarize_tokens` gives."""
+    metrics: dict[str, float] = {}
+    for place in ("model", "inputs_mean"):
+        for figure in ("overlap", "rank_correlation"):
+            metrics |= {f"outliers/{place}/{figure}_{pair}": v for pair, v in tokens[place][figure].items()}
+    return metrics

@@ -34,6 +34,12 @@ def test_two_processes_learn_the_same_and_measure_every_window_once(
     for key, perplexity in pick(alone).items():
         if key[0] in ("full", "rtn"):  # these do not depend on the order of the calibration windows
             assert abs(pick(results)[key] / perplexity - 1) < 1e-6
+    both, one = (json.loads((run / "diagnostics.json").read_text()) for run in (tmp_path / "run", single))
+    positions = lambda found: [(c["class"], c["tokens"]) for c in found["budgets"][0]["by_position"]]
+    assert positions(both) == positions(one)
+    errors = lambda found: torch.tensor(found["block_error"]["relative_error"])
+    assert both["block_error"]["tokens"] > 0
+    assert bool((errors(both)[:, 0] > errors(both)[:, -1]).all())
 
 
 def test_ddp_that_would_drift_apart_is_refused(recipe_arguments: list[str]) -> None:

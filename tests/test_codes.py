@@ -14,15 +14,16 @@ import torch
 
 import mobiq_lightning
 from mobiq_lightning.checkpoint.verification import verify
-from mobiq_lightning.checkpoint.write import CheckpointWriter
+from mobiq_lightning.checkpoint.write import CheckpointWriter, block_tensors
 from mobiq_lightning.cli import main
 from mobiq_lightning.codes import CODES
 from mobiq_lightning.errors import CheckpointError, KernelError
 from mobiq_lightning.kernels import relay
 from mobiq_lightning.latency.command import chosen_shapes
-from mobiq_lightning.layers import ElasticLinear, routed_inputs
+from mobiq_lightning.layers import ElasticLinear, SlicedLinear, routed_inputs
 from mobiq_lightning.packing import WHOLE_ROW, pack_planes, plane_of
-from mobiq_lightning.routed_input import fixed_depth
+from mobiq_lightning.routed_input import RoutedInput, fixed_depth
+from mobiq_lightning.strategies import KMeansSlices, StaticRouter
 from tests.checkpoints import DEPTHS, IDS, edit_tensors, logits, rehash, tensors_of
 from tests.conftest import small_recipe
 
@@ -215,3 +216,17 @@ def test_tables_planes_and_slices_are_read_as_their_formulas_say() -> None:
     tables = ([float(i) for i in range(8)], [float(i) for i in range(10, 26)])
     assert weight("codebook", 2, *tables) == [2.0, 5.0]
     assert weight("codebook", 3, *tables) == [15.0, 20.0]
+
+
+class MislabelledSlices(KMeansSlices):
+    """Says that it packs the nested code."""
+
+    code = "nested"
+
+
+def test_a_scheme_that_packs_another_code_than_it_says_is_refused() -> None:
+    linear = torch.nn.Linear(8, 4)
+    routed = RoutedInput(StaticRouter(8, 3), (2, 1, 1), 32)
+    block = torch.nn.ModuleDict({"up": SlicedLinear(linear, MislabelledSlices(4, 8), routed)})
+    with pytest.raises(CheckpointError, match=r"0\.up: MislabelledSlices packs the codebook code.*PackedTables\.code"):
+        block_tensors("0", block)

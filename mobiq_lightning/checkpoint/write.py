@@ -112,6 +112,12 @@ def block_tensors(prefix: str, block: nn.Module) -> dict[str, Tensor]:
         device = next(linear.scheme.parameters(), linear.weight).device
         packed = linear.scheme.pack(linear.weight.to(device))
         base = f"{prefix}.{name}"
+        if packed.code != linear.scheme.code:
+            kind = type(linear.scheme).__name__
+            raise CheckpointError(
+                f"{base}: {kind} packs the {packed.code} code, but its `code` is {linear.scheme.code!r}; nothing could read "
+                f"the checkpoint. Set `code = {type(packed).__name__}.code` in {kind}"
+            )
         tensors |= {f"{base}.plane_{p}": plane for p, plane in enumerate(packed.planes)}
         tensors |= {f"{base}.{value_name}": value for value_name, value in packed.named_values.items()}
         if linear.bias is not None:

@@ -15,12 +15,16 @@ from mobiq_lightning.strategies.slices.ranges import round_as_stored
 
 
 class BinaryCodedSlices(FixedCodeSlices):
-    """Binary coding quantization, grown plane by plane (AnyBCQ, arXiv 2510.10467).
+    """Binary coding quantization, grown slice by slice (after AnyBCQ, arXiv 2510.10467).
 
     A weight read with p planes is ``bias + sum of scale_i * b_i`` with ``b_i`` of +1 or -1. The planes of the base slice
     start greedily, each the sign of what the planes before it leave over, with the mean of its size as scale; then codes
     and scales take turns: the nearest code of every weight, the scales and the bias of least squares. Every further slice
     is fitted in the same way to what is left over, with all coarser planes and scales frozen, and without a bias.
+
+    The paper freezes the planes alone: every precision there has refined scales of its own, here a plane has one scale at
+    all depths. That costs B scales per group instead of the sum of the depths, and accuracy above 4 bits: with slices of one
+    bit, weights far from the mean are never reached, and the error falls slowly. Slices of two bits are better there.
 
     Learned are a factor of each scale, kept as its logarithm, and a shift of the bias in units of the first scale. The
     codes stay as they were found: a gradient of the scales is then exact, and none goes through a rounding.

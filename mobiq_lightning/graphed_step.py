@@ -6,11 +6,15 @@ replays.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
+
+CACHE_NAMES = ("cache", "past_key_values")
+"""What transformers calls the key-value cache: since 5.24, and before."""
 
 
 class GraphedStep:
@@ -42,23 +46,24 @@ class GraphedStep:
         """The model's output for one step.
 
         Args:
-            **inputs: As the model's forward takes them; ``past_key_values`` a static cache.
+            **inputs: As the model's forward takes them; the cache, by whichever name, a static one.
         """
-        cache = inputs.pop("past_key_values")
+        name = next(name for name in CACHE_NAMES if name in inputs)
+        cache = inputs.pop(name)
         leaves, form = tree_flatten(inputs)
         key = (str(form), [_kind(leaf) for leaf in leaves], getattr(self._dial, "replaced", 0))
         if key != self._key or cache is not self._cache:
             self._key, self._cache, self._captured = key, cache, False
             self._graph = self._output = None
             self._static = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-            return self.model(**inputs, past_key_values=cache)
+            return self.model(**inputs, **{name: cache})
         for static, leaf in zip(self._static, leaves, strict=True):
             if isinstance(leaf, Tensor):
                 static.copy_(leaf)
         if not self._captured:
-            self._capture({**tree_unflatten(self._static, form), "past_key_values": cache})
+            self._capture({**tree_unflatten(self._static, form), name: cache})
         if self._graph is None:
-            return self.model(**tree_unflatten(self._static, form), past_key_values=cache)
+            return self.model(**tree_unflatten(self._static, form), **{name: cache})
         with torch.cuda.device(self._device):
             self._graph.replay()
         return self._output
@@ -80,6 +85,12 @@ class GraphedStep:
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self._device), torch.cuda.graph(self._graph):
             self._output = self.model(**inputs)
+
+
+def cache_name(model: Any) -> str:
+    """What the forward of a model calls its key-value cache."""
+    parameters = inspect.signature(model.forward).parameters
+    return next(name for name in CACHE_NAMES if name in parameters)
 
 
 def _kind(leaf: Any) -> Any:

@@ -75,13 +75,13 @@ def seconds_per_step(model: Any, ids: Tensor, new_tokens: int, repeats: int) -> 
     """
     from transformers import StaticCache
 
-    from mobiq_lightning.graphed_step import GraphedStep
+    from mobiq_lightning.graphed_step import GraphedStep, cache_name
 
     length = ids.shape[1] + WARM_UP_STEPS + new_tokens * repeats
     length = -(-length // 64) * 64  # or attention would pad its mask in every block
-    cache = StaticCache(config=model.config, max_cache_len=length)
+    cache = {cache_name(model): StaticCache(config=model.config, max_cache_len=length)}
     step = GraphedStep(model)
-    logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+    logits = model(input_ids=ids, **cache, use_cache=True).logits
     position = torch.full((1, 1), ids.shape[1], device=ids.device)
     slots = torch.arange(length, device=ids.device)
     seen = torch.zeros((), dtype=model.dtype, device=ids.device)
@@ -90,9 +90,7 @@ def seconds_per_step(model: Any, ids: Tensor, new_tokens: int, repeats: int) -> 
     def advance(logits: Tensor) -> Tensor:
         mask = torch.where(slots <= position, seen, unseen).expand(ids.shape[0], 1, 1, -1)
         token = logits[:, -1:].argmax(-1)
-        output = step(
-            input_ids=token, position_ids=position, attention_mask=mask, past_key_values=cache, use_cache=True
-        )
+        output = step(input_ids=token, position_ids=position, attention_mask=mask, **cache, use_cache=True)
         position.add_(1)
         made: Tensor = output.logits
         return made

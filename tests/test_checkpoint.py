@@ -24,6 +24,7 @@ from mobiq_lightning.checkpoint.verification import verify
 from mobiq_lightning.checkpoint.write import CheckpointWriter
 from mobiq_lightning.cli import main
 from mobiq_lightning.errors import BitsError, CheckpointError
+from mobiq_lightning.graphed_step import cache_name
 from mobiq_lightning.layers import ElasticLinear
 from mobiq_lightning.packing import n_groups
 from tests.checkpoints import IDS, PLANE, edit_tensors, generate, logits, tensors_of
@@ -182,11 +183,11 @@ class TestDial:
         model.set_bits(8.0)
         turned = generate(model, logits_processor=[turn], max_new_tokens=8)
         used = model.bits_used()
-        ids, cache = IDS, None
+        ids, cache, name = IDS, None, cache_name(model)
         for step in range(8):
             with torch.no_grad(), model.bits(8.0 if step < 3 else 2.0):
-                out = model(ids if cache is None else ids[:, -1:], past_key_values=cache, use_cache=True)
-            cache, ids = out.past_key_values, torch.cat([ids, out.logits[:, -1:].argmax(-1)], 1)
+                out = model(ids if cache is None else ids[:, -1:], **{name: cache}, use_cache=True)
+            cache, ids = out[name], torch.cat([ids, out.logits[:, -1:].argmax(-1)], 1)
         assert torch.equal(turned, ids)
         assert used.code_bits == pytest.approx((14 * 8 + 5 * 2) / 19)
 

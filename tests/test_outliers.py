@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 from collections.abc import Callable
@@ -20,7 +21,9 @@ from mobiq_lightning.layers import routed_inputs
 from mobiq_lightning.outliers.findings import matrix_verdict, overlap_verdict, same_bits, summarize_tokens
 from mobiq_lightning.outliers.input_errors import InputErrors
 from mobiq_lightning.outliers.overlap import overlaps, rank_correlations, worst_tokens
+from mobiq_lightning.outliers.tables import print_overlaps
 from mobiq_lightning.outliers.token_record import TokenRecord, read_uniformly, spread_windows
+from mobiq_lightning.outliers.writing import overlap_metrics
 from mobiq_lightning.strategies import BlockReconstruction, ResidualSlices
 
 BITS = (2, 4, 8)
@@ -107,7 +110,7 @@ def pair(make_model: Callable[..., Path], finished: tuple[Path, list[str]]) -> t
     from mobiq_lightning.source import BlockLayout, load_source
 
     full = load_source(str(make_model())).model
-    return full, load(finished[0]), wrap_for_rounding(full, BlockLayout(), 16)
+    return full, load(finished[0]), wrap_for_rounding(full, BlockLayout(), 16)[0]
 
 
 def windows(*lengths: int) -> Windows:
@@ -180,6 +183,26 @@ class TestTokenErrors:
                 nll.append(F.nll_loss(q, ids[1:], reduction="none"))
             torch.testing.assert_close(record.kl[row].double(), torch.cat(kl), rtol=1e-3, atol=1e-8)
             torch.testing.assert_close(record.nll[row].double(), torch.cat(nll), rtol=1e-4, atol=1e-5)
+
+    def test_inputs_of_a_rotated_model_are_not_compared_and_it_is_said(
+        self, pair: tuple[Any, Any, Any], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        full, elastic, rounded = copy.deepcopy(pair)
+        for name in ("q_proj", "k_proj", "v_proj"):
+            linear = full.get_submodule(f"model.layers.0.self_attn.{name}")
+            linear.weight.data = linear.weight.data.roll(1, 1)
+        watched = InputErrors(full, elastic, BITS)
+        batches = [pad_windows([windows(20)[0]])]
+        record = read_uniformly(full, rounded, elastic, routed_inputs(elastic), batches, BITS, watched)
+        assert record.inputs == {}
+        tokens = {"elastic": summarize_tokens(record, 0.2)}
+        print_overlaps(tokens)
+        assert "rotated before they were sliced" in " ".join(capsys.readouterr().out.split())
+        assert set(overlap_metrics(tokens["elastic"])) == {
+            f"outliers/model/{figure}_{pair}"
+            for figure in ("overlap", "rank_correlation")
+            for pair in ("2-4", "2-8", "4-8")
+        }
 
     def test_fewer_windows_are_spread_over_all(self) -> None:
         batches = list(spread_windows(windows(*range(3, 23)), 2, 4))

@@ -110,8 +110,9 @@ def _draw_pairs(axes: Any, tokens: dict[str, Any]) -> None:
         if kind in tokens:
             values = tokens[kind]["model"]["overlap"]
             axes.plot(range(len(pairs)), [values[p] for p in pairs], marker, color=color, label=f"model (KL), {label}")
-    per_input = [[found["overlap"][pair] for found in elastic["inputs"].values()] for pair in pairs]
-    axes.boxplot(per_input, positions=range(len(pairs)), whis=(0, 100), widths=0.5)
+    if elastic["inputs"]:
+        per_input = [[found["overlap"][pair] for found in elastic["inputs"].values()] for pair in pairs]
+        axes.boxplot(per_input, positions=range(len(pairs)), whis=(0, 100), widths=0.5)
     if "same_bits" in tokens:
         control = tokens["same_bits"].values()
         axes.axhspan(

@@ -129,6 +129,8 @@ def overlap_verdict(tokens: dict[str, Any]) -> str:
     text = f"Of the worst {elastic['share']:.0%} of tokens by KL, {found[order[0]]:.0%} are the same at {_and(order[0])} bits"
     text += f" and {found[order[-1]]:.0%} at {_and(order[-1])}" if len(order) > 1 else ""
     text += f"; by chance {elastic['chance']:.0%}."
+    if not elastic["inputs"]:
+        text += " Its weights were rotated before they were sliced, so inputs are not compared with the source's."
     if "same_bits" in tokens:
         shared = tokens["same_bits"].values()
         text += (

@@ -29,9 +29,12 @@ class InputErrors:
         for name, module in elastic.named_modules():
             if isinstance(module, ElasticLinear):
                 groups.setdefault(id(module.routed), []).append(name)
-        self.linears: dict[str, list[tuple[Any, ElasticLinear]]] = {
+        linears: dict[str, list[tuple[Any, ElasticLinear]]] = {
             names[0]: [(full.get_submodule(n), _elastic_linear(elastic, n)) for n in names] for names in groups.values()
         }
+        # Linears of a rotated model read other inputs than those of the source: there is nothing to compare them on.
+        alike = all(_same_basis(*pair) for pairs in linears.values() for pair in pairs)
+        self.linears = linears if alike else {}
         self._found: dict[str, list[Tensor]] = {name: [] for name in self.linears}
 
     @contextmanager
@@ -52,7 +55,9 @@ class InputErrors:
                 handle.remove()
 
     def errors(self) -> dict[str, Tensor]:
-        """By the first linear of each input, the relative errors (P, N) of all tokens that were watched."""
+        """By the first linear of each input, the relative errors (P, N) of all tokens that were watched; empty if the
+        weights of the elastic model are not those of the source, but rotated.
+        """
         return {name: torch.cat(found, dim=1) for name, found in self._found.items()}
 
     def _note(self, name: str, counted: Tensor, _: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -76,6 +81,16 @@ def relative_errors(x: Tensor, weight: Tensor, read: Iterator[Tensor]) -> Tensor
     size = F.linear(x, weight).square().sum(-1).clamp_min(1e-30)
     # The difference of the weights, not of the products: at 8 bits those would agree to all digits that they have.
     return torch.stack([F.linear(x, weight - at).square().sum(-1) / size for at in read])
+
+
+def _same_basis(source: Any, elastic: ElasticLinear) -> bool:
+    """Whether the weight of an elastic linear, as deep as it is held, is that of the source with an error, or another one.
+
+    Two unrelated weights of one size differ by twice their squared norm; the coarsest codes by less than a fifth of it.
+    """
+    weight = source.weight.float()
+    off = (weight - elastic.weight_at(elastic.n_planes)).square().sum() / weight.square().sum().clamp_min(1e-30)
+    return bool(off < 0.5)
 
 
 def _elastic_linear(model: nn.Module, name: str) -> ElasticLinear:

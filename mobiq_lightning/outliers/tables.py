@@ -28,12 +28,15 @@ def print_overlaps(tokens: dict[str, Any]) -> None:
     table = Table(
         title=f"Worst {elastic['share']:.0%} of {elastic['n_tokens']} tokens that two precisions share",
     )
-    for column in ("bits", "model (KL)", "rank corr.", *others, "inputs, mean", "lowest", "highest"):
+    of_inputs = ("inputs, mean", "lowest", "highest") if elastic["inputs"] else ()
+    for column in ("bits", "model (KL)", "rank corr.", *others, *of_inputs):
         table.add_column(column, justify="right", no_wrap=True)
     for pair, value in elastic["model"]["overlap"].items():
-        per_input = [found["overlap"][pair] for found in elastic["inputs"].values()]
-        shares = [*(o[pair] for o in others.values()), elastic["inputs_mean"]["overlap"][pair]]
-        cells = [f"{s:.0%}" for s in [*shares, min(per_input), max(per_input)]]
+        shares = [o[pair] for o in others.values()]
+        if of_inputs:
+            per_input = [found["overlap"][pair] for found in elastic["inputs"].values()]
+            shares += [elastic["inputs_mean"]["overlap"][pair], min(per_input), max(per_input)]
+        cells = [f"{s:.0%}" for s in shares]
         rank = f"{elastic['model']['rank_correlation'][pair]:.2f}"
         table.add_row(pair.replace("-", " and "), f"{value:.0%}", rank, *cells)
     _print(table, overlap_verdict(tokens))

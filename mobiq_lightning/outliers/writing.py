@@ -45,5 +45,6 @@ def overlap_metrics(tokens: dict[str, Any]) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for place in ("model", "inputs_mean"):
         for figure in ("overlap", "rank_correlation"):
-            metrics |= {f"outliers/{place}/{figure}_{pair}": v for pair, v in tokens[place][figure].items()}
+            found = tokens[place].get(figure, {})  # there is none of inputs if weights were rotated
+            metrics |= {f"outliers/{place}/{figure}_{pair}": value for pair, value in found.items()}
     return metrics

@@ -56,6 +56,17 @@ def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     )
 
 
+def label(allocation: str, results: dict[str, Any]) -> str:
+    """What tables call an allocation: a router that cannot be deployed is called so.
+
+    Args:
+        allocation: Of a row.
+        results: results.json.
+    """
+    deployable = allocation != "router" or results.get("router", {}).get("deployable", True)
+    return LABELS[allocation] if deployable else f"{LABELS[allocation]}, not deployable"
+
+
 def print_table(results: dict[str, Any]) -> None:
     """Prints the comparison and, in words, how the router did against the controls."""
     from rich.console import Console
@@ -77,7 +88,7 @@ def print_table(results: dict[str, Any]) -> None:
         spread = f" ± {row['spread']:.2f}" if row["n_seeds"] > 1 else ""
         cells = [f"{row[key]:.2f}" for key in ("used_bits", "all_in_bits")]
         table.add_row(
-            LABELS[row["allocation"]],
+            label(row["allocation"], results),
             f"{row['target_bits']:g}",
             *cells,
             f"{row['perplexity']:.2f}{spread}",
@@ -140,7 +151,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
             markersize=5,
             linewidth=1.3 if allocation != "rtn" else 0,
             capsize=2,
-            label=LABELS[allocation],
+            label=label(allocation, results),
         )
     axes.set_yscale("log")
     axes.set_xlabel("used code bits per weight")
@@ -181,7 +192,8 @@ def print_summary(summary: Summary) -> None:
     table.add_row("groups", "whole rows" if columns >= WHOLE_ROW else f"{columns} columns")
     if code := elastic.get("code"):
         table.add_row("code", f"{code}; the reference reads it, the kernels do not")
-    table.add_row("routers", f"{summary.n_routers} x {elastic['router']['class_path'].rpartition('.')[2]}")
+    bound = "" if summary.deployable else ", not deployable: an upper bound for routers that see one input"
+    table.add_row("routers", f"{summary.n_routers} x {elastic['router']['class_path'].rpartition('.')[2]}{bound}")
     table.add_row("dial", f"stands at {elastic['default_bits']:g} bits, thresholds per {elastic['threshold_scope']}")
     values = [kind for kind in (SCALES, VALUE_TABLES) if summary.bytes_by_kind[kind]]
     stored = summary.bits_per_weight("planes", *values)

@@ -157,9 +157,13 @@ class ElasticCLI(LightningCLI):
         # A run with results counts as finished, so they are written when all else is.
         own += [Results(), LatencyCheck(), *self._checkpoints()]
         callbacks = given + [c for c in own if not any(type(c) is type(g) for g in given) or _is_checkpoint(c)]
-        # One that the recipe gives comes first, but these add to what Results writes and log after it, in this order.
+        # Those that the recipe gives come first, but none before the current block is in place and its routers have seen its
+        # weights; the last ones add to what Results writes and log after it, in this order.
         last = (OutlierMigration, LatencyCheck)
-        config["callbacks"] = sorted(callbacks, key=lambda c: [isinstance(c, kind) for kind in reversed(last)])
+        config["callbacks"] = sorted(
+            callbacks,
+            key=lambda c: [*(isinstance(c, kind) for kind in reversed(last)), not isinstance(c, LayerwiseCalibration)],
+        )
         config["logger"] = self._loggers(config.get("logger"))
         plugins = config.get("plugins") or []
         plugins = plugins if isinstance(plugins, list) else [plugins]

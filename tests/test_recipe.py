@@ -84,6 +84,9 @@ def test_arguments_of_strategies_are_those_that_a_recipe_gives() -> None:
     assert strategy_classes("slices")["ResidualSlices"] == ("slice_bits", "group_size")
     assert strategy_classes("budgets")["CosineBudget"] == ("start_bits", "end_bits")
     assert strategy_classes("routers")["RandomRouter"] == ("seed",)
+    assert strategy_classes("routers")["ErrorSketchRouter"] == ("n_projections", "seed")  # its base takes n_rows
+    assert strategy_classes("routers")["LinearRouter"] == ()
+    assert strategy_classes("budgets")["ListedBudget"] == ("points",)
 
 
 def test_typos_and_help_do_not_wait_for_heavy_imports(tmp_path: Path) -> None:
@@ -109,6 +112,10 @@ def test_typos_and_help_do_not_wait_for_heavy_imports(tmp_path: Path) -> None:
         (["fit", "--config", str(RECIPES[-1]), "--model.router.init_args.hiden=3"], "Did you mean 'hidden_features'"),
         (["fit", "--config", str(RECIPES[-1]), "--model.slices.groupsize", "3"], "Did you mean 'group_size'"),
         (["fit", "--model.budget=CosineBudget", "--model.budget.start=3"], "Did you mean 'start_bits'"),
+        (["fit", "--model.budget=ListedBudget", "--model.budget.point=[[0, 6]]"], "Did you mean 'points'"),
+        (["fit", "--model.router=SketchRouter"], "Did you mean 'ErrorSketchRouter'"),
+        (["fit", "--model.router=ErrorSketchRouter", "--model.router.projections=4"], "Did you mean 'n_projections'"),
+        (["fit", "--model.router=LinearRouter", "--model.router.hidden_features=4"], "It has none"),
         (["fit"], "Give a recipe"),
     ],
 )

@@ -16,6 +16,7 @@ from mobiq_lightning.loggers import WandbLogger
 from mobiq_lightning.module import ElasticCalibration
 from mobiq_lightning.report import print_table, write_results
 from mobiq_lightning.run_folder import RESULTS
+from mobiq_lightning.strategies.base import Router
 
 
 class Results(Callback):
@@ -43,6 +44,7 @@ class Results(Callback):
                 "router_bits": module.comparison.router_bits,
                 "threshold_scope": module.threshold_scope,
             },
+            "router": _describe_router(module.comparison.inputs[0].router),
             "collapsed": module.collapsed or known.get("collapsed", {}),
             "rows": rows,
         }
@@ -72,6 +74,11 @@ class Results(Callback):
                 logger.log_metrics(metrics, step=module.global_step + number + 1)
             if isinstance(logger, WandbLogger):
                 logger.log_comparison(rows, module.run_folder / "results.png")
+
+
+def _describe_router(router: Router) -> dict[str, Any]:
+    """What results say of the routers, for tables."""
+    return {"class": type(router).__name__, "deployable": router.deployable}
 
 
 def _known_results(folder: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import yaml
 from mobiq_lightning.checkpoint.names import CARD, CONFIG, PROVENANCE, RESULTS
 from mobiq_lightning.files import write_text
 from mobiq_lightning.packing import WHOLE_ROW, PackedSlices, depths_of
-from mobiq_lightning.report import LABELS, bits_text, summarize, verdict
+from mobiq_lightning.report import bits_text, label, summarize, verdict
 
 
 def write_card(folder: Path) -> None:
@@ -95,7 +95,7 @@ def _measured(results: dict[str, Any], highest: int, capped: bool) -> str:
             continue
         spread = f" ± {row['spread']:.2f}" if row["n_seeds"] > 1 else ""
         lines.append(
-            f"| {LABELS[row['allocation']]} | {row['target_bits']:g} | {row['used_bits']:.2f} | {row['all_in_bits']:.2f} "
+            f"| {label(row['allocation'], results)} | {row['target_bits']:g} | {row['used_bits']:.2f} | {row['all_in_bits']:.2f} "
             f"| {row['perplexity']:.2f}{spread} | {row['kl']:.4f} |"
         )
     said = verdict([row for row in results["rows"] if row["target_bits"] <= highest or row["allocation"] == "full"])

@@ -37,6 +37,7 @@ class Summary:
         n_blocks: Decoder blocks.
         bytes_by_kind: Bytes of planes, scales and biases, value tables, routers, threshold tables, and everything else.
         n_routers: Routers.
+        deployable: Whether they are, see `Router.deployable`.
         n_planes: Planes held of every weight.
         provenance: Of provenance.json.
         results: Of results.json.
@@ -50,6 +51,7 @@ class Summary:
     n_blocks: int = 0
     bytes_by_kind: Counter[str] = field(default_factory=Counter)
     n_routers: int = 0
+    deployable: bool = True
     n_planes: int = 0
     provenance: dict[str, Any] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
@@ -86,7 +88,9 @@ def summarize_checkpoint(source: str | Path) -> Summary:
             summary.linears[module.out_features, module.in_features] += 1
             summary.n_weights += module.out_features * module.in_features
             summary.n_planes = module.n_planes
-    summary.n_routers = len(routed_inputs(model))
+    inputs = routed_inputs(model)
+    summary.n_routers = len(inputs)
+    summary.deployable = all(routed.router.deployable for routed in inputs)
     summary.n_blocks = len(BlockLayout(**elastic["layout"]).find(model))
     for key, file in (("provenance", PROVENANCE), ("results", RESULTS)):
         if (folder / file).is_file():

@@ -38,6 +38,7 @@ def publish(
     table = long_table(points)
     finished = [s for s in grid.strategies if any(row["strategy"] == s for row in rows)]
     sentences = verdicts(points, finished, grid.bits, len(grid.seeds))
+    sentences += _not_deployable(folder, cells)
     sentences += [f"{cell.name} failed: {failures[cell.slug]}" for cell in cells if cell.slug in failures]
     first = folder.results(next(cell for cell in cells if folder.finished(cell)))
     summary = {
@@ -95,6 +96,20 @@ def _report_of(summary: Mapping[str, Any]) -> ReportInput:
     cells = [ReportCell(**{key: value for key, value in cell.items() if key in known}) for cell in described]
     shared = {field.name: summary[field.name] for field in fields(ReportInput) if field.name != "cells"}
     return ReportInput(**shared, cells=cells)
+
+
+def _not_deployable(folder: ComparisonFolder, cells: Sequence[Cell]) -> list[str]:
+    """A sentence for each strategy whose routers only say how good others could be."""
+    stored: dict[str, float] = {}
+    for cell in cells:
+        results = folder.results(cell) if folder.finished(cell) else {}
+        if not results.get("router", {}).get("deployable", True):
+            stored[cell.strategy] = results["slices"]["router_bits"]
+    return [
+        f"{strategy} cannot be deployed: its routers store {bits:.1f} bits per weight. It is an upper bound for routers that "
+        "see the input of one layer."
+        for strategy, bits in stored.items()
+    ]
 
 
 def _describe(folder: ComparisonFolder, cell: Cell, failures: Mapping[str, str]) -> dict[str, Any]:

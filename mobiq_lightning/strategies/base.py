@@ -97,6 +97,10 @@ class Router(nn.Module, ABC):
     per_token = True
     """Whether tokens of one input may read different depths at one threshold."""
 
+    deployable = True
+    """Whether it costs less than the weights that it routes. One that does not is an upper bound for others, and every table
+    says so."""
+
     threshold: Tensor
     """Scalar, or (B, 1, 1) if every row of a batch has a budget of its own. Where the dial stands is no part of a
     checkpoint, so it is not saved."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Sequence
 
 from mobiq_lightning.strategies.base import BudgetSchedule
@@ -23,6 +24,8 @@ class ListedBudget(BudgetSchedule):
             raise ValueError("points is empty; give [progress, bits] pairs, as in [[0, 6], [1, 3]]")
         if times != sorted(times) or not (times[0] >= 0 and times[-1] <= 1):
             raise ValueError(f"points: progress {times} must rise from 0 to 1")
+        if not all(math.isfinite(bits) for _, bits in self.points):
+            raise ValueError(f"points: bits {[bits for _, bits in self.points]} must be numbers")
 
     def bits_at(self, progress: float) -> float:
         """Average bits per weight at `progress`."""

@@ -17,9 +17,11 @@ class LocalErrorRouter(Router):
     """Scores a slice by the squared error per bit that it takes from the product, from stored factors of the errors.
 
     For the weight ``W_k`` read with k slices there is a factor ``F_k`` (R, I) with ``|F_k x|^2`` the squared error
-    ``|(W - W_k) x|^2`` of a token, exactly or nearly. The error is absolute, over all linears that read the input: tokens
-    of one input are ranked by what they add to the error of the block. Between inputs such errors have different scales,
-    so thresholds per layer are meant, not global ones.
+    ``|(W - W_k) x|^2`` of a token, exactly or nearly. The error is absolute, over all linears that read the input, and is
+    not divided by ``|W x|^2``: a token is ranked by what its error adds to the block. Relative errors make tokens and
+    inputs alike that are not, and measured worse on the built-in model: a little with thresholds per layer, much with a
+    global one. Under a global threshold absolute errors also say which inputs need bits. That takes an error to do the
+    same harm wherever it is made, which is rough: it paid at few bits and not at 3.5.
 
     Args:
         in_features: I.

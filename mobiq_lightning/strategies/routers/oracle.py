@@ -22,6 +22,8 @@ class OracleRouter(LocalErrorRouter):
         max_features: Refuse wider inputs: their factors would not fit into memory.
     """
 
+    deployable = False
+
     def __init__(self, in_features: int, n_slices: int, max_features: int = 4096) -> None:
         if in_features > max_features:
             gigabytes = 4 * n_slices * in_features**2 / 1e9

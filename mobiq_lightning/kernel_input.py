@@ -34,7 +34,8 @@ class KernelInput:
         self.routed, self.linears = routed, linears
         self.weights: KernelWeights = relay([linear.packed for linear in linears])
         self.router = None
-        if two_layers := fusable_router(routed.router):
+        # A router reads what is in front of the transform, so the two are run in front of the kernels.
+        if routed.transform is None and (two_layers := fusable_router(routed.router)):
             self.router = relay_router(two_layers, self.weights)
         self.counted = torch.ones(MAX_ROUTED, dtype=torch.int64, device=self.weights.units.device)
         self._entered: tuple[weakref.ref[Tensor], Any] | None = None
@@ -121,7 +122,8 @@ class KernelInput:
     def _multiply(self, x: Tensor) -> Tensor:
         from mobiq_lightning.kernels.dispatch import multiply, multiply_uniform, route_and_prepare
 
-        routed, flat = self.routed, x.flatten(0, -2)
+        routed = self.routed
+        flat = routed.read(x).flatten(0, -2)
         if routed.fixed_slices is not None:
             return multiply_uniform(flat, self.weights, routed.depths[routed.fixed_slices - 1])
         prepared = None
@@ -160,7 +162,7 @@ class KernelInput:
             if index == 0:
                 routed.count(bits)
         flat: Tensor = kernel_linear(
-            x.flatten(0, -2),
+            routed.read(x).flatten(0, -2),
             weights.units,
             weights.meta,
             weights.counters,

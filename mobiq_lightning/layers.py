@@ -60,16 +60,32 @@ class SlicedLinear(nn.Module):
         if routed.full_precision:
             return F.linear(x, self.weight, self.bias)
         if routed.fixed_slices is not None:
-            y = F.linear(x, self.scheme.weight_at(self.weight, routed.fixed_slices).to(x.dtype))
+            y = F.linear(routed.read(x), self.scheme.weight_at(self.sliced_weight(), routed.fixed_slices).to(x.dtype))
         elif torch.is_grad_enabled():
-            slices = self.scheme(self.weight).to(x.dtype)
+            slices = self.scheme(self.sliced_weight()).to(x.dtype)
             y = F.linear(routed.gated(x), slices.transpose(0, 1).flatten(1))
         else:  # the way of ElasticLinear, so that the saved model computes what the calibrated one did, bit by bit
-            weights = dict(zip(routed.depths, self.scheme.prefixes(self.weight), strict=True))
+            weights = dict(zip(routed.depths, self.scheme.prefixes(self.sliced_weight()), strict=True))
             bits = routed.bits_of(routed.gates(x)).long().flatten()
-            y = mixed_depth_product(x.flatten(0, -2), bits, weights.__getitem__, self.out_features)
+            y = mixed_depth_product(routed.read(x).flatten(0, -2), bits, weights.__getitem__, self.out_features)
             y = y.unflatten(0, x.shape[:-1])
-        return y if self.bias is None else y + self.bias
+        bias = self.sliced_bias()
+        return y if bias is None else y + bias
+
+    def sliced_weight(self) -> Tensor:
+        """(O, I) what the scheme slices: the weight as the transform of the input wants it."""
+        transform = self.routed.transform
+        return self.weight if transform is None else transform.to_weight(self.weight)
+
+    def prefixes_on_input(self) -> Tensor:
+        """(S, O, I) the weight at 1, 2, ... slices, as it acts on the input in front of the transform's scale."""
+        prefixes, transform = self.scheme.prefixes(self.sliced_weight()), self.routed.transform
+        return prefixes if transform is None else prefixes / transform.channel_scale()
+
+    def sliced_bias(self) -> Tensor | None:
+        """(O,) what is added to products with slices; None if nothing is."""
+        transform = self.routed.transform
+        return self.bias if transform is None else transform.to_bias(self.weight, self.bias)
 
     def extra_repr(self) -> str:
         """Shown by `print(module)`."""
@@ -188,12 +204,12 @@ class ElasticLinear(nn.Module):
         if routed.kernel is not None:
             y = routed.kernel.product(x, self)
         elif routed.fixed_slices is not None:
-            y = F.linear(x, self.weight_at(routed.depths[routed.fixed_slices - 1], x.dtype))
+            y = F.linear(routed.read(x), self.weight_at(routed.depths[routed.fixed_slices - 1], x.dtype))
         else:
             bits = routed.bits_of(routed.gates(x)).long()
             if "input" in self._modules:  # the first of the linears that share the input
                 routed.count(bits)
-            product = self.multiply(x.flatten(0, -2), bits.flatten())
+            product = self.multiply(routed.read(x).flatten(0, -2), bits.flatten())
             y = product.unflatten(0, x.shape[:-1])
         return y if self.bias is None else y + self.bias
 
@@ -242,11 +258,27 @@ def stored_bits(model: nn.Module) -> tuple[float, float]:
     """Bits per linear weight that an elastic model spends beside its codes.
 
     Returns:
-        Scales and biases, or tables; routers.
+        Scales and biases, or tables, with what is stored of transformed inputs; routers.
     """
     linears = [m for m in model.modules() if isinstance(m, ElasticLinear)]
     n_weights = sum(linear.n_weights for linear in linears)
     overhead = sum(linear.overhead_bits * linear.n_weights for linear in linears) / n_weights
+    overhead += sum(_transform_bits(linear) for linear in linears) / n_weights
     stored = [value for routed in routed_inputs(model) for value in routed.router.state_dict().values()]
     routers = sum(8 * value.element_size() * value.numel() for value in stored) / n_weights
     return overhead, routers
+
+
+def _transform_bits(linear: ElasticLinear) -> int:
+    """Bits that the transform of its input takes: scale and shift once, and the bias that a shift needs of every linear."""
+    transform = linear.routed.transform
+    if transform is None:
+        return 0
+    stored = transform.stored()
+    shared = sum(32 * value.numel() for value in stored.values()) if "input" in linear._modules else 0
+    own = (
+        torch.finfo(linear.bias.dtype).bits * linear.out_features
+        if "shift" in stored and linear.bias is not None
+        else 0
+    )
+    return shared + own

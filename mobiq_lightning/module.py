@@ -24,6 +24,7 @@ from mobiq_lightning.shared_work import SharedWork
 from mobiq_lightning.source import (
     BlockLayout,
     CalibratedBlock,
+    Learned,
     RouterFactory,
     Share,
     SliceFactory,
@@ -31,7 +32,9 @@ from mobiq_lightning.source import (
     check_finite,
     load_source,
 )
-from mobiq_lightning.strategies.base import BudgetSchedule, Objective
+from mobiq_lightning.strategies import NoTransform
+from mobiq_lightning.strategies.base import BudgetSchedule, Objective, Transform
+from mobiq_lightning.transforming import fold_into_source
 
 Trained = Literal["slices", "routers"]
 
@@ -42,7 +45,7 @@ class Stage:
 
     Args:
         share: Of the block's epochs, in (0, 1].
-        train: What is trained: `slices` (what the slice scheme learns), `routers`, or both.
+        train: What is trained: `slices` (what slice schemes and transforms learn), `routers`, or both.
     """
 
     share: float
@@ -75,6 +78,8 @@ class ElasticCalibration(LightningModule):
         threshold_scope: `layer`: every input meets the budget by itself. `global`: one threshold for all inputs.
         eval_bits: Budgets, in bits, at which the result is compared.
         random_seeds: Seeds of the random allocation in the comparison.
+        transform: What is done to weights and inputs before weights are sliced; by default nothing.
+        transform_lr: Learning rate of what the transform learns.
         shared_work: Folder in which runs on the same model and text leave tokens and uncalibrated rows for each other.
     """
 
@@ -96,6 +101,8 @@ class ElasticCalibration(LightningModule):
         threshold_scope: Literal["layer", "global"] = "layer",
         eval_bits: list[float] | None = None,
         random_seeds: list[int] | None = None,
+        transform: Transform | None = None,
+        transform_lr: float = 5e-3,
         shared_work: str | None = None,
     ) -> None:
         super().__init__()
@@ -103,7 +110,8 @@ class ElasticCalibration(LightningModule):
         self.slices, self.router, self.budget, self.objective = slices, router, budget, objective
         self.epochs_per_block = epochs_per_block
         self.stages = stages or [Stage(1 / 3, ["slices"]), Stage(2 / 3, ["slices", "routers"])]
-        self.slices_lr, self.router_lr = slices_lr, router_lr
+        self.rates: dict[Learned, float] = {"slices": slices_lr, "routers": router_lr, "transforms": transform_lr}
+        self.transform = transform or NoTransform()
         self.share_routers, self.storage = share_routers, hidden_states
         self.layout = layout or BlockLayout()
         self.threshold_scope = threshold_scope
@@ -167,10 +175,12 @@ class ElasticCalibration(LightningModule):
     def build_blocks(self) -> None:
         """Replaces the linears of the decoder blocks by sliced ones."""
         decoder = self.layout.find(self.source.model)
-        for block in decoder:
-            groups = self.layout.group_linears(block, self.share_routers)
-            check_finite(block, [name for names in groups for name in names])
-            self.blocks.append(CalibratedBlock(block, groups, self.slices, self.router))
+        groups = [self.layout.group_linears(block, self.share_routers) for block in decoder]
+        for block, of_block in zip(decoder, groups, strict=True):
+            check_finite(block, [name for names in of_block for name in names])
+        fold_into_source(self.source, decoder, self.transform)
+        for block, of_block in zip(decoder, groups, strict=True):
+            self.blocks.append(CalibratedBlock(block, of_block, self.slices, self.router, self.transform))
         for position, routed in enumerate(self.all_inputs()):
             routed.router.place(position, len(self.all_inputs()))
 
@@ -293,20 +303,19 @@ class ElasticCalibration(LightningModule):
     def on_after_backward(self) -> None:
         """Drops the gradients of what the current stage does not train."""
         block = self.block_at(self.block_index)
-        for kind, trained in (("slices", block.schemes), ("routers", block.inputs)):
-            if kind not in self.stage.train:
-                for parameter in trained.parameters():
+        for kind in self.rates:
+            if ("slices" if kind == "transforms" else kind) not in self.stage.train:
+                for parameter in block.parameters_of(kind):
                     parameter.grad = None
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """One AdamW over all blocks: only the current block is in the graph, and AdamW skips what has no gradient."""
-        slices = [p for i in range(len(self.blocks)) for p in self.block_at(i).schemes.parameters()]
-        routers = [p for i in range(len(self.blocks)) for p in self.block_at(i).inputs.parameters()]
-        groups: list[dict[str, Any]] = [
-            {"name": "slices", "params": slices, "lr": self.slices_lr, "full_lr": self.slices_lr},
-            {"name": "routers", "params": routers, "lr": self.router_lr, "full_lr": self.router_lr},
-        ]
-        return torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
+        blocks = [self.block_at(i) for i in range(len(self.blocks))]
+        groups: list[dict[str, Any]] = []
+        for kind, rate in self.rates.items():
+            learned = [p for block in blocks for p in block.parameters_of(kind)]
+            groups += [{"name": kind, "params": learned, "lr": rate, "full_lr": rate}] if learned else []
+        return torch.optim.AdamW(groups, weight_decay=0.0)
 
     def on_train_epoch_start(self) -> None:
         """Sets the learning rates: half a cosine over the block's epochs, times what a retry of it has lowered it by.
@@ -321,7 +330,10 @@ class ElasticCalibration(LightningModule):
     # ------------------------------------------------------------------ validation
 
     def on_validation_start(self) -> None:
-        """Loads the saved elastic checkpoint beside the source model."""
+        """Loads the saved elastic checkpoint beside the source model, as it was before any transform was folded into it."""
+        if self.source.config_changes is not None:
+            self._caller.clear()
+            self._backbone[0] = load_source(self.pretrained, self.dtype_name)
         self.comparison = Comparison.of_run(self, self.run_folder, self.device)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:

@@ -19,6 +19,7 @@ from mobiq_lightning.errors import RecipeError, nearest
 
 _PACKAGE = Path(__file__).parent
 _STRATEGY_KEYS = {
+    "model.transform": "transforms",
     "model.slices": "slices",
     "model.router": "routers",
     "model.budget": "budgets",

@@ -194,8 +194,14 @@ def print_summary(summary: Summary) -> None:
         table.add_row("code", f"{code}; the reference reads it, the kernels do not")
     bound = "" if summary.deployable else ", not deployable: an upper bound for routers that see one input"
     table.add_row("routers", f"{summary.n_routers} x {elastic['router']['class_path'].rpartition('.')[2]}{bound}")
+    transform = elastic.get("transform")
+    if transform is not None:
+        arguments = ", ".join(f"{name}={value}" for name, value in transform["init_args"].items())
+        kept = " and ".join(transform["stored"]) or "nothing"
+        name = transform["class_path"].rpartition(".")[2]
+        table.add_row("transform", f"{name}({arguments}); kept per input: {kept}")
     table.add_row("dial", f"stands at {elastic['default_bits']:g} bits, thresholds per {elastic['threshold_scope']}")
-    values = [kind for kind in (SCALES, VALUE_TABLES) if summary.bytes_by_kind[kind]]
+    values = [kind for kind in (SCALES, VALUE_TABLES, "transforms") if summary.bytes_by_kind[kind]]
     stored = summary.bits_per_weight("planes", *values)
     routers = summary.bits_per_weight("routers", "threshold tables")
     table.add_row(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mobiq_lightning.errors import BitsError
 from mobiq_lightning.packing import depths_of
 from mobiq_lightning.strategies.base import Router
+from mobiq_lightning.strategies.input_transform import InputTransform
 from mobiq_lightning.strategies.thresholds import prefix_scores, threshold_for_budget, with_budget_gradient
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ class RoutedInput(nn.Module):
         slice_bits: Bits of each slice.
         n_weights: Weights that read this input.
         max_bits: The depth up to which slices are held; by default all.
+        transform: What the linears read instead of the tokens that the router sees; by default the same.
     """
 
     budgets: Tensor
@@ -84,10 +86,16 @@ class RoutedInput(nn.Module):
     tokens_read: Tensor
 
     def __init__(
-        self, router: Router, slice_bits: tuple[int, ...], n_weights: int, max_bits: int | None = None
+        self,
+        router: Router,
+        slice_bits: tuple[int, ...],
+        n_weights: int,
+        max_bits: int | None = None,
+        transform: InputTransform | None = None,
     ) -> None:
         super().__init__()
         self.router = router
+        self.transform = transform
         self.slice_bits = held_slices(slice_bits, max_bits)
         self.n_weights = n_weights
         lowest, highest = slice_bits[0], sum(slice_bits)
@@ -108,6 +116,7 @@ class RoutedInput(nn.Module):
         self.recorded_scores: list[Tensor] | None = None
         self._last: tuple[weakref.ref[Tensor], Tensor] | None = None
         self._last_gated: Tensor | None = None
+        self._last_read: tuple[weakref.ref[Tensor], Tensor] | None = None
 
     @property
     def depths(self) -> tuple[int, ...]:
@@ -124,19 +133,29 @@ class RoutedInput(nn.Module):
                 self.recorded.append(self.bits_of(self._last[1]))
         return self._last[1]
 
+    def read(self, x: Tensor) -> Tensor:
+        """What linears multiply instead of tokens (..., I): transformed, once for all that are given the same tensor."""
+        if self.transform is None:
+            return x
+        if torch.compiler.is_compiling():
+            return self.transform.to_input(x)
+        if self._last_read is None or self._last_read[0]() is not x:
+            self._last_read = (weakref.ref(x), self.transform.to_input(x))
+        return self._last_read[1]
+
     def gated(self, x: Tensor) -> Tensor:
-        """Tokens (..., I) beside themselves once per slice, closed slices as zeros: (..., S * I).
+        """What is read of tokens (..., I) beside itself once per slice, closed slices as zeros: (..., S * I).
 
         One product of this with the slices beside each other is the sum over slices, and serves all linears of the input.
         """
         gates = self.gates(x).to(x.dtype)
         if self._last_gated is None:
-            self._last_gated = (gates.unsqueeze(-1) * x.unsqueeze(-2)).flatten(-2)
+            self._last_gated = (gates.unsqueeze(-1) * self.read(x).unsqueeze(-2)).flatten(-2)
         return self._last_gated
 
     def forget(self) -> None:
         """Drops what is kept for the last tensor; needed whenever the way to depths changes."""
-        self._last = self._last_gated = None
+        self._last = self._last_gated = self._last_read = None
 
     def set_tables(self, layer: Tensor, pooled: Tensor) -> None:
         """Stores thresholds (S, budgets) of both scopes; row k is for a model that holds the first k + 1 slices."""
@@ -206,7 +225,7 @@ class RoutedInput(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is kept for the last tensor, which cannot be pickled and is of no use elsewhere."""
-        return {**self.__dict__, "_last": None, "_last_gated": None}
+        return {**self.__dict__, "_last": None, "_last_gated": None, "_last_read": None}
 
     def bits_of(self, gates: Tensor) -> Tensor:
         """Code bits (...) that gates (..., S) read."""

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from mobiq_lightning.errors import ModelError
 from mobiq_lightning.layers import SlicedLinear
 from mobiq_lightning.routed_input import RoutedInput
-from mobiq_lightning.strategies.base import Router, SliceScheme
+from mobiq_lightning.strategies.base import Router, SliceScheme, Transform
+from mobiq_lightning.strategies.input_transform import InputTransform
 
 SliceFactory = Callable[[int, int], SliceScheme]
 RouterFactory = Callable[[int, int], Router]
 Share = Literal["input", "linear"]
+Learned = Literal["slices", "transforms", "routers"]
 
 
 @dataclass
@@ -76,6 +78,8 @@ class Source:
         tokenizer_hash: Identifies the tokenizer in results.
         fingerprint: Identifies the weights, from sizes and the ends of the weight files.
         folder: The local folder with its files.
+        config_changes: Keys of config.json that have other values since a transform was folded into the weights; None if
+            none was.
     """
 
     name: str
@@ -84,35 +88,46 @@ class Source:
     tokenizer_hash: str
     fingerprint: str
     folder: Path
+    config_changes: dict[str, Any] | None = None
 
 
 class CalibratedBlock(nn.Module):
-    """What is learned of one decoder block: the schemes of its linears and the routers of its inputs.
+    """What is learned of one decoder block: the schemes of its linears, the routers and transforms of its inputs.
 
     Args:
         block: The decoder block; its linears are replaced by `SlicedLinear`.
         groups: Names of the linears of each input.
         slices: Makes the scheme of a linear from (out_features, in_features).
         router: Makes the router of an input from (in_features, n_slices).
+        transform: Makes the transforms of inputs; by default there are none.
     """
 
     def __init__(
-        self, block: nn.Module, groups: Sequence[Sequence[str]], slices: SliceFactory, router: RouterFactory
+        self,
+        block: nn.Module,
+        groups: Sequence[Sequence[str]],
+        slices: SliceFactory,
+        router: RouterFactory,
+        transform: Transform | None = None,
     ) -> None:
         super().__init__()
         self.schemes = nn.ModuleDict()
         self.inputs = nn.ModuleDict()
         # Not registered, like the block itself: for each input, the linears that read it.
-        self._readers: list[tuple[RoutedInput, list[SlicedLinear]]] = []
+        self.readers: list[tuple[RoutedInput, list[SlicedLinear]]] = []
         for names in groups:
             linears: list[Any] = [block.get_submodule(name) for name in names]
             schemes = [slices(linear.out_features, linear.in_features) for linear in linears]
             slice_bits = schemes[0].slice_bits
             n_weights = sum(linear.weight.numel() for linear in linears)
-            routed = RoutedInput(router(linears[0].in_features, len(slice_bits)), slice_bits, n_weights)
+            in_features = linears[0].in_features
+            of_input = None if transform is None else transform.for_input(in_features)
+            routed = RoutedInput(
+                router(in_features, len(slice_bits)), slice_bits, n_weights, max_bits=None, transform=of_input
+            )
             self.inputs[_key(names[0])] = routed
             readers: list[SlicedLinear] = []
-            self._readers.append((routed, readers))
+            self.readers.append((routed, readers))
             for name, linear, scheme in zip(names, linears, schemes, strict=True):
                 self.schemes[_key(name)] = scheme
                 parent, _, last = name.rpartition(".")
@@ -126,10 +141,10 @@ class CalibratedBlock(nn.Module):
     @torch.no_grad()
     def show_weights_to_routers(self) -> None:
         """Lets routers that look at weights see them as the slices give them now; see `Router.observe_weights`."""
-        for routed, readers in self._readers:
+        for routed, readers in self.readers:
             if type(routed.router).observe_weights is not Router.observe_weights:
                 weights = [linear.weight.float() for linear in readers]
-                prefixes = [linear.scheme.prefixes(linear.weight) for linear in readers]
+                prefixes = [linear.prefixes_on_input() for linear in readers]
                 routed.router.observe_weights(
                     torch.cat(weights), torch.cat(prefixes, dim=1), readers[0].scheme.slice_bits
                 )
@@ -137,6 +152,15 @@ class CalibratedBlock(nn.Module):
     def routers(self) -> list[Router]:
         """Their routers."""
         return [routed.router for routed in self.routed_inputs()]
+
+    def transforms(self) -> list[InputTransform]:
+        """Transforms of those that have one."""
+        return [routed.transform for routed in self.routed_inputs() if routed.transform is not None]
+
+    def parameters_of(self, kind: Learned) -> list[nn.Parameter]:
+        """What is learned by the schemes, the transforms or the routers."""
+        modules = {"slices": self.schemes.values(), "transforms": self.transforms(), "routers": self.routers()}[kind]
+        return [parameter for module in modules for parameter in module.parameters()]
 
 
 def _key(name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 import pickle
 import pkgutil
 from typing import Any
@@ -15,7 +16,7 @@ from mobiq_lightning import strategies
 from mobiq_lightning.codes import CODES
 from mobiq_lightning.packing import WHOLE_ROW, PackedWeight
 from mobiq_lightning.recipe import strategy_classes
-from mobiq_lightning.strategies.base import BudgetSchedule, Objective, Router, SliceScheme
+from mobiq_lightning.strategies.base import BudgetSchedule, Objective, Router, SliceScheme, Transform
 
 SLICE_BITS = [(2, 2, 2, 2), (2, 1, 1, 1, 1, 1, 1), (4, 2, 2), (1, 1, 1)]
 
@@ -28,12 +29,18 @@ def subclasses(base: type) -> list[type]:
     """All concrete classes under strategies/ below a base."""
     found = [c for sub in base.__subclasses__() for c in (sub, *subclasses(sub))]
     own = [c for c in found if c.__module__.startswith("mobiq_lightning.strategies")]
-    return [c for c in dict.fromkeys(own) if not c.__abstractmethods__]  # type: ignore[attr-defined]
+    return [c for c in dict.fromkeys(own) if not inspect.isabstract(c)]
 
 
 @pytest.mark.parametrize(
     ("folder", "base"),
-    [("slices", SliceScheme), ("routers", Router), ("budgets", BudgetSchedule), ("objectives", Objective)],
+    [
+        ("transforms", Transform),
+        ("slices", SliceScheme),
+        ("routers", Router),
+        ("budgets", BudgetSchedule),
+        ("objectives", Objective),
+    ],
 )
 def test_a_recipe_may_call_every_strategy_by_its_short_name(folder: str, base: type) -> None:
     found = {c.__name__ for c in subclasses(base)}
@@ -42,8 +49,9 @@ def test_a_recipe_may_call_every_strategy_by_its_short_name(folder: str, base: t
 
 
 def test_every_strategy_is_exported_from_the_package() -> None:
-    names = {c.__name__ for base in (SliceScheme, Router, BudgetSchedule, Objective) for c in subclasses(base)}
-    bases = {"BlockRun", "SliceScheme", "Router", "BudgetSchedule", "Objective"}
+    kinds = (Transform, SliceScheme, Router, BudgetSchedule, Objective)
+    names = {c.__name__ for base in kinds for c in subclasses(base)}
+    bases = {"BlockRun", "InputTransform", *(kind.__name__ for kind in kinds)}
     assert names == set(strategies.__all__) - bases
 
 

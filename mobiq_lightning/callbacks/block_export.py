@@ -42,12 +42,14 @@ def finish_checkpoint(module: ElasticCalibration, recipe: str) -> list[int]:
     """
     blocks = [module.block_at(index) for index in range(len(module.blocks))]
     scheme: Any = next(iter(blocks[0].schemes.values()))
+    stored = next((list(transform.stored()) for transform in blocks[0].transforms()), [])
     quantization = {
         "quant_method": QUANT_METHOD,
         "format_version": CODES[scheme.code].format_version,
         "slice_bits": list(scheme.slice_bits),
         "group_size": scheme.group_size,
         "router": describe_factory(module.router),
+        "transform": {**module.transform.describe(), "stored": stored},
         "layout": asdict(module.layout),
         "share_routers": module.share_routers,
         "threshold_scope": module.threshold_scope,

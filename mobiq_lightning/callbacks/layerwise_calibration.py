@@ -13,6 +13,7 @@ from mobiq_lightning.errors import MobiqError
 from mobiq_lightning.module import ElasticCalibration
 from mobiq_lightning.run_folder import check_identity
 from mobiq_lightning.strategies.base import SliceScheme
+from mobiq_lightning.transforming import initialize_transforms
 
 
 class LayerwiseCalibration(Callback):
@@ -34,10 +35,14 @@ class LayerwiseCalibration(Callback):
         self.catch_up(trainer, checked(pl_module))
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Moves on when a block begins, and shows its weights to the routers that look at them."""
+        """Moves on when a block begins; lets transforms begin, and shows weights to the routers that look at them."""
         module = checked(pl_module)
         self.catch_up(trainer, module)
-        module.block_at(module.block_index).show_weights_to_routers()
+        block = module.block_at(module.block_index)
+        if module.current_epoch % module.epochs_per_block == 0:  # later, a resumed run has them from its checkpoint
+            assert module.hidden is not None
+            initialize_transforms(block, module.hidden)
+        block.show_weights_to_routers()
 
     def catch_up(self, trainer: Trainer, module: ElasticCalibration) -> None:
         """Brings the hidden states to the current block; does nothing if they are there."""

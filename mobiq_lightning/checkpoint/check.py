@@ -153,11 +153,14 @@ def _describe_missing(names: Sequence[str]) -> list[str]:
     """Missing tensors, those of one router or one set of tables together."""
     kinds: dict[str, Callable[[str], bool]] = {
         "the router of": lambda tail: tail.startswith("router."),
+        "the transform of": lambda tail: tail.startswith("transform."),
         "the thresholds of": lambda tail: tail.endswith(("thresholds", "budgets")),
     }
     lines: dict[str, None] = {}
     for name in names:
         linear, _, tail = name.partition(".input.")
         kind = next((kind for kind, matches in kinds.items() if tail and matches(tail)), None)
-        lines[f"{kind} {linear} {'is' if 'router' in kind else 'are'} missing" if kind else f"{name} is missing"] = None
+        lines[
+            f"{kind} {linear} {'are' if 'thresholds' in kind else 'is'} missing" if kind else f"{name} is missing"
+        ] = None
     return list(lines)

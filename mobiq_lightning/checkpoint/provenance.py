@@ -79,6 +79,7 @@ def provenance(module: ElasticCalibration) -> dict[str, Any]:
             "tokenizer": module.source.tokenizer_hash,
         },
         "calibration": {**data.protocol["calibration"], "data_hash": data.calibration_digest},
+        "transform": module.transform.describe(),
         "seed": None if seed is None else int(seed),
         "git_commit": git_commit(),
         "environment": environment(),

@@ -31,6 +31,7 @@ from mobiq_lightning.packing import FORMAT_VERSION, QUANT_METHOD, PackedSlices
 from mobiq_lightning.routed_input import RoutedInput
 from mobiq_lightning.source import BlockLayout, Share
 from mobiq_lightning.strategies.base import Router
+from mobiq_lightning.strategies.input_transform import StoredTransform
 from mobiq_lightning.strategies.thresholds import Scope
 
 SUPPORTED_TRANSFORMERS = (5,)
@@ -51,6 +52,8 @@ class ElasticConfig(QuantizationConfigMixin):
         threshold_scope: Which of the two threshold tables is used unless another is asked for.
         default_bits: Where the dial stands after loading.
         max_bits: The depth up to which planes are held; None for all.
+        transform: ``{"class_path", "init_args", "stored"}`` of what was done to weights and inputs before slicing; `stored`
+            names the tensors that are left of it per input.
         format_version: Of the tensors' names and meaning; by default that of the code.
         code: How codes become weights, one of `CODES`. Not stored if it is the nested code, which older versions read.
         check_hashes: Whether loading compares the tensors that it reads with hashes.json. Not stored.
@@ -66,6 +69,7 @@ class ElasticConfig(QuantizationConfigMixin):
         threshold_scope: Scope = "layer",
         default_bits: float = 4.0,
         max_bits: int | None = None,
+        transform: dict[str, Any] | None = None,
         format_version: int | None = None,
         code: str = PackedSlices.code,
         check_hashes: bool = True,
@@ -77,6 +81,7 @@ class ElasticConfig(QuantizationConfigMixin):
         self.router, self.layout, self.share_routers = router, layout, share_routers
         self.threshold_scope: Scope = threshold_scope
         self.default_bits, self.max_bits = default_bits, max_bits
+        self.transform = transform
         self.check_hashes = check_hashes
 
     @classmethod
@@ -168,6 +173,7 @@ def insert_elastic_linears(model: nn.Module, config: ElasticConfig) -> None:
     """Replaces the linears of a model's decoder blocks by empty elastic ones."""
     layout = BlockLayout(**config.layout)
     slice_bits = tuple(config.slice_bits)
+    stored = (config.transform or {}).get("stored", [])
     for block in layout.find(model):
         for names in layout.group_linears(block, config.share_routers):
             linears: list[Any] = [block.get_submodule(name) for name in names]
@@ -179,6 +185,7 @@ def insert_elastic_linears(model: nn.Module, config: ElasticConfig) -> None:
                     slice_bits,
                     sum(linear.weight.numel() for linear in linears),
                     config.max_bits,
+                    build_transform(stored, linears[0].in_features),
                 )
             for name, linear in zip(names, linears, strict=True):
                 elastic = ElasticLinear(
@@ -186,7 +193,7 @@ def insert_elastic_linears(model: nn.Module, config: ElasticConfig) -> None:
                     linear.out_features,
                     slice_bits,
                     config.group_size,
-                    linear.bias is not None,
+                    linear.bias is not None or "shift" in stored,
                     config.max_bits,
                     linear.weight.dtype,
                     config.code,
@@ -222,6 +229,21 @@ def build_router(spec: dict[str, Any], in_features: int, n_slices: int) -> Route
         return cls(in_features, n_slices, **spec.get("init_args", {}))
     except TypeError as error:
         raise CheckpointError(f"config.json: the router {name} cannot be built: {error}") from error
+
+
+def build_transform(stored: list[str], in_features: int) -> StoredTransform | None:
+    """The transform of an input, of which a checkpoint holds the tensors named; None if it holds none.
+
+    Raises:
+        CheckpointError: If other tensors are named than this version knows.
+    """
+    try:
+        return StoredTransform(in_features, stored) if stored else None
+    except ValueError as error:
+        raise CheckpointError(
+            f"config.json: transform.stored: {error}. The checkpoint is damaged, or newer than this version of "
+            "mobiq-lightning"
+        ) from error
 
 
 def expected_tensors(model: Any) -> dict[str, Expected]:

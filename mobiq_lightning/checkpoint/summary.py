@@ -35,7 +35,7 @@ class Summary:
         linears: (O, I) -> how many sliced linears of that shape.
         n_weights: Weights of the sliced linears.
         n_blocks: Decoder blocks.
-        bytes_by_kind: Bytes of planes, scales and biases, value tables, routers, threshold tables, and everything else.
+        bytes_by_kind: Bytes of planes, scales and biases, value tables, routers, transforms, threshold tables, and all else.
         n_routers: Routers.
         deployable: Whether they are, see `Router.deployable`.
         n_planes: Planes held of every weight.
@@ -115,5 +115,6 @@ def _kind(name: str) -> str:
     if last.startswith("slice_"):
         return VALUE_TABLES if last.startswith("slice_table_") else SCALES
     if ".input." in name:
-        return "routers" if ".input.router." in name else "threshold tables"
+        kinds = {".input.router.": "routers", ".input.transform.": "transforms"}
+        return next((kind for part, kind in kinds.items() if part in name), "threshold tables")
     return "not sliced"

@@ -135,7 +135,7 @@ def _problems_of_tensor(name: str, tensors: _Lazy, falls: bool) -> Iterator[str]
                 f"{name}: thresholds must not rise with the budget; they do from {budgets[column]:g} to "
                 f"{budgets[column + 1]:g} bits (slices held: {row + 1})"
             )
-    elif last.startswith("slice_scale") and not bool((value > 0).all()):
+    elif (last.startswith("slice_scale") or name.endswith(".input.transform.scale")) and not bool((value > 0).all()):
         yield f"{name}: {int((value <= 0).sum())} of {value.numel()} scales are not above 0"
 
 

@@ -72,6 +72,7 @@ class CheckpointWriter:
             (self.partial / name).write_text(text, encoding="utf-8")
         copy_companions(self.source.folder, self.partial)
         config = json.loads((self.source.folder / CONFIG).read_text(encoding="utf-8"))
+        config |= self.source.config_changes or {}
         config["quantization_config"] = dict(quantization)
         write_json(self.partial / CONFIG, config)
         seal(self.partial)
@@ -110,7 +111,7 @@ def block_tensors(prefix: str, block: nn.Module) -> dict[str, Tensor]:
     sliced = {name: module for name, module in block.named_modules() if isinstance(module, SlicedLinear)}
     for name, linear in sliced.items():
         device = next(linear.scheme.parameters(), linear.weight).device
-        packed = linear.scheme.pack(linear.weight.to(device))
+        packed = linear.scheme.pack(linear.sliced_weight().to(device))
         base = f"{prefix}.{name}"
         if packed.code != linear.scheme.code:
             kind = type(linear.scheme).__name__
@@ -120,8 +121,8 @@ def block_tensors(prefix: str, block: nn.Module) -> dict[str, Tensor]:
             )
         tensors |= {f"{base}.plane_{p}": plane for p, plane in enumerate(packed.planes)}
         tensors |= {f"{base}.{value_name}": value for value_name, value in packed.named_values.items()}
-        if linear.bias is not None:
-            tensors[f"{base}.bias"] = linear.bias
+        if (bias := linear.sliced_bias()) is not None:
+            tensors[f"{base}.bias"] = bias
     for name, value in block.state_dict().items():
         if not any(name.startswith(f"{linear}.") for linear in sliced):
             tensors[f"{prefix}.{name}"] = value
@@ -181,12 +182,14 @@ def _noted(path: Path) -> Path:
 
 
 def _input_tensors(prefix: str, learned: CalibratedBlock) -> dict[str, Tensor]:
-    """Routers and threshold tables of one block."""
-    return {
-        f"{prefix}.{key.replace('-', '.')}.input.{name}": value
-        for key, routed in learned.inputs.items()
-        for name, value in routed.state_dict().items()
-    }
+    """Routers, transforms and threshold tables of one block."""
+    tensors: dict[str, Tensor] = {}
+    for key, routed in zip(learned.inputs, learned.routed_inputs(), strict=True):
+        held = {name: value for name, value in routed.state_dict().items() if not name.startswith("transform.")}
+        if routed.transform is not None:
+            held |= {f"transform.{name}": value for name, value in routed.transform.stored().items()}
+        tensors |= {f"{prefix}.{key.replace('-', '.')}.input.{name}": value for name, value in held.items()}
+    return tensors
 
 
 def _other_tensors(model: Any, blocks: str) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 A recipe names a class by `class_path`: ours by its short name, anybody's by its dotted path.
 """
 
-from mobiq_lightning.strategies.base import BlockRun, BudgetSchedule, Objective, Router, SliceScheme
+from mobiq_lightning.strategies.base import BlockRun, BudgetSchedule, Objective, Router, SliceScheme, Transform
 from mobiq_lightning.strategies.budgets import (
     ConstantBudget,
     CosineBudget,
@@ -13,6 +13,7 @@ from mobiq_lightning.strategies.budgets import (
     SampledBudget,
     StepBudget,
 )
+from mobiq_lightning.strategies.input_transform import InputTransform
 from mobiq_lightning.strategies.objectives import BlockReconstruction
 from mobiq_lightning.strategies.routers import (
     ErrorSketchRouter,
@@ -29,6 +30,7 @@ from mobiq_lightning.strategies.slices import (
     KMeansSlices,
     ResidualSlices,
 )
+from mobiq_lightning.strategies.transforms import HadamardRotation, LearnableEquivalentTransform, NoTransform
 
 __all__ = [
     "BinaryCodedSlices",
@@ -39,12 +41,16 @@ __all__ = [
     "CosineBudget",
     "ErrorSketchRouter",
     "ExponentialBudget",
+    "HadamardRotation",
     "IndependentResidualSlices",
+    "InputTransform",
     "KMeansSlices",
+    "LearnableEquivalentTransform",
     "LinearBudget",
     "LinearRouter",
     "ListedBudget",
     "MLPRouter",
+    "NoTransform",
     "NormRouter",
     "Objective",
     "OracleRouter",
@@ -55,4 +61,5 @@ __all__ = [
     "SliceScheme",
     "StaticRouter",
     "StepBudget",
+    "Transform",
 ]

@@ -13,7 +13,7 @@ def learned_range(weight: Tensor, low_clip: Tensor, high_clip: Tensor, group_siz
     """Width and centre (O, G) of the groups' ranges, rounded to the stored dtype as they will be saved.
 
     Args:
-        weight: (O, I) float32, not part of the graph.
+        weight: (O, I) float32; if a transform learns what it is, the range follows it.
         low_clip: (O, G) learned: the lower end is ``2 sigmoid(low_clip)`` half-widths below the centre.
         high_clip: (O, G) likewise of the upper end.
         group_size: Columns per group.

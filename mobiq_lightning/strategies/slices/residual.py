@@ -69,4 +69,4 @@ class ResidualSlices(GroupedSlices):
 
     def _range(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Width and centre (O, G) of the groups' ranges."""
-        return learned_range(weight.detach().float(), self.low_clip, self.high_clip, self.group_size)
+        return learned_range(weight.float(), self.low_clip, self.high_clip, self.group_size)

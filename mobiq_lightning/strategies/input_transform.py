@@ -1,0 +1,104 @@
+"""What is done to one input, and undone in the weights that read it: a scale and a shift per channel."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+STORED = ("scale", "shift")
+"""Names of the tensors that a checkpoint holds of an input, in this order; all, the first, or none."""
+
+
+class InputTransform(nn.Module, ABC):
+    """Per channel of one input a scale s and a shift d, such that in full precision nothing changes::
+
+        W x + b = (W diag(s)) ((x - d) / s) + (b + W d)
+
+    ``W diag(s)`` is what is sliced. Only products read ``(x - d) / s``; the router of the input reads x, since what it
+    scores would drift while s and d are learned.
+
+    Args:
+        in_features: I.
+    """
+
+    def __init__(self, in_features: int) -> None:
+        super().__init__()
+        self.in_features = in_features
+
+    @abstractmethod
+    def channel_scale(self) -> Tensor:
+        """s, (I,) float32, above 0."""
+
+    @abstractmethod
+    def channel_shift(self) -> Tensor | None:
+        """d, (I,) float32; None if channels are not shifted."""
+
+    def initialize(self, x: Tensor, weights: Sequence[Tensor]) -> None:
+        """Sets what is learned to where it begins, as a function of the arguments alone.
+
+        Args:
+            x: (N, I) tokens of this input in the full-precision block.
+            weights: (O, I) of each linear that reads it.
+        """
+
+    def to_input(self, x: Tensor) -> Tensor:
+        """(x - d) / s of tokens (..., I), computed in float32 and rounded to the dtype of `x`."""
+        shift = self.channel_shift()
+        centred = x.float() if shift is None else x.float() - shift
+        return (centred / self.channel_scale()).to(x.dtype)
+
+    def to_weight(self, weight: Tensor) -> Tensor:
+        """W diag(s) of a weight (O, I), float32, on the device of the transform."""
+        scale = self.channel_scale()
+        return weight.to(scale.device, torch.float32) * scale
+
+    def to_bias(self, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        """b + W d.
+
+        Args:
+            weight: (O, I) the full-precision weight, without the scale.
+            bias: (O,) or None.
+
+        Returns:
+            (O,) in the dtype of the weight, computed in float32; None if there is neither a bias nor a shift.
+        """
+        shift = self.channel_shift()
+        if shift is None:
+            return bias
+        added = F.linear(shift, weight.to(shift.device, torch.float32))
+        if bias is not None:
+            added = added + bias.to(shift.device, torch.float32)
+        return added.to(weight.dtype)
+
+    def stored(self) -> dict[str, Tensor]:
+        """What a checkpoint holds: ``scale`` and, if there is one, ``shift``."""
+        shift = self.channel_shift()
+        return {"scale": self.channel_scale()} | ({} if shift is None else {"shift": shift})
+
+
+class StoredTransform(InputTransform):
+    """An input's transform as it is saved and run, whatever it was learned by.
+
+    Args:
+        in_features: I.
+        names: Of the tensors that are held, from `STORED`.
+    """
+
+    def __init__(self, in_features: int, names: Sequence[str]) -> None:
+        super().__init__(in_features)
+        if tuple(names) != STORED[: len(names)] or not names:
+            raise ValueError(f"the tensors of a stored transform are {' and '.join(STORED)}, or the first; not {names}")
+        for name in names:
+            self.register_buffer(name, torch.ones(in_features) if name == "scale" else torch.zeros(in_features))
+
+    def channel_scale(self) -> Tensor:
+        """See `InputTransform.channel_scale`."""
+        return self.get_buffer("scale")
+
+    def channel_shift(self) -> Tensor | None:
+        """See `InputTransform.channel_shift`."""
+        return self._buffers.get("shift")

@@ -1,0 +1,7 @@
+"""Nothing is changed before slicing."""
+
+from mobiq_lightning.strategies.base import Transform
+
+
+class NoTransform(Transform):
+    """Weights are sliced as the source model has them."""

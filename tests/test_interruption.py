@@ -34,11 +34,19 @@ def arguments_for(recipe_arguments: list[str], folder: Path) -> list[str]:
     return [*kept, f"--trainer.default_root_dir={folder}", "--model.epochs_per_block=4", "--model.eval_bits=[2, 4]"]
 
 
-@pytest.mark.parametrize("router", ["MLPRouter", "RandomRouter", "ErrorSketchRouter"])
+@pytest.mark.parametrize(
+    "strategies",
+    [
+        ["--model.router=MLPRouter"],
+        ["--model.router=RandomRouter"],
+        ["--model.router=ErrorSketchRouter", "--model.transform=LearnableEquivalentTransform"],
+    ],
+    ids=["MLPRouter", "RandomRouter", "ErrorSketchRouter and LearnableEquivalentTransform"],
+)
 def test_a_killed_run_goes_on_and_ends_bit_by_bit_as_if_it_had_not_been(
-    recipe_arguments: list[str], tmp_path: Path, router: str
+    recipe_arguments: list[str], tmp_path: Path, strategies: list[str]
 ) -> None:
-    recipe_arguments = [*recipe_arguments, f"--model.router={router}", "--data.n_samples=32"]
+    recipe_arguments = [*recipe_arguments, *strategies, "--data.n_samples=32"]
     assert main(["fit", *arguments_for(recipe_arguments, tmp_path / "whole")]) == 0
     killed = tmp_path / "killed"
     command = [sys.executable, "-m", "mobiq_lightning", "fit", *arguments_for(recipe_arguments, killed)]

@@ -79,7 +79,10 @@ def _block_problems(block: nn.Module) -> Iterator[str]:
 
 def _norm_problem(name: str, norm: Any) -> Iterator[str]:
     """A phrase if a norm does not give ``weight * x / rms(x)``, as those with another weight or a mean do not."""
-    weight = norm.weight
+    weight = getattr(norm, "weight", None)
+    if weight is None:
+        yield f"{name} ({type(norm).__name__}) has no weight"
+        return
     x = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0)) + 1
     expected = weight.float() * x / x.square().mean(-1, keepdim=True).sqrt()
     error = float((norm(x.to(weight.dtype)).float() - expected).norm() / expected.norm())

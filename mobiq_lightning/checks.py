@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 
 from mobiq_lightning.errors import RecipeError
 from mobiq_lightning.source import RouterFactory, SliceFactory
 from mobiq_lightning.strategies.base import BudgetSchedule, Objective
+from mobiq_lightning.strategies.transform_base import Transform
 
 
 def check_plugins(
@@ -20,6 +22,7 @@ def check_plugins(
     epochs_per_block: int,
     stage_shares: Sequence[float],
     eval_bits: Sequence[float],
+    transform: Transform,
 ) -> None:
     """Builds every plug-in once on a tiny layer and checks that they fit together.
 
@@ -31,6 +34,7 @@ def check_plugins(
         epochs_per_block: Epochs of each block.
         stage_shares: Shares of the stages in them.
         eval_bits: Budgets of the comparison, in bits.
+        transform: What is done before slicing.
 
     Raises:
         RecipeError: Naming everything that does not fit.
@@ -39,7 +43,7 @@ def check_plugins(
     router(16, len(scheme.slice_bits))
     depths = scheme.depths
     lowest, highest = depths[0], depths[-1]
-    problems: list[str] = []
+    problems = list(_transform_problems(transform))
     if epochs_per_block < 1:
         problems.append(f"model.epochs_per_block ({epochs_per_block}) must be at least 1")
     if not math.isclose(sum(stage_shares), 1.0, abs_tol=0.02) or min(stage_shares) <= 0:
@@ -56,6 +60,18 @@ def check_plugins(
         problems.append(f"model.eval_bits: {outside} lie outside of what the slices give, {lowest} to {highest}")
     if problems:
         raise RecipeError("\n".join(problems))
+
+
+def _transform_problems(transform: Transform) -> Iterator[str]:
+    """What keeps a transform from being recorded in a checkpoint, which would else be found at the end of a run."""
+    transform.for_input(16)
+    try:
+        json.dumps(transform.describe())
+    except (AttributeError, TypeError) as error:
+        yield (
+            f"model.transform: {type(transform).__name__} must keep the arguments of its __init__ as attributes of the same "
+            f"names, and they must be plain values, so that a checkpoint can record them ({error})"
+        )
 
 
 def check_strategy(strategy: Strategy) -> None:

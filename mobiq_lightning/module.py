@@ -33,7 +33,8 @@ from mobiq_lightning.source import (
     load_source,
 )
 from mobiq_lightning.strategies import NoTransform
-from mobiq_lightning.strategies.base import BudgetSchedule, Objective, Transform
+from mobiq_lightning.strategies.base import BudgetSchedule, Objective
+from mobiq_lightning.strategies.transform_base import Transform
 from mobiq_lightning.transforming import fold_into_source
 
 Trained = Literal["slices", "routers"]
@@ -126,9 +127,8 @@ class ElasticCalibration(LightningModule):
         # Not a module attribute: a registered backbone would be saved, moved and wrapped whole.
         self._backbone: list[Source] = []
         self._caller: list[BlockCaller] = []
-        check_plugins(
-            slices, router, budget, objective, epochs_per_block, [stage.share for stage in self.stages], self.eval_bits
-        )
+        shares = [stage.share for stage in self.stages]
+        check_plugins(slices, router, budget, objective, epochs_per_block, shares, self.eval_bits, self.transform)
 
     # ------------------------------------------------------------------ set-up
 

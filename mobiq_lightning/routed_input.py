@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from mobiq_lightning.errors import BitsError
 from mobiq_lightning.packing import depths_of
 from mobiq_lightning.strategies.base import Router
-from mobiq_lightning.strategies.input_transform import InputTransform
 from mobiq_lightning.strategies.thresholds import prefix_scores, threshold_for_budget, with_budget_gradient
+from mobiq_lightning.strategies.transform_base import InputTransform
 
 if TYPE_CHECKING:
     from mobiq_lightning.kernel_input import KernelInput
@@ -140,8 +140,13 @@ class RoutedInput(nn.Module):
         if torch.compiler.is_compiling():
             return self.transform.to_input(x)
         if self._last_read is None or self._last_read[0]() is not x:
-            self._last_read = (weakref.ref(x), self.transform.to_input(x))
+            self._last_read = (weakref.ref(x, self._drop_read), self.transform.to_input(x))
         return self._last_read[1]
+
+    def _drop_read(self, tokens: weakref.ref[Tensor]) -> None:
+        """Once tokens are gone, nobody reads them again; all inputs of a model together would hold on to a lot."""
+        if self._last_read is not None and self._last_read[0] is tokens:
+            self._last_read = None
 
     def gated(self, x: Tensor) -> Tensor:
         """What is read of tokens (..., I) beside itself once per slice, closed slices as zeros: (..., S * I).

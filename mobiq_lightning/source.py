@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from mobiq_lightning.errors import ModelError
 from mobiq_lightning.layers import SlicedLinear
 from mobiq_lightning.routed_input import RoutedInput
-from mobiq_lightning.strategies.base import Router, SliceScheme, Transform
-from mobiq_lightning.strategies.input_transform import InputTransform
+from mobiq_lightning.strategies.base import Router, SliceScheme
+from mobiq_lightning.strategies.transform_base import InputTransform, Transform
 
 SliceFactory = Callable[[int, int], SliceScheme]
 RouterFactory = Callable[[int, int], Router]

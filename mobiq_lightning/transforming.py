@@ -13,7 +13,7 @@ from mobiq_lightning.errors import ModelError
 from mobiq_lightning.hidden_states import HiddenStates
 from mobiq_lightning.routed_input import full_precision
 from mobiq_lightning.source import CalibratedBlock, Source
-from mobiq_lightning.strategies.base import Transform
+from mobiq_lightning.strategies.transform_base import Transform
 
 PROBE_ROWS, PROBE_TOKENS = 2, 16
 """Texts, and tokens of each, on which the source model is compared with itself."""

@@ -16,7 +16,8 @@ from mobiq_lightning import strategies
 from mobiq_lightning.codes import CODES
 from mobiq_lightning.packing import WHOLE_ROW, PackedWeight
 from mobiq_lightning.recipe import strategy_classes
-from mobiq_lightning.strategies.base import BudgetSchedule, Objective, Router, SliceScheme, Transform
+from mobiq_lightning.strategies.base import BudgetSchedule, Objective, Router, SliceScheme
+from mobiq_lightning.strategies.transform_base import Transform
 
 SLICE_BITS = [(2, 2, 2, 2), (2, 1, 1, 1, 1, 1, 1), (4, 2, 2), (1, 1, 1)]
 

@@ -36,7 +36,7 @@ from mobiq_lightning.strategies import (
 )
 from mobiq_lightning.strategies.transforms.hadamard import random_signs, rotate
 from mobiq_lightning.transforming import fold_into_source, initialize_transforms
-from tests.checkpoints import IDS, generate, logits, tensors_of
+from tests.checkpoints import IDS, Q, edit_tensors, generate, logits, rehash, tensors_of
 from tests.conftest import Run, small_recipe
 from tests.test_strategies import subclasses
 
@@ -275,6 +275,8 @@ class TestLearnableEquivalentTransform:
         assert torch.equal(seen[0], seen[1])
         torch.testing.assert_close(read[1], read[0] / torch.e)
         assert len(read) == 2, "q, k and v share one transformed input"
+        seen.clear()
+        assert routed._last_read is None, "it is not kept longer than its tokens"
 
     def test_routers_that_look_at_weights_see_them_as_they_act_on_that_input(self) -> None:
         source = random_source()
@@ -444,15 +446,17 @@ def test_kernels_multiply_what_is_transformed_in_front_of_them(equivalent: Run) 
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("the interpreter's figures are compared")
-    ours, theirs = load(equivalent[0]), load(equivalent[0])
+    ours, theirs = load(equivalent[0], bits=3.2), load(equivalent[0], bits=3.2)
     ours.use_kernels()
     theirs.use_kernels(False)
     assert ours.path == "kernels"
-    ids = IDS[:1, :3]
-    torch.testing.assert_close(logits(ours, 3.2, ids), logits(theirs, 3.2, ids), atol=2e-4, rtol=1e-3)
-    assert ours.bits_used() == theirs.bits_used()
+    x = torch.randn(1, 3, 32, generator=torch.Generator().manual_seed(0))
+    attentions = [model.model.layers[0].self_attn for model in (ours, theirs)]
+    with torch.no_grad():
+        for name in ("q_proj", "v_proj"):
+            torch.testing.assert_close(*(getattr(a, name)(x) for a in attentions), atol=2e-4, rtol=1e-3)
     kernels = {id(m.kernel): m.kernel for m in ours.modules() if isinstance(m, ElasticLinear)}.values()
-    assert all(kernel is not None and not kernel.routes(torch.zeros(1, 1, 32)) for kernel in kernels)
+    assert all(kernel is not None and not kernel.routes(x[:, :1]) for kernel in kernels), "no norm or MLP enters them"
 
 
 def test_what_is_left_of_a_transform_is_checked_when_it_is_loaded(equivalent: Run, tmp_path: Path) -> None:
@@ -468,12 +472,28 @@ def test_what_is_left_of_a_transform_is_checked_when_it_is_loaded(equivalent: Ru
         load(elastic)
 
 
+def test_a_scale_that_is_not_above_zero_is_found(equivalent: Run, tmp_path: Path) -> None:
+    elastic = shutil.copytree(equivalent[0] / "elastic", tmp_path / "elastic")
+    name = f"{Q}.input.transform.scale"
+    edit_tensors(elastic, lambda tensors: tensors[name].mul_(-1), shard=-1)
+    rehash(elastic)
+    assert f"{name}: 32 of 32 scales are not above 0" in verify(elastic)[0]
+
+
+class Forgetful(Transform):
+    """Does not keep what it was given."""
+
+    def __init__(self, strength: float = 1.0) -> None:
+        pass
+
+
 @pytest.mark.parametrize(
     ("given", "answer"),
     [
         ("--model.transform=HadamardRotaton", "Did you mean 'HadamardRotation'"),
         ("--model.transform={class_path: HadamardRotation, init_args: {sed: 1}}", "Did you mean 'seed'"),
         ("--model.transform={class_path: LearnableEquivalentTransform, init_args: {alpha: 2}}", "must lie in [0, 1]"),
+        ("--model.transform=tests.test_transforms.Forgetful", "Forgetful must keep the arguments of its __init__"),
     ],
 )
 def test_what_a_recipe_says_wrong_is_answered(

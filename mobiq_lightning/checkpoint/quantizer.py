@@ -31,8 +31,8 @@ from mobiq_lightning.packing import FORMAT_VERSION, QUANT_METHOD, PackedSlices
 from mobiq_lightning.routed_input import RoutedInput
 from mobiq_lightning.source import BlockLayout, Share
 from mobiq_lightning.strategies.base import Router
-from mobiq_lightning.strategies.input_transform import StoredTransform
 from mobiq_lightning.strategies.thresholds import Scope
+from mobiq_lightning.strategies.transform_base import StoredTransform
 
 SUPPORTED_TRANSFORMERS = (5,)
 """Major versions that the quantizer works with."""

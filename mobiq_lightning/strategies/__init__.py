@@ -3,7 +3,7 @@
 A recipe names a class by `class_path`: ours by its short name, anybody's by its dotted path.
 """
 
-from mobiq_lightning.strategies.base import BlockRun, BudgetSchedule, Objective, Router, SliceScheme, Transform
+from mobiq_lightning.strategies.base import BlockRun, BudgetSchedule, Objective, Router, SliceScheme
 from mobiq_lightning.strategies.budgets import (
     ConstantBudget,
     CosineBudget,
@@ -13,7 +13,6 @@ from mobiq_lightning.strategies.budgets import (
     SampledBudget,
     StepBudget,
 )
-from mobiq_lightning.strategies.input_transform import InputTransform
 from mobiq_lightning.strategies.objectives import BlockReconstruction
 from mobiq_lightning.strategies.routers import (
     ErrorSketchRouter,
@@ -30,6 +29,7 @@ from mobiq_lightning.strategies.slices import (
     KMeansSlices,
     ResidualSlices,
 )
+from mobiq_lightning.strategies.transform_base import InputTransform, Transform
 from mobiq_lightning.strategies.transforms import HadamardRotation, LearnableEquivalentTransform, NoTransform
 
 __all__ = [

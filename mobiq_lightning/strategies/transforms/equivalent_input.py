@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mobiq_lightning.strategies.input_transform import InputTransform
+from mobiq_lightning.strategies.transform_base import InputTransform
 
 _SMALLEST = 1e-5  # of magnitudes: channels that are always 0 get a scale like any other
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mobiq_lightning.strategies.base import Transform
+from mobiq_lightning.strategies.transform_base import Transform
 from mobiq_lightning.strategies.transforms.residual_stream import READERS, WRITERS, ResidualStream
 
 _ROWS = 4096  # of a matrix that are rotated at once: in float64 a whole embedding would need 8 bytes for every entry

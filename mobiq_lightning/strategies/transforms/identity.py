@@ -1,6 +1,6 @@
 """Nothing is changed before slicing."""
 
-from mobiq_lightning.strategies.base import Transform
+from mobiq_lightning.strategies.transform_base import Transform
 
 
 class NoTransform(Transform):

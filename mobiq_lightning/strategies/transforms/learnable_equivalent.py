@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mobiq_lightning.strategies.base import Transform
+from mobiq_lightning.strategies.transform_base import Transform
 from mobiq_lightning.strategies.transforms.equivalent_input import EquivalentInput
 
 

@@ -1,9 +1,14 @@
-"""What is done to one input, and undone in the weights that read it: a scale and a shift per channel."""
+"""What a transform must be, and what is done to one input and undone in the weights that read it.
+
+Letters in shapes: N tokens, O/I out/in features.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +16,48 @@ from torch.nn import functional as F
 
 STORED = ("scale", "shift")
 """Names of the tensors that a checkpoint holds of an input, in this order; all, the first, or none."""
+
+
+class Transform:
+    """What is done to weights and inputs before weights are sliced. In full precision the model computes what it did.
+
+    A plug-in folds something into the weights of the source model (`change_model`), or gives inputs a transform that is
+    learned and applied at run time (`for_input`), or both. It keeps the arguments of its ``__init__`` as attributes of the
+    same names.
+    """
+
+    def change_model(self, model: Any, blocks: nn.ModuleList) -> dict[str, Any]:
+        """Changes the weights of the source model in place, before anything is sliced. Must be the same in every process.
+
+        Args:
+            model: The causal language model, of transformers, on the host.
+            blocks: Its decoder blocks.
+
+        Returns:
+            Keys of config.json that have other values in the changed model.
+
+        Raises:
+            ModelError: If the model has parts that cannot be changed with the rest; it is then unchanged.
+        """
+        return {}
+
+    @property
+    def changes_model(self) -> bool:
+        """Whether it folds anything into the weights of the source model."""
+        return type(self).change_model is not Transform.change_model
+
+    def for_input(self, in_features: int) -> InputTransform | None:
+        """What is learned of an input of I channels; None if the linears read it as it is."""
+        return None
+
+    def describe(self) -> dict[str, Any]:
+        """``{"class_path", "init_args"}``, as recipes have them."""
+        cls = type(self)
+        arguments = list(signature(cls.__init__).parameters)[1:] if cls.__init__ is not object.__init__ else []
+        return {
+            "class_path": f"{cls.__module__}.{cls.__qualname__}",
+            "init_args": {name: getattr(self, name) for name in arguments},
+        }
 
 
 class InputTransform(nn.Module, ABC):

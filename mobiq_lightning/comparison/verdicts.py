@@ -33,27 +33,32 @@ def verdicts(points: Points, strategies: Sequence[str], bits: Sequence[float], n
 
 
 def routing_verdict(points: Points, strategy: str, bits: Sequence[float]) -> str:
-    """Whether a strategy's router beats both controls, at which bits, and by how much against the spread over seeds."""
+    """Whether a strategy's router beats both controls, at which bits, and by how much against the spread over seeds.
+
+    It is ahead only if it is ahead of each control by more than the spread of that lead, and behind if it is behind one.
+    """
     found: dict[str, list[str]] = {"ahead": [], "behind": [], "tied": []}
     for asked in bits:
-        router = points.get((strategy, "router", asked))
-        leads = {c: lead(router, points.get((strategy, c, asked), {})) for c in CONTROLS} if router else {}
-        given = {name: one for name, one in leads.items() if one is not None}
-        if len(given) < len(CONTROLS) or all(_is_nothing(one) for one in given.values()):
+        router = points.get((strategy, "router", asked), {})
+        leads = {control: lead(router, points.get((strategy, control, asked), {})) for control in CONTROLS}
+        known = {control: one for control, one in leads.items() if one is not None}
+        if len(known) < len(CONTROLS) or all(_is_nothing(one) for one in known.values()):
             continue  # nothing is left to choose there
-        control, worst = min(given.items(), key=lambda item: item[1].mean)
-        found[worst.says].append(f"{asked:g} bits ({worst} against {control})")
-    parts = [f"ahead of both controls at {', '.join(found['ahead'])}"] if found["ahead"] else []
-    parts += [f"behind the better control at {', '.join(found['behind'])}"] if found["behind"] else []
-    parts += (
-        [f"level with it, within the spread over seeds or {TIE:.1%}, at {', '.join(found['tied'])}"]
-        if found["tied"]
-        else []
-    )
-    if not parts:
+        says = {one.says for one in known.values()}
+        side = "behind" if "behind" in says else "tied" if "tied" in says else "ahead"
+        found[side].append(f"{asked:g} bits ({', '.join(f'{one} against {c}' for c, one in known.items())})")
+    if not any(found.values()):
         return f"{strategy}: at these bits all allocations read the same weights, so routing has nothing to win."
-    head = "routing beats static and random nowhere" if not found["ahead"] else "routing is"
-    return f"{strategy}: {head}{'; it is' if not found['ahead'] else ''} {'; '.join(parts)}."
+    parts = [f"routing beats both static and random at {_join(found['ahead'])}"] if found["ahead"] else []
+    parts = parts or ["routing beats static and random together nowhere"]
+    parts += [f"it is behind one of them at {_join(found['behind'])}"] if found["behind"] else []
+    level = f"level with one, within the spread over seeds or {TIE:.1%}"
+    parts += [f"{level}, at {_join(found['tied'])}"] if found["tied"] else []
+    return f"{strategy}: {'; '.join(parts)}."
+
+
+def _join(items: Sequence[str]) -> str:
+    return ", ".join(items)
 
 
 def strategy_verdicts(points: Points, strategies: Sequence[str], bits: Sequence[float]) -> list[str]:

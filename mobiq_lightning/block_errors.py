@@ -21,16 +21,25 @@ class BlockErrors(Metric):
 
     Args:
         full: The decoder blocks of the full-precision model.
-        elastic: Those of the elastic model, whose residual stream has the same basis.
+        elastic: Those of the elastic model.
         depths: In bits, ascending.
+        basis: (H, H) what turns the residual stream of the one model into that of the other, see `residual_basis`; None if
+            they are the same. It is orthogonal, so that relative errors are those of the source's own stream.
     """
 
     full_state_update = False
     error: Tensor
     count: Tensor
 
-    def __init__(self, full: Sequence[nn.Module], elastic: Sequence[nn.Module], depths: Sequence[int]) -> None:
+    def __init__(
+        self,
+        full: Sequence[nn.Module],
+        elastic: Sequence[nn.Module],
+        depths: Sequence[int],
+        basis: Tensor | None = None,
+    ) -> None:
         super().__init__()
+        self.basis = basis
         # In a tuple, not registered: the models are the comparison's, not the metric's to move.
         self._pairs = tuple(zip(full, elastic, [routed_inputs(block) for block in elastic], strict=True))
         self.depths = tuple(depths)
@@ -66,13 +75,34 @@ class BlockErrors(Metric):
         _, elastic, inputs = self._pairs[number]
 
         def measure(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            target = _hidden(output)[mask]
+            hidden, *rest = args if args else (kwargs.pop("hidden_states"),)
+            target = self._turned(_hidden(output))[mask]
+            turned = (self._turned(hidden), *rest)
             for position, depth in enumerate(self.depths):
                 with fixed_depth(inputs, depth):
-                    error = relative_error(_hidden(elastic(*args, **kwargs))[mask], target)
+                    error = relative_error(_hidden(elastic(*turned, **kwargs))[mask], target)
                 self.error[number, position] += error.double() * len(target)
 
         return measure
+
+    def _turned(self, hidden: Tensor) -> Tensor:
+        """Hidden states (B, T, H) of the full-precision model in the basis of the elastic one."""
+        return hidden if self.basis is None else (hidden.to(self.basis.dtype) @ self.basis).to(hidden.dtype)
+
+
+def residual_basis(full: Any, elastic: Any) -> Tensor | None:
+    """The matrix (H, H) float32 that turns the residual stream of one model into that of another made from it.
+
+    A rotation that was folded into the weights turned the embedding with all else, so the embeddings tell it.
+
+    Returns:
+        None if nothing was turned.
+    """
+    one, other = (model.get_input_embeddings().weight.detach() for model in (full, elastic))
+    if torch.equal(one, other):
+        return None
+    found: Tensor = torch.linalg.lstsq(one.double().cpu(), other.double().cpu()).solution
+    return found.to(one.device, torch.float32)
 
 
 def _hidden(output: Any) -> Tensor:

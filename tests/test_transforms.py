@@ -501,3 +501,39 @@ def test_what_a_recipe_says_wrong_is_answered(
 ) -> None:
     assert main(["fit", *recipe_arguments, given]) == 2
     assert answer in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("which", ["rotated", "equivalent"])
+def test_the_errors_of_blocks_are_those_of_the_sources_own_stream(which: str, request: pytest.FixtureRequest) -> None:
+    run, _ = request.getfixturevalue(which)
+    found = json.loads((run / "diagnostics.json").read_text())
+    for errors in found["block_error"]["relative_error"]:
+        assert errors == sorted(errors, reverse=True)
+        assert errors[-1] < 1e-3, "at 8 bits a block is nearly that of the source"
+
+
+def test_the_errors_of_a_transformed_input_are_those_of_its_products(equivalent: Run) -> None:
+    from mobiq_lightning.outliers.input_errors import InputErrors
+
+    recipe = yaml.safe_load((equivalent[0] / "config.yaml").read_text())
+    full, elastic = load_source(recipe["model"]["pretrained"]).model, load(equivalent[0])
+    watched = InputErrors(full, elastic, (2, 8))
+    with torch.no_grad(), watched.watch(torch.ones(2, 8, dtype=torch.bool)):
+        full(input_ids=torch.arange(18).reshape(2, 9))
+    name = "model.layers.1.mlp.down_proj"
+    seen: list[torch.Tensor] = []
+    source, stored = full.get_submodule(name), elastic.get_submodule(name)
+    handle = source.register_forward_hook(lambda module, args, out: seen.append(args[0][:, :-1].flatten(0, 1)))
+    with torch.no_grad():
+        full(input_ids=torch.arange(18).reshape(2, 9))
+        handle.remove()
+        for row, bits in enumerate((2, 8)):
+            with fixed_depth([stored.routed], bits):
+                target = source(seen[0])
+                error = (stored(seen[0]) - target).square().sum(-1) / target.square().sum(-1)
+            torch.testing.assert_close(watched.errors()[name][row], error, rtol=2e-2, atol=1e-7)
+
+
+def test_older_packages_are_told_that_they_cannot_read_transformed_inputs(equivalent: Run, rotated: Run) -> None:
+    found = [json.loads((run / "elastic" / "config.json").read_text()) for run, _ in (equivalent, rotated)]
+    assert [config["quantization_config"]["format_version"] for config in found] == [2, 1]

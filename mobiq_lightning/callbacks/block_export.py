@@ -14,7 +14,7 @@ from mobiq_lightning.checkpoint.provenance import provenance
 from mobiq_lightning.checkpoint.write import CheckpointWriter, describe_factory
 from mobiq_lightning.codes import CODES
 from mobiq_lightning.module import ElasticCalibration
-from mobiq_lightning.packing import QUANT_METHOD, PackedSlices
+from mobiq_lightning.packing import FORMAT_VERSION, QUANT_METHOD, PackedSlices
 
 
 class BlockExport(Callback):
@@ -45,7 +45,8 @@ def finish_checkpoint(module: ElasticCalibration, recipe: str) -> list[int]:
     stored = next((list(transform.stored()) for transform in blocks[0].transforms()), [])
     quantization = {
         "quant_method": QUANT_METHOD,
-        "format_version": CODES[scheme.code].format_version,
+        # Older packages know neither other codes than the nested one nor transforms of inputs.
+        "format_version": max(CODES[scheme.code].format_version, FORMAT_VERSION if stored else 1),
         "slice_bits": list(scheme.slice_bits),
         "group_size": scheme.group_size,
         "router": describe_factory(module.router),

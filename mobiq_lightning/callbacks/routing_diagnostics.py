@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from mobiq_lightning.block_errors import BlockErrors
+from mobiq_lightning.block_errors import BlockErrors, residual_basis
 from mobiq_lightning.callbacks.layerwise_calibration import checked
 from mobiq_lightning.data import IGNORED
 from mobiq_lightning.errors import RecipeError
@@ -58,7 +58,9 @@ class RoutingDiagnostics(Callback):
         comparison = _comparison(module)
         if self.errors is None:
             full, elastic = module.layout.find(comparison.full), module.layout.find(comparison.elastic)
-            self.errors = BlockErrors(list(full), list(elastic), comparison.inputs[0].depths).to(comparison.device)
+            basis = residual_basis(comparison.full, comparison.elastic)
+            errors = BlockErrors(list(full), list(elastic), comparison.inputs[0].depths, basis)
+            self.errors = errors.to(comparison.device)
         ids, labels = batch["input_ids"].to(comparison.device), batch["labels"].to(comparison.device)
         with full_precision(comparison.rounded):
             self.errors.update(comparison.full, ids, labels != IGNORED)

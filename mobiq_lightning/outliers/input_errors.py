@@ -63,24 +63,27 @@ class InputErrors:
     def _note(self, name: str, counted: Tensor, _: nn.Module, args: tuple[Tensor, ...]) -> None:
         x = args[0][:, :-1][counted].float()
         weight = torch.cat([source.weight for source, _ in self.linears[name]]).float()
-        read = (torch.cat([elastic.weight_at(b) for _, elastic in self.linears[name]]) for b in self.bits)
-        self._found[name].append(relative_errors(x, weight, read).cpu())
+        read = (torch.cat([_read_on_input(elastic, b) for _, elastic in self.linears[name]]) for b in self.bits)
+        transform = self.linears[name][0][1].routed.transform
+        shift = None if transform is None else transform.channel_shift()  # what it takes off the bias adds exactly
+        self._found[name].append(relative_errors(x, weight, read, x if shift is None else x - shift).cpu())
 
 
-def relative_errors(x: Tensor, weight: Tensor, read: Iterator[Tensor]) -> Tensor:
-    """``|(W - W_b) x|^2 / |W x|^2`` of each token.
+def relative_errors(x: Tensor, weight: Tensor, read: Iterator[Tensor], shifted: Tensor) -> Tensor:
+    """``|(W - W_b) (x - d)|^2 / |W x|^2`` of each token.
 
     Args:
         x: (N, I).
         weight: (O, I) in full precision, all linears of the input below each other.
         read: The same (O, I) at each of the P precisions.
+        shifted: (N, I) what sliced weights are multiplied with: x, less the shift of a transform.
 
     Returns:
         (P, N).
     """
     size = F.linear(x, weight).square().sum(-1).clamp_min(1e-30)
     # The difference of the weights, not of the products: at 8 bits those would agree to all digits that they have.
-    return torch.stack([F.linear(x, weight - at).square().sum(-1) / size for at in read])
+    return torch.stack([F.linear(shifted, weight - at).square().sum(-1) / size for at in read])
 
 
 def _same_basis(source: Any, elastic: ElasticLinear) -> bool:
@@ -89,8 +92,14 @@ def _same_basis(source: Any, elastic: ElasticLinear) -> bool:
     Two unrelated weights of one size differ by twice their squared norm; the coarsest codes by less than a fifth of it.
     """
     weight = source.weight.float()
-    off = (weight - elastic.weight_at(elastic.n_planes)).square().sum() / weight.square().sum().clamp_min(1e-30)
+    off = (weight - _read_on_input(elastic, elastic.n_planes)).square().sum() / weight.square().sum().clamp_min(1e-30)
     return bool(off < 0.5)
+
+
+def _read_on_input(elastic: ElasticLinear, n_bits: int) -> Tensor:
+    """The weight (O, I) float32 read to `n_bits`, as it acts on the input before a transform scales it."""
+    weight, transform = elastic.weight_at(n_bits), elastic.routed.transform
+    return weight if transform is None else weight / transform.channel_scale()
 
 
 def _elastic_linear(model: nn.Module, name: str) -> ElasticLinear:

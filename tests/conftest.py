@@ -9,6 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = (
+        "1"  # of this process and those that it starts; must be set before torch is imported
+    )
+
 import pytest
 import torch
 

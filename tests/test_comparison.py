@@ -12,7 +12,7 @@ import yaml
 from mobiq_lightning.cli import main
 from mobiq_lightning.comparison.grid import read_grid
 from mobiq_lightning.comparison.table import at_bits, lead, long_table, points_of
-from mobiq_lightning.comparison.verdicts import verdicts
+from mobiq_lightning.comparison.verdicts import storage_verdict, verdicts
 from mobiq_lightning.errors import RecipeError
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -202,6 +202,16 @@ class TestVerdicts:
         assert "At 2.5 used bits all strategies give the same perplexity." in verdicts(
             points_of(rows, [2.5]), ["a", "b"], [2.5], 3
         )
+
+
+def test_what_is_stored_beside_the_codes_is_said_where_it_differs() -> None:
+    def stored(strategy: str, more: float) -> list[dict[str, Any]]:
+        rows = rows_of(strategy, router=[70.0, 71.0])
+        return [{**row, "all_in_bits": row["used_bits"] + more} for row in rows]
+
+    said = storage_verdict(stored("nested", 0.5) + stored("tables", 87.0), ["nested", "tables"])
+    assert said[0].endswith("which equal used bits leave out: nested 0.50, tables 87.00.")
+    assert storage_verdict(stored("a", 0.5) + stored("b", 0.5), ["a", "b"]) == []
 
 
 def test_a_lead_is_a_ratio_of_perplexities() -> None:

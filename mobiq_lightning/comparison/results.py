@@ -18,7 +18,7 @@ from mobiq_lightning.comparison.report_page import write_report
 from mobiq_lightning.comparison.report_tables import Value, columns_of, lines_of
 from mobiq_lightning.comparison.table import INTERPOLATION, long_table, points_of
 from mobiq_lightning.comparison.tracking import log_comparison
-from mobiq_lightning.comparison.verdicts import verdicts
+from mobiq_lightning.comparison.verdicts import storage_verdict, verdicts
 from mobiq_lightning.console import say
 from mobiq_lightning.files import write_json, write_text
 
@@ -37,7 +37,7 @@ def publish(
     points = points_of(rows, grid.bits)
     table = long_table(points)
     finished = [s for s in grid.strategies if any(row["strategy"] == s for row in rows)]
-    sentences = verdicts(points, finished, grid.bits, len(grid.seeds))
+    sentences = verdicts(points, finished, grid.bits, len(grid.seeds)) + storage_verdict(rows, finished)
     sentences += _not_deployable(folder, cells)
     sentences += [f"{cell.name} failed: {failures[cell.slug]}" for cell in cells if cell.slug in failures]
     first = folder.results(next(cell for cell in cells if folder.finished(cell)))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 
 from mobiq_lightning.comparison.grid import RULES_SEEDS
-from mobiq_lightning.comparison.table import CONTROLS, Lead, Points, lead
+from mobiq_lightning.comparison.table import CONTROLS, Lead, Points, Rows, lead
 from mobiq_lightning.report import TIE
 
 _SAME = 1e-6  # relative; at the ends of the range, and on whole slices, all allocations read the same weights
@@ -81,6 +82,24 @@ def strategy_verdicts(points: Points, strategies: Sequence[str], bits: Sequence[
             f"At {asked:g} used bits {best} has the lowest perplexity, {clear} ahead of {second} ({ahead}); {order[-1]} is last."
         )
     return sentences
+
+
+def storage_verdict(rows: Rows, strategies: Sequence[str]) -> list[str]:
+    """What strategies store beside the codes, if that differs: equal used bits are then not equal bits."""
+    stored = {
+        strategy: statistics.fmean(
+            row["all_in_bits"] - row["used_bits"]
+            for row in rows
+            if row["strategy"] == strategy and row["allocation"] == "router"
+        )
+        for strategy in strategies
+    }
+    if max(stored.values()) - min(stored.values()) < 0.01:
+        return []
+    figures = ", ".join(f"{strategy} {bits:.2f}" for strategy, bits in stored.items())
+    return [
+        f"Bits per weight beside the code bits (scales, tables, routers), which equal used bits leave out: {figures}."
+    ]
 
 
 def _is_nothing(one: Lead) -> bool:

@@ -106,8 +106,8 @@ def _not_deployable(folder: ComparisonFolder, cells: Sequence[Cell]) -> list[str
         if not results.get("router", {}).get("deployable", True):
             stored[cell.strategy] = results["slices"]["router_bits"]
     return [
-        f"{strategy} cannot be deployed: its routers store {bits:.1f} bits per weight. It is an upper bound for routers that "
-        "see the input of one layer."
+        f"{strategy} cannot be deployed: its routers store {bits:.1f} bits per weight. It knows the error of each "
+        "layer exactly, and bounds what a router can know of that; perplexity can be better."
         for strategy, bits in stored.items()
     ]
 

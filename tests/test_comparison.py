@@ -84,6 +84,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"strategies": {"x": {"model.router": "ResidualSlices"}}}, "no class 'ResidualSlices'"),
     ({"strategies": {"x": {"model.router": "collections.Counter"}}}, "strategies.x: "),
     ({"strategies": {"x": {"model.epochs_per_block": 0}}}, "model.epochs_per_block (0) must be at least 1"),
+    ({"strategies": {"x": {"model.pretrained": "other"}}}, "x: model.pretrained: strategies are compared on one model"),
+    ({"strategies": {"x": {"data.eval_seq_len": 8}}}, "x: data.eval_seq_len: strategies are compared on one model"),
+    ({"changes": {"data.seed": 3}}, "changes: data.seed: the grid itself sets it in every cell"),
+    ({"strategies": {"x": {"seed_everything": 3}}}, "x: seed_everything: the grid itself sets it"),
     ({"recipe": "nowhere.yaml"}, "no such file"),
     ({"workers": 0}, "workers: 0"),
 ]

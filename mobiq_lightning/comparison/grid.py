@@ -17,6 +17,10 @@ from mobiq_lightning.recipe import check_key, check_recipe, read_recipe
 RULES_SEEDS = 3
 """Seeds below which a comparison says that its spreads mean little."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
+_SET_BY_GRID = ("seed_everything", "data.seed", "model.random_seeds", "model.shared_work", "trainer.default_root_dir")
+"""Keys that every cell has from the grid itself; a change of them would be overwritten."""
+_SAME_FOR_ALL = ("model.pretrained", "model.dtype", "data.eval_")
+"""Keys, or their beginnings, in which strategies of one comparison must not differ."""
 _QUIET = {"class_path": "mobiq_lightning.callbacks.LatencyCheck", "init_args": {"seconds": 0}}
 
 
@@ -185,6 +189,12 @@ def _recipe_problems(grid: Grid) -> Iterator[str]:
         **{f"strategies.{n}": c for n, c in grid.strategies.items()},
     }.items():
         wrong = [problem for key in flatten(changes) for problem in check_key(key.split("."))]
+        wrong += [f"{key}: the grid itself sets it in every cell" for key in flatten(changes) if key in _SET_BY_GRID]
+        if name != "changes":
+            other = [key for key in flatten(changes) if key.startswith(_SAME_FOR_ALL)]
+            wrong += [
+                f"{key}: strategies are compared on one model and one text; set it under changes" for key in other
+            ]
         yield from (f"{name}: {problem}" for problem in wrong)
         if wrong:
             return

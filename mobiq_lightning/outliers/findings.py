@@ -11,11 +11,10 @@ from torch import Tensor
 
 from mobiq_lightning.outliers.overlap import count_worst, overlaps, rank_correlations, worst_tokens
 from mobiq_lightning.outliers.token_record import TokenRecord
+from mobiq_lightning.report import TIE
 
 ALL, NONE = "all", "none"
 """Calibrated by the recipe as it is, for all depths at once; and not calibrated."""
-TIE = 0.001
-"""Relative difference in perplexity below which two calibrations count as equally good."""
 
 
 def summarize_tokens(record: TokenRecord, share: float) -> dict[str, Any]:

@@ -24,11 +24,19 @@ class BlockBatch:
         caller: Calls it.
         hidden: Its inputs and targets.
         index: (B,) calibration windows of the batch.
+        depth: The one depth that is trained; None: those of the objective.
     """
 
     def __init__(
-        self, calibrated: CalibratedBlock, block: int, caller: BlockCaller, hidden: HiddenStates, index: Tensor
+        self,
+        calibrated: CalibratedBlock,
+        block: int,
+        caller: BlockCaller,
+        hidden: HiddenStates,
+        index: Tensor,
+        depth: int | None = None,
     ) -> None:
+        self.depth = depth
         self.routed_inputs = calibrated.routed_inputs()
         self.block, self.caller, self.hidden, self.index = block, caller, hidden, index
         self.target = hidden.target_batch(index)

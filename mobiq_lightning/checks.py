@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Sequence
 
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 
 from mobiq_lightning.errors import RecipeError
+from mobiq_lightning.schedule import Stage, stage_problems
 from mobiq_lightning.source import RouterFactory, SliceFactory
 from mobiq_lightning.strategies.base import BudgetSchedule, Objective
 from mobiq_lightning.strategies.transform_base import Transform
@@ -18,9 +18,9 @@ def check_plugins(
     slices: SliceFactory,
     router: RouterFactory,
     budget: BudgetSchedule,
-    objective: Objective,
+    objectives: tuple[Objective, Objective],
     epochs_per_block: int,
-    stage_shares: Sequence[float],
+    stages: Sequence[Stage],
     eval_bits: Sequence[float],
     transform: Transform,
 ) -> None:
@@ -30,9 +30,9 @@ def check_plugins(
         slices: Makes slice schemes.
         router: Makes routers.
         budget: The budget schedule.
-        objective: What a block is trained to match.
+        objectives: What a block is trained to match, and what the whole model.
         epochs_per_block: Epochs of each block.
-        stage_shares: Shares of the stages in them.
+        stages: What is trained when.
         eval_bits: Budgets of the comparison, in bits.
         transform: What is done before slicing.
 
@@ -46,11 +46,18 @@ def check_plugins(
     problems = list(_transform_problems(transform))
     if epochs_per_block < 1:
         problems.append(f"model.epochs_per_block ({epochs_per_block}) must be at least 1")
-    if not math.isclose(sum(stage_shares), 1.0, abs_tol=0.02) or min(stage_shares) <= 0:
-        problems.append(f"model.stages: shares {list(stage_shares)} must be above 0 and add up to 1")
-    missing = [depth for depth in objective.depths if depth not in depths]
-    if missing:
-        problems.append(f"model.objective: depths {missing} are no prefix of the slices; depths are {list(depths)}")
+    problems += stage_problems(stages, depths, scheme.learns_weights)
+    for key, objective in zip(("objective", "model_objective"), objectives, strict=True):
+        missing = [depth for depth in objective.depths if depth not in depths]
+        if missing:
+            problems.append(f"model.{key}: depths {missing} are no prefix of the slices; depths are {list(depths)}")
+    for number, stage in enumerate(stages):
+        if stage.scope == "model" and stage.depth is None and not stage.trains("routers") and not objectives[1].depths:
+            problems.append(
+                f"model.stages[{number}]: trains no depth; give one, or depth_weights in model.model_objective"
+            )
+    if any(stage.trains("weights") for stage in stages) and any("slices" in stage.train for stage in stages):
+        problems.append("model.stages: with stages that train weights or rounding, name ranges instead of slices")
     low, high = budget.bounds
     if low < lowest or high > highest:
         given = f"the slices {list(scheme.slice_bits)} give {lowest} to {highest}"

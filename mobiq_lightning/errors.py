@@ -31,10 +31,10 @@ class NonFiniteError(MobiqError):
 
     Args:
         message: What was seen.
-        block: Index of the block, from 0.
+        block: Index of the block, from 0; None if the whole model was trained.
     """
 
-    def __init__(self, message: str, block: int) -> None:
+    def __init__(self, message: str, block: int | None) -> None:
         super().__init__(message)
         self.block = block
 

@@ -65,7 +65,8 @@ class BlockCaller:
 
         handle = self.blocks[0].register_forward_pre_hook(catch, with_kwargs=True)
         try:
-            self.model(input_ids=input_ids, use_cache=False)
+            device = self.model.get_input_embeddings().weight.device  # type: ignore[operator]
+            self.model(input_ids=input_ids.to(device), use_cache=False)
         except _CaughtInput:
             pass
         finally:

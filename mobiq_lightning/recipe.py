@@ -24,6 +24,7 @@ _STRATEGY_KEYS = {
     "model.router": "routers",
     "model.budget": "budgets",
     "model.objective": "objectives",
+    "model.model_objective": "objectives",
 }
 _TOP_LEVEL = ("seed_everything", "trainer", "model", "data", "overwrite")
 

@@ -110,10 +110,12 @@ class RoutedInput(nn.Module):
         self.fixed_slices: int | None = None
         self.control: Router | None = None
         self.target_bits: float | None = None
+        self.common_threshold: Tensor | None = None
         self.state = ReadState()
         self.kernel: KernelInput | None = None
         self.recorded: list[Tensor] | None = None
         self.recorded_scores: list[Tensor] | None = None
+        self.live_scores: list[Tensor] | None = None
         self._last: tuple[weakref.ref[Tensor], Tensor] | None = None
         self._last_gated: Tensor | None = None
         self._last_read: tuple[weakref.ref[Tensor], Tensor] | None = None
@@ -198,6 +200,12 @@ class RoutedInput(nn.Module):
         flat = prefix_scores(scores).flatten(0, -2)
         if self.recorded_scores is not None:
             self.recorded_scores.append(flat.detach())
+        if self.live_scores is not None:
+            with torch.enable_grad():
+                live = router.scores(x.detach())[..., : len(self.slice_bits) - 1]
+                self.live_scores.append(prefix_scores(live).flatten(0, -2))
+        if self.common_threshold is not None:
+            return router.gates(scores, self.common_threshold)
         if self.target_bits is None:
             return router.gates(scores, self._threshold_of_rows(router, x) if self.state.per_row else router.threshold)
         threshold = threshold_for_budget(flat, self.slice_bits, [self.target_bits])[0]
@@ -280,6 +288,11 @@ def meet_budget(inputs: Sequence[RoutedInput], bits: float) -> AbstractContextMa
     return _with(inputs, "target_bits", [bits] * len(inputs))
 
 
+def common_threshold(inputs: Sequence[RoutedInput], threshold: Tensor) -> AbstractContextManager[None]:
+    """Within it, all inputs share one threshold (scalar), with the gradient that it has."""
+    return _with(inputs, "common_threshold", [threshold] * len(inputs))
+
+
 @contextmanager
 def record_gates(inputs: Sequence[RoutedInput]) -> Iterator[list[list[Tensor]]]:
     """Within it, routed forward passes append the bits of their tokens to the list of their input.
@@ -301,4 +314,15 @@ def record_scores(inputs: Sequence[RoutedInput]) -> Iterator[list[list[Tensor]]]
     """
     lists: list[list[Tensor]] = [[] for _ in inputs]
     with _with(inputs, "recorded_scores", lists):
+        yield lists
+
+
+@contextmanager
+def record_live_scores(inputs: Sequence[RoutedInput]) -> Iterator[list[list[Tensor]]]:
+    """Within it, as `record_scores`, but the scores have gradients for the routers, even where nothing else has any.
+
+    Tokens count as given: a router's scores have no gradient for what the blocks before made.
+    """
+    lists: list[list[Tensor]] = [[] for _ in inputs]
+    with _with(inputs, "live_scores", lists):
         yield lists

@@ -36,6 +36,7 @@ _IRRELEVANT = (
     "trainer.log_every_n_steps",
 )
 """Keys that may differ between an interrupted run and the one that goes on with it."""
+_WHOLE_MODEL = "model"
 
 
 class RunFolder:
@@ -118,16 +119,17 @@ class RunFolder:
                 path.unlink()
                 path.with_suffix(".sha256").unlink(missing_ok=True)
 
-    def retries(self) -> dict[int, int]:
-        """How often each block was started anew after NaN or infinity."""
+    def retries(self) -> dict[int | None, int]:
+        """How often each block, or the stages of the whole model (None), were started anew after NaN or infinity."""
         path = self.path / RETRIES
-        return {int(k): v for k, v in json.loads(path.read_text()).items()} if path.is_file() else {}
+        stored = json.loads(path.read_text()) if path.is_file() else {}
+        return {None if k == _WHOLE_MODEL else int(k): v for k, v in stored.items()}
 
-    def note_retry(self, block: int) -> int:
+    def note_retry(self, block: int | None) -> int:
         """Counts a retry of a block; returns how many it has had."""
         retries = self.retries()
         retries[block] = retries.get(block, 0) + 1
-        write_json(self.path / RETRIES, retries)
+        write_json(self.path / RETRIES, {_WHOLE_MODEL if k is None else k: v for k, v in retries.items()})
         return retries[block]
 
 

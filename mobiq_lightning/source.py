@@ -20,7 +20,7 @@ from mobiq_lightning.strategies.transform_base import InputTransform, Transform
 SliceFactory = Callable[[int, int], SliceScheme]
 RouterFactory = Callable[[int, int], Router]
 Share = Literal["input", "linear"]
-Learned = Literal["slices", "transforms", "routers"]
+Learned = Literal["slices", "weights", "transforms", "routers"]
 
 
 @dataclass
@@ -157,10 +157,18 @@ class CalibratedBlock(nn.Module):
         """Transforms of those that have one."""
         return [routed.transform for routed in self.routed_inputs() if routed.transform is not None]
 
+    def sliced_linears(self) -> list[SlicedLinear]:
+        """The linears of this block, in the order of their inputs."""
+        return [linear for _, readers in self.readers for linear in readers]
+
     def parameters_of(self, kind: Learned) -> list[nn.Parameter]:
-        """What is learned by the schemes, the transforms or the routers."""
+        """What is learned: by schemes, of ranges (`slices`) or codes (`weights`), by transforms or routers."""
+        codes = [p for linear in self.sliced_linears() for p in linear.scheme.weight_parameters()]
+        if kind == "weights":
+            return codes
         modules = {"slices": self.schemes.values(), "transforms": self.transforms(), "routers": self.routers()}[kind]
-        return [parameter for module in modules for parameter in module.parameters()]
+        known = {id(parameter) for parameter in codes}
+        return [p for module in modules for p in module.parameters() if id(p) not in known]
 
 
 def _key(name: str) -> str:

@@ -28,6 +28,7 @@ from mobiq_lightning.callbacks import (
     ThresholdTuning,
 )
 from mobiq_lightning.callbacks.block_export import finish_checkpoint
+from mobiq_lightning.callbacks.visit_checkpoint import VisitCheckpoint
 from mobiq_lightning.checkpoint.names import ELASTIC
 from mobiq_lightning.console import say
 from mobiq_lightning.data import TextWindows
@@ -180,11 +181,8 @@ class ElasticCLI(LightningCLI):
             "auto_insert_metric_name": False,
             "save_on_train_epoch_end": True,
         }
-        epochs = self.model.epochs_per_block
-        last = [ModelCheckpoint(filename="epoch-{epoch:06d}", save_top_k=2, **common)]
-        if epochs > 1:  # else every epoch ends a block
-            last.append(ModelCheckpoint(filename="block-epoch-{epoch:06d}", every_n_epochs=epochs, **common))
-        return last
+        last = ModelCheckpoint(filename="epoch-{epoch:06d}", save_top_k=2, **common)
+        return [last, VisitCheckpoint(filename="block-epoch-{epoch:06d}", **common)]
 
     def _loggers(self, given: Any) -> list[Logger]:
         """CSV first, then the journal, then what the recipe asks for."""
@@ -242,16 +240,17 @@ class ElasticCLI(LightningCLI):
                 f"{error}\nFinished blocks are kept: run the same command on one device to retry."
             ) from error
         retry = self.run_folder.note_retry(error.block)
+        place = "the whole model" if error.block is None else f"block {error.block + 1}"
         if retry > MAX_RETRIES:
             raise MobiqError(
-                f"{error}\nThis was try {retry} of block {error.block + 1}, at {RETRY_FACTOR ** (retry - 1):g} of the "
-                "learning rates. Finished blocks are kept. Lower model.slices_lr and model.router_lr, or look at the "
-                "weights of that block; then start again with --overwrite"
+                f"{error}\nThis was try {retry} of {place}, at {RETRY_FACTOR ** (retry - 1):g} of the learning rates. "
+                "Finished blocks are kept. Lower model.slices_lr, model.weights_lr and model.router_lr, or look at the "
+                "weights there; then start again with --overwrite"
             ) from error
-        say(
-            f"{error}\nBlock {error.block + 1} starts anew at {RETRY_FACTOR**retry:g} of the learning rates, in float32."
-        )
-        self.run_folder.drop_checkpoints_after(error.block * self.model.epochs_per_block)
+        place = place[0].upper() + place[1:]
+        precision = "" if error.block is None else ", in float32"
+        say(f"{error}\n{place} starts anew at {RETRY_FACTOR**retry:g} of the learning rates{precision}.")
+        self.run_folder.drop_checkpoints_after(self.model.segment.visit.start)
         self.instantiate_classes()
 
     @rank_zero_only

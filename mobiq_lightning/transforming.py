@@ -67,8 +67,9 @@ def initialize_transforms(calibrated: CalibratedBlock, hidden: HiddenStates) -> 
     ]
     try:
         with full_precision(calibrated.routed_inputs()):
-            rows = min(INITIAL_WINDOWS, len(hidden.inputs[ROUTED]))
-            hidden.caller.call(hidden.block, hidden.batch(ROUTED, torch.arange(rows)))
+            stream = ROUTED if ROUTED in hidden.inputs else next(iter(hidden.inputs))
+            rows = min(INITIAL_WINDOWS, len(hidden.inputs[stream]))
+            hidden.caller.call(hidden.block, hidden.batch(stream, torch.arange(rows)))
     finally:
         for hook in hooks:
             hook.remove()

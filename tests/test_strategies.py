@@ -101,7 +101,8 @@ class TestSliceSchemes:
         scheme, weight = self.scheme(kind, slice_bits)
         weight.requires_grad_()
         (scheme(weight) * torch.randn(len(slice_bits), 12, 172)).sum().backward()
-        assert all(bool((p.grad != 0).any()) for p in scheme.parameters())
+        codes = {id(p) for p in scheme.weight_parameters()}  # these begin with their slice: tests/test_progressive.py
+        assert all(bool((p.grad != 0).any()) for p in scheme.parameters() if id(p) not in codes)
         assert bool((weight.grad != 0).any())
 
     def test_the_state_dict_restores_the_scheme(self, kind: Any, slice_bits: tuple[int, ...]) -> None:

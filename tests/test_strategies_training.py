@@ -77,19 +77,21 @@ class FakeRun:
     """A block whose outputs are known. Its errors at fixed depths and routed grow with one parameter each."""
 
     target = torch.ones(2, 3, 4)
+    uneven = torch.tensor([1.0, -1.0, 1.0, -1.0])  # logits that all grow by as much give the same distribution
 
-    def __init__(self) -> None:
+    def __init__(self, depth: int | None = None) -> None:
+        self.depth = depth
         self.fixed = torch.ones((), requires_grad=True)
         self.routing = torch.ones((), requires_grad=True)
         self.depths_read: set[int] = set()
 
     def at_depth(self, bits: int) -> torch.Tensor:
         self.depths_read.add(bits)
-        return self.target + self.fixed * 2.0**-bits
+        return self.target + self.fixed * 2.0**-bits * self.uneven
 
     def routed(self, target_bits: float, meet_exactly: bool) -> tuple[torch.Tensor, torch.Tensor]:
         bits = torch.tensor(target_bits if meet_exactly else target_bits + 1.0)
-        return self.target + self.routing * 0.5, bits
+        return self.target + self.routing * 0.5 * self.uneven, bits
 
     def auxiliary_target(self, bits: int) -> torch.Tensor:
         return self.target
@@ -97,12 +99,15 @@ class FakeRun:
 
 @pytest.mark.parametrize("kind", subclasses(Objective))
 class TestObjectives:
+    def objective(self, kind: Any) -> Any:
+        return kind(depth_weights={2: 1.0, 4: 0.3, 8: 0.1})
+
     @pytest.mark.parametrize("train_routers", [False, True])
     def test_its_terms_are_finite_scalars_and_its_loss_falls_with_the_errors(
         self, kind: Any, train_routers: bool
     ) -> None:
         run = FakeRun()
-        terms = kind()(run, 3.0, train_routers)
+        terms = self.objective(kind)(run, 3.0, train_routers)
         assert all(value.ndim == 0 and bool(torch.isfinite(value)) for value in terms.values())
         terms["loss"].backward()
         assert run.fixed.grad is not None
@@ -111,10 +116,16 @@ class TestObjectives:
         assert (routed > 0) == train_routers  # a stage without routers must not pay for routing
 
     def test_it_reads_exactly_the_depths_that_it_names(self, kind: Any) -> None:
-        run, objective = FakeRun(), kind()
+        run, objective = FakeRun(), self.objective(kind)
         objective(run, 3.0, True)
         assert run.depths_read == set(objective.depths)
         assert objective.depths == tuple(sorted(objective.depths))
+
+    def test_of_a_stage_with_one_depth_it_reads_that_alone(self, kind: Any) -> None:
+        run = FakeRun(depth=3)
+        terms = self.objective(kind)(run, 3.0, False)
+        assert run.depths_read == {3}
+        assert terms["loss"].item() > 0
 
 
 def test_block_reconstruction_weighs_depths_and_charges_for_missing_the_budget() -> None:

@@ -24,10 +24,12 @@ class BlockExport(Callback):
     """
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes the block whose last epoch this was."""
+        """Writes the blocks whose last epoch this was."""
         module = checked(pl_module)
-        if trainer.is_global_zero and (module.current_epoch + 1) % module.epochs_per_block == 0:
-            _writer(module).write_block(module.block_index)
+        if trainer.is_global_zero:
+            for block in range(len(module.blocks)):
+                if module.schedule.final_epoch(block) == module.current_epoch:
+                    _writer(module).write_block(block)
 
 
 def finish_checkpoint(module: ElasticCalibration, recipe: str) -> list[int]:

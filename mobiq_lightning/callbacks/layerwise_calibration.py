@@ -14,69 +14,94 @@ from mobiq_lightning.module import ElasticCalibration
 from mobiq_lightning.run_folder import check_identity
 from mobiq_lightning.strategies.base import SliceScheme
 from mobiq_lightning.transforming import initialize_transforms
+from mobiq_lightning.whole_model import move_model
 
 
 class LayerwiseCalibration(Callback):
-    """Sets the number of epochs to blocks times epochs per block, and keeps the hidden states at the current block.
+    """Sets the number of epochs, and keeps the hidden states at the current block, or the whole model where it is trained.
 
-    Which block is current is derived from the trainer's epoch, which checkpoints restore: after a resume the hidden states
+    What is current is derived from the trainer's epoch, which checkpoints restore: after a resume the hidden states
     are computed anew through the blocks that are done, and are bit for bit what they were.
     """
+
+    def __init__(self) -> None:
+        self.sweep: int | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sets the number of epochs, and makes sure that an interrupted run had this model and this text."""
         module = checked(pl_module)
         if trainer.is_global_zero:
             check_identity(module.run_folder, module.identity())
-        trainer.fit_loop.max_epochs = len(module.blocks) * module.epochs_per_block
+        trainer.fit_loop.max_epochs = module.schedule.n_epochs
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Catches up after a resume."""
         self.catch_up(trainer, checked(pl_module))
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Moves on when a block begins; lets transforms begin, and shows weights to the routers that look at them."""
+        """Moves on when a block or a stage begins; lets transforms begin, and shows weights to routers that look at them."""
         module = checked(pl_module)
         self.catch_up(trainer, module)
-        block = module.block_at(module.block_index)
-        if module.current_epoch % module.epochs_per_block == 0:  # later, a resumed run has them from its checkpoint
-            assert module.hidden is not None
-            initialize_transforms(block, module.hidden)
-        block.show_weights_to_routers()
+        segment = module.segment
+        if module.hidden is not None and segment.sweep == 0 and module.current_epoch == segment.visit.start:
+            # Later, a resumed run has them from its checkpoint.
+            initialize_transforms(module.blocks_in_training()[0], module.hidden)
+        module.begin_stage()
+        for block in module.blocks_in_training():
+            block.show_weights_to_routers()
 
     def catch_up(self, trainer: Trainer, module: ElasticCalibration) -> None:
-        """Brings the hidden states to the current block; does nothing if they are there."""
+        """Brings the hidden states to the current block, or the whole model to the device; does nothing if it is there."""
+        segment = module.segment
+        if self.sweep != segment.sweep:
+            self._leave(module)
+            self.sweep = segment.sweep
+            if segment.block is None:
+                move_model(module)
+        if segment.block is None:
+            return
         if module.hidden is None:
             module.start_hidden_states(trainer.datamodule.calibration_ids())  # type: ignore[attr-defined]
         assert module.hidden is not None
-        if module.hidden.block < module.block_index:
-            if module.block_index - module.hidden.block > 1:
-                say(f"Resuming: passing the calibration windows through {module.block_index} finished blocks.")
-            module.hidden.advance(module.block_index)
-            _forget(module, module.block_index)
-        module.caller.bring(module.block_index)
+        if module.hidden.block < segment.block:
+            if segment.block - module.hidden.block > 1:
+                say(f"Resuming: passing the calibration windows through {segment.block} finished blocks.")
+            module.hidden.advance(segment.block)
+            _forget(module, segment.block)
+        module.caller.bring(segment.block)
+
+    def _leave(self, module: ElasticCalibration) -> None:
+        """Ends a sweep or a model stage: tables and frozen weights leave the device."""
+        module.hidden = None
+        if module.device.type != "cpu":
+            module.source.model.to("cpu")
+        module.make_caller()
+        _forget(module, len(module.blocks))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """At the end of a block, shows routers its final weights, and makes sure that all processes learned the same."""
         module = checked(pl_module)
-        if (module.current_epoch + 1) % module.epochs_per_block != 0:
+        module.end_stage()
+        if not module.schedule.ends_visit(module.current_epoch):
             return
-        module.block_at(module.block_index).show_weights_to_routers()
+        for block in module.blocks_in_training():
+            block.show_weights_to_routers()
         if trainer.world_size > 1:
-            values = [p.detach().double().sum() for p in module.block_at(module.block_index).parameters()]
+            learned = [p for block in module.blocks_in_training() for p in block.parameters()]
+            values = [p.detach().double().sum() for p in learned]
             sums: Any = module.all_gather(torch.stack(values))
             if not torch.equal(sums, sums[:1].expand_as(sums)):
+                place = "the whole model" if module.block_index is None else f"block {module.block_index + 1}"
                 raise MobiqError(
-                    f"block {module.block_index + 1}: the {trainer.world_size} processes learned different values. "
+                    f"{place}: the {trainer.world_size} processes learned different values. "
                     "Use trainer.strategy ddp_find_unused_parameters_true, or one device"
                 )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Releases the tables and the device memory of the last block."""
         module = checked(pl_module)
-        module.hidden = None
-        module.caller.release()
-        _forget(module, len(module.blocks))
+        self._leave(module)
+        self.sweep = None
         shutil.rmtree(module.hidden_states_folder, ignore_errors=True)
 
 

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
 from mobiq_lightning.callbacks.layerwise_calibration import checked
+from mobiq_lightning.module import ElasticCalibration
 
 
 class CalibrationProgress(ProgressBar):
@@ -40,7 +41,7 @@ class CalibrationProgress(ProgressBar):
         if self._enabled and sys.stderr.isatty():
             steps = int(trainer.num_training_batches)
             done = module.current_epoch * steps
-            total = len(module.blocks) * module.epochs_per_block * steps
+            total = module.schedule.n_epochs * steps
             self._bar = tqdm(total=total, initial=done, dynamic_ncols=True, unit="step")
 
     def on_train_batch_end(
@@ -49,19 +50,20 @@ class CalibrationProgress(ProgressBar):
         """Moves the bar."""
         if self._bar is not None:
             self._bar.set_description(self._place(pl_module))
-            self._bar.set_postfix_str(self._state(trainer))
+            self._bar.set_postfix_str(self._state(trainer, checked(pl_module)))
             self._bar.update()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prints a line where there is no terminal."""
         module = checked(pl_module)
         if self._enabled and self._bar is None:
-            epoch = module.current_epoch % module.epochs_per_block + 1
+            segment = module.segment
+            epoch = module.current_epoch - segment.span.start + 1
             done = module.current_epoch + 1 - self._first_epoch
-            left = len(module.blocks) * module.epochs_per_block - module.current_epoch - 1
+            left = module.schedule.n_epochs - module.current_epoch - 1
             eta = (time.monotonic() - self._started) / done * left
             print(
-                f"{self._place(pl_module)}, epoch {epoch}/{module.epochs_per_block}, {self._state(trainer)}, "
+                f"{self._place(pl_module)}, epoch {epoch}/{len(segment.span)}, {self._state(trainer, checked(pl_module))}, "
                 f"ETA {format_seconds(eta)}",
                 file=sys.stderr,
                 flush=True,
@@ -105,13 +107,20 @@ class CalibrationProgress(ProgressBar):
 
     def _place(self, pl_module: LightningModule) -> str:
         module = checked(pl_module)
-        return f"block {module.block_index + 1}/{len(module.blocks)}"
+        segment = module.segment
+        place = "whole model" if segment.block is None else f"block {segment.block + 1}/{len(module.blocks)}"
+        if segment.stage.share is not None:
+            return place
+        depth = "" if segment.stage.depth is None else f" at {segment.stage.depth} bits"
+        return f"stage {segment.number + 1}/{len(module.stages)} ({' + '.join(segment.stage.train)}{depth}), {place}"
 
-    def _state(self, trainer: Trainer) -> str:
+    def _state(self, trainer: Trainer, module: ElasticCalibration) -> str:
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        loss = metrics.get("block/loss", float("nan"))
-        bits = metrics.get("block/routed_bits")
-        shown = "fixed depths" if bits is None else f"{bits:.2f} bits"
+        place = "model" if module.block_index is None else "block"
+        loss = metrics.get(f"{place}/loss", float("nan"))
+        bits = metrics.get(f"{place}/routed_bits") if module.stage.trains("routers") else None
+        depth = module.stage.depth
+        shown = f"{bits:.2f} bits" if bits is not None else "fixed depths" if depth is None else f"{depth} bits"
         return f"loss {loss:.4g}, {shown}, peak {peak_memory_gb():.1f} GB"
 
 

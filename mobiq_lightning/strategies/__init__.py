@@ -13,7 +13,7 @@ from mobiq_lightning.strategies.budgets import (
     SampledBudget,
     StepBudget,
 )
-from mobiq_lightning.strategies.objectives import BlockReconstruction
+from mobiq_lightning.strategies.objectives import BlockReconstruction, LogitDistillation
 from mobiq_lightning.strategies.routers import (
     ErrorSketchRouter,
     LinearRouter,
@@ -27,6 +27,7 @@ from mobiq_lightning.strategies.slices import (
     BinaryCodedSlices,
     IndependentResidualSlices,
     KMeansSlices,
+    ProgressiveSlices,
     ResidualSlices,
 )
 from mobiq_lightning.strategies.transform_base import InputTransform, Transform
@@ -49,11 +50,13 @@ __all__ = [
     "LinearBudget",
     "LinearRouter",
     "ListedBudget",
+    "LogitDistillation",
     "MLPRouter",
     "NoTransform",
     "NormRouter",
     "Objective",
     "OracleRouter",
+    "ProgressiveSlices",
     "RandomRouter",
     "ResidualSlices",
     "Router",

@@ -30,6 +30,9 @@ class SliceScheme(nn.Module, ABC):
     code: ClassVar[str] = PackedSlices.code
     """The code of what `pack` gives; see `packing` and `codes`."""
 
+    learns_weights: ClassVar[bool] = False
+    """Whether its codes can be trained, slice by slice: whether it has `weight_parameters`."""
+
     def __init__(self, out_features: int, in_features: int, slice_bits: Sequence[int]) -> None:
         super().__init__()
         self.out_features = out_features
@@ -84,6 +87,31 @@ class SliceScheme(nn.Module, ABC):
 
     def forget(self) -> None:
         """Gives up what is kept of the weight between calls, and can be made again; called when a block is done."""
+
+    def weight_parameters(self) -> list[nn.Parameter]:
+        """Parameters that decide the codes, of the size of the weight; all others are ranges."""
+        return []
+
+    def start_slice(self, weight: Tensor, n_bits: int) -> bool:
+        """Begins to train the codes of the slice that reaches `n_bits`; all coarser codes are frozen as they are.
+
+        Args:
+            weight: (O, I) the full-precision weight.
+            n_bits: A depth of the slices.
+
+        Returns:
+            Whether it begins now: False if the slice is in training already, or done, as after a resume.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no codes to train")
+
+    def freeze(self, weight: Tensor) -> None:
+        """Ends the training of codes: those of all slices stay as they are, and only ranges can still be learned."""
+
+    def bound_rounding(self, weight: Tensor) -> None:
+        """Moves codes in training that are further than the neighbours of the weight's own code back to those."""
+
+    def bound_clipping(self) -> None:
+        """Narrows ranges that are wider than the weights of their group."""
 
 
 class Router(nn.Module, ABC):
@@ -234,10 +262,16 @@ class BudgetSchedule(ABC):
 
 
 class BlockRun(Protocol):
-    """What an objective sees of the block being calibrated, on one batch of calibration windows."""
+    """What an objective sees of the block being calibrated, on one batch of calibration windows.
+
+    In stages of the whole model, "the block" is the model and outputs are logits (B, T, V); see `ModelBatch`.
+    """
 
     target: Tensor
     """(B, T, H) output of the full-precision block on full-precision inputs."""
+
+    depth: int | None
+    """The one fixed depth, in bits, that the stage trains; None: those of the objective."""
 
     def at_depth(self, bits: int) -> Tensor:
         """(B, T, H) output of the sliced block with all weights read at `bits`, on the inputs of that depth."""

@@ -63,7 +63,9 @@ def threshold_for_budget(
     return edges[n_open]
 
 
-def with_budget_gradient(threshold: Tensor, scores: Tensor, slice_bits: Sequence[int], temperature: float) -> Tensor:
+def with_budget_gradient(
+    threshold: Tensor, scores: Tensor, slice_bits: Sequence[int], temperature: float, weights: Tensor | None = None
+) -> Tensor:
     """The threshold with the gradient that it has because the budget stays met when scores move.
 
     Differentiating ``sum(bits * sigmoid((score - threshold) / temperature)) = const`` gives the threshold as a mean of the
@@ -76,10 +78,13 @@ def with_budget_gradient(threshold: Tensor, scores: Tensor, slice_bits: Sequence
         scores: (N, S - 1) scores under the prefix rule, with their gradient.
         slice_bits: Bits of the S slices.
         temperature: Width of the gates' sigmoid.
+        weights: (N,) weight of each token in the average, by default all alike.
     """
     bits = torch.tensor(slice_bits[1:], dtype=scores.dtype, device=scores.device)
     soft = torch.sigmoid((scores.detach() - threshold) / temperature)
     weight = bits * soft * (1 - soft)
+    if weights is not None:
+        weight = weight * weights.unsqueeze(-1)
     mean = (weight * scores).sum() / weight.sum().clamp_min(1e-12)
     return threshold + mean - mean.detach()
 

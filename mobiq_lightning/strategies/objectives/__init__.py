@@ -1,5 +1,6 @@
-"""Objectives: what a block is trained to match."""
+"""Objectives: what a block, or the whole model, is trained to match."""
 
 from mobiq_lightning.strategies.objectives.block_reconstruction import BlockReconstruction
+from mobiq_lightning.strategies.objectives.logit_distillation import LogitDistillation
 
-__all__ = ["BlockReconstruction"]
+__all__ = ["BlockReconstruction", "LogitDistillation"]

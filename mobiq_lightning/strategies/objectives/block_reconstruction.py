@@ -17,7 +17,7 @@ class BlockReconstruction(Objective):
     trained for the base alone ruins the depths above it.
 
     Args:
-        depth_weights: Weight of the error at each fixed depth, by its bits.
+        depth_weights: Weight of the error at each fixed depth, by its bits. A stage that names a depth trains that alone.
         routed_weight: Weight of the routed block's error.
         budget_rule: How the routed block meets its budget. ``quantile`` takes each step's thresholds from the scores, so
             that the average is the budget exactly. ``penalty`` keeps the thresholds at 0 and adds the squared distance of
@@ -50,14 +50,15 @@ class BlockReconstruction(Objective):
         """See `Objective.__call__`."""
         terms: dict[str, Tensor] = {}
         loss = run.target.new_zeros((), dtype=torch.float32)
-        for depth in self.depths:
+        for depth in self.depths if run.depth is None else (run.depth,):
+            weight = self.depth_weights.get(depth, 1.0)
             output = run.at_depth(depth)
             error = relative_error(output, run.target)
             terms[f"error_{depth}_bits"] = error
-            loss = loss + self.depth_weights[depth] * error
+            loss = loss + weight * error
             if self.auxiliary_weight > 0:
                 auxiliary = relative_error(output, run.auxiliary_target(depth))
-                loss = loss + self.depth_weights[depth] * self.auxiliary_weight * auxiliary
+                loss = loss + weight * self.auxiliary_weight * auxiliary
         if train_routers:
             output, bits = run.routed(target_bits, self.budget_rule == "quantile")
             terms["error_routed"] = relative_error(output, run.target)

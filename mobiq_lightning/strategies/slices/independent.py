@@ -69,12 +69,18 @@ class IndependentResidualSlices(GroupedSlices):
         planes = tuple(pack_planes(codes, self.depths[-1]))
         return PackedResiduals(planes, tuple(values), self.in_features, self.group_size, self.slice_bits)
 
+    @torch.no_grad()
+    def bound_clipping(self) -> None:
+        """See `SliceScheme.bound_clipping`."""
+        self.low_clip.clamp_(max=0.0)
+        self.high_clip.clamp_(max=0.0)
+
     def _prefixes(self, weight: Tensor, n_slices: int) -> Iterator[Tensor]:
         """The weight (O, I) read with 1, 2, ... slices."""
         residual, read = weight.float(), None
         for number, bits in enumerate(self.slice_bits[:n_slices]):
             scale, bias = self._range(residual, number)
-            own: Tensor = NestedCode.apply(residual, scale, bias, self.group_size, (bits,))[0]  # type: ignore[no-untyped-call]
+            own: Tensor = NestedCode.apply(residual, scale, bias, self.group_size, (bits,))[0]
             read = own if read is None else read + own
             yield read
             residual = weight.float() - read

@@ -45,12 +45,12 @@ class ResidualSlices(GroupedSlices):
         """See `SliceScheme.weight_at`."""
         scale, bias = self._range(weight)
         depths = (self.depths[n_slices - 1],)
-        return NestedCode.apply(weight, scale, bias, self.group_size, depths)[0]  # type: ignore[no-untyped-call,no-any-return]
+        return NestedCode.apply(weight, scale, bias, self.group_size, depths)[0]  # type: ignore[no-any-return]
 
     def prefixes(self, weight: Tensor) -> Tensor:
         """See `SliceScheme.prefixes`."""
         scale, bias = self._range(weight)
-        return NestedCode.apply(weight, scale, bias, self.group_size, self.depths)  # type: ignore[no-untyped-call,no-any-return]
+        return NestedCode.apply(weight, scale, bias, self.group_size, self.depths)  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def pack(self, weight: Tensor) -> PackedSlices:
@@ -66,6 +66,12 @@ class ResidualSlices(GroupedSlices):
             group_size=self.group_size,
             slice_bits=self.slice_bits,
         )
+
+    @torch.no_grad()
+    def bound_clipping(self) -> None:
+        """See `SliceScheme.bound_clipping`."""
+        self.low_clip.clamp_(max=0.0)
+        self.high_clip.clamp_(max=0.0)
 
     def _range(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Width and centre (O, G) of the groups' ranges."""

@@ -1,0 +1,203 @@
+"""Stages of a calibration, and which of them trains what in which epoch of the one fit."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Literal
+
+Trained = Literal["slices", "clipping", "ranges", "rounding", "weights", "routers"]
+WEIGHTS: frozenset[str] = frozenset({"weights", "rounding"})
+"""What moves codes: of one slice at a time, all coarser ones being frozen."""
+RANGES: frozenset[str] = frozenset({"slices", "clipping", "ranges"})
+
+
+@dataclass
+class Stage:
+    """A part of the calibration: what is trained, where, at which depth, for how long.
+
+    Stages that follow each other with `scope: block` are one sweep: each block goes through all of them before the next
+    block begins. A stage with `scope: model` trains all blocks together, end to end, once the sweep before it is done. So
+    the order of the stages decides whether the slices of a block follow each other, or the blocks of a slice.
+
+    Args:
+        share: Of the block's `epochs_per_block`, in (0, 1]. Either this or `epochs`.
+        train: What is trained. `slices`: all that schemes without slices of their own learn, with the transforms.
+            `ranges`: the ranges of the groups. `clipping`: the same, but they can only become narrower. `rounding`: the
+            codes of the slice that reaches `depth`, each to a neighbour at most. `weights`: the same without that bound.
+            `routers`.
+        epochs: Passes over the calibration windows, for each block or for the model.
+        depth: The fixed depth that is trained, in bits; by default those of the objective.
+        lr_scale: What the learning rates of what is trained are multiplied with.
+        scope: `block`: one block after the other, against its output. `model`: all, against the model's output.
+    """
+
+    share: float | None = None
+    train: list[Trained] = field(default_factory=list)
+    epochs: int | None = None
+    depth: int | None = None
+    lr_scale: float = 1.0
+    scope: Literal["block", "model"] = "block"
+
+    def trains(self, kind: str) -> bool:
+        """Whether it trains `slices` (ranges), `transforms`, `weights` or `routers`."""
+        wanted = {"slices": RANGES, "weights": WEIGHTS, "transforms": {"slices"}}.get(kind, {kind})
+        return not wanted.isdisjoint(self.train)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive epochs in which one stage trains one block, or the model.
+
+    Args:
+        stage: The stage.
+        number: Of the stage in the recipe, from 0.
+        block: The block; None for the model.
+        sweep: Number of the sweep, or of the model stage, that it belongs to.
+        epochs: Of the fit.
+        span: Epochs over which learning rates and budgets run their course: those of the segment, or of the visit where
+            stages are shares of one course.
+        visit: Epochs of the fit that the sweep spends at this block without a break.
+    """
+
+    stage: Stage
+    number: int
+    block: int | None
+    sweep: int
+    epochs: range
+    span: range
+    visit: range
+
+
+class Schedule:
+    """The epochs of a fit.
+
+    Args:
+        stages: In their order.
+        epochs_per_block: What shares are shares of.
+        n_blocks: Decoder blocks.
+    """
+
+    def __init__(self, stages: Sequence[Stage], epochs_per_block: int, n_blocks: int) -> None:
+        self.segments: list[Segment] = []
+        self.sweeps: list[list[Stage]] = []
+        self.n_blocks = n_blocks
+        for numbered in sweeps_of(stages):
+            sweep = [stage for _, stage in numbered]
+            blocks = [None] if sweep[0].scope == "model" else list(range(n_blocks))
+            for block in blocks:
+                self._visit(numbered, block, epochs_per_block)
+            self.sweeps.append(sweep)
+        self._starts = [segment.epochs.start for segment in self.segments]
+
+    def _visit(self, numbered: Sequence[tuple[int, Stage]], block: int | None, epochs_per_block: int) -> None:
+        counts = epochs_of([stage for _, stage in numbered], epochs_per_block)
+        start = self.n_epochs
+        visit = range(start, start + sum(counts))
+        for (number, stage), count in zip(numbered, counts, strict=True):
+            epochs = range(start, start + count)
+            start += count
+            if count:
+                span = visit if stage.share is not None else epochs
+                self.segments.append(Segment(stage, number, block, len(self.sweeps), epochs, span, visit))
+
+    @property
+    def n_epochs(self) -> int:
+        """Epochs of the fit."""
+        return self.segments[-1].epochs.stop if self.segments else 0
+
+    def at(self, epoch: int) -> Segment:
+        """The segment of an epoch; after the last one, the last segment."""
+        return self.segments[max(0, bisect_right(self._starts, epoch) - 1)]
+
+    def ends_visit(self, epoch: int) -> bool:
+        """Whether this is the last epoch of a visit: of a block, or of a model stage."""
+        return epoch == self.at(epoch).visit.stop - 1
+
+    def final_epoch(self, block: int) -> int:
+        """The epoch after which nothing changes any more in what a block stores beside its routers."""
+        last = [
+            segment.epochs.stop - 1
+            for segment in self.segments
+            if segment.block in (block, None) and segment.stage.train != ["routers"]
+        ]
+        visits = [segment.visit.stop - 1 for segment in self.segments if segment.block == block]
+        return max([*last, *visits[:1]], default=0)
+
+    def weight_depths(self) -> list[int]:
+        """Depths, in bits, whose slices have weights trained, in the order of training, each once."""
+        depths = [s.depth for sweep in self.sweeps for s in sweep if s.trains("weights") and s.depth is not None]
+        return list(dict.fromkeys(depths))
+
+    def trains_weights_after(self, segment: Segment) -> bool:
+        """Whether a later segment of the same block, or of the model, moves codes."""
+        later = self.segments[self.segments.index(segment) + 1 :]
+        return any(s.stage.trains("weights") and (s.block is None or s.block == segment.block) for s in later)
+
+
+def sweeps_of(stages: Sequence[Stage]) -> Iterator[list[tuple[int, Stage]]]:
+    """Stages with their numbers: block stages that follow each other together, model stages each for itself."""
+    keyed = [
+        ((stage.scope, number if stage.scope == "model" else 0), number, stage) for number, stage in enumerate(stages)
+    ]
+    for _, group in groupby(keyed, key=lambda item: item[0]):
+        yield [(number, stage) for _, number, stage in group]
+
+
+def epochs_of(sweep: Sequence[Stage], epochs_per_block: int) -> list[int]:
+    """Epochs of the stages of one sweep."""
+    counts, end, taken = [], 0.0, 0
+    for stage in sweep:
+        if stage.share is None:
+            counts.append(stage.epochs or 0)
+            continue
+        end += stage.share
+        # An epoch belongs to the stage in which it begins; the last stage takes what rounding leaves.
+        stop = epochs_per_block if stage is sweep[-1] else math.ceil(end * epochs_per_block - 1e-6)
+        counts.append(max(0, min(stop, epochs_per_block) - taken))
+        taken += counts[-1]
+    return counts
+
+
+def stage_problems(stages: Sequence[Stage], depths: Sequence[int], learns_weights: bool) -> Iterator[str]:
+    """What is wrong with the stages of a recipe.
+
+    Args:
+        stages: As given.
+        depths: That the slices have, in bits.
+        learns_weights: Whether the slice scheme has codes that can be trained.
+    """
+    if not stages:
+        yield "model.stages: there is none; give at least one"
+    for sweep in sweeps_of(stages):
+        shares = [stage.share for _, stage in sweep if stage.share is not None]
+        if shares and len(shares) < len(sweep):
+            yield "model.stages: block stages that follow each other have all a share, or all a number of epochs"
+        elif shares and (not math.isclose(sum(shares), 1.0, abs_tol=0.02) or min(shares) <= 0):
+            yield f"model.stages: shares {shares} must be above 0 and add up to 1"
+    reached = 0
+    for number, stage in enumerate(stages):
+        where = f"model.stages[{number}]"
+        if not stage.train:
+            yield f"{where}: train names nothing; give some of slices, clipping, ranges, rounding, weights, routers"
+        if stage.share is None and (stage.epochs or 0) < 1:
+            yield f"{where}: epochs ({stage.epochs}) must be at least 1, or give a share of epochs_per_block"
+        if stage.share is not None and stage.epochs is not None:
+            yield f"{where}: give share ({stage.share:g}) or epochs ({stage.epochs}), not both"
+        if stage.lr_scale <= 0:
+            yield f"{where}: lr_scale ({stage.lr_scale:g}) must be above 0"
+        if stage.scope == "model" and stage.share is not None:
+            yield f"{where}: scope model takes epochs, as shares are of a block's epochs"
+        if stage.depth is not None and stage.depth not in depths:
+            yield f"{where}: depth {stage.depth} is no prefix of the slices; depths are {list(depths)}"
+        if stage.trains("weights"):
+            if not learns_weights:
+                yield f"{where}: {'/'.join(stage.train)}: only a scheme with trained codes has them; use ProgressiveSlices"
+            if stage.depth is None:
+                yield f"{where}: training {'/'.join(stage.train)} takes a depth: the one whose slice is trained"
+            elif stage.depth < reached:
+                yield f"{where}: depth {stage.depth} comes after depth {reached}, by which its codes are frozen"
+            reached = max(reached, stage.depth or 0)

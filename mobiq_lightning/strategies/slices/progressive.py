@@ -1,0 +1,260 @@
+"""Nested codes that are learned slice by slice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from mobiq_lightning.packing import SCALE_DTYPE, PackedSlices, dequantize, pack_planes
+from mobiq_lightning.strategies.slices.nested_code import cells, group_sum, unit_position
+from mobiq_lightning.strategies.slices.residual import ResidualSlices
+
+_INSIDE = 1e-4
+"""How far within its cell a target begins, of the cell's width in units of the range: at the border, rounding could leave it."""
+
+
+class ProgressiveSlices(ResidualSlices):
+    """The nested code of `ResidualSlices`, whose slices are trained one after the other, each for its own depth.
+
+    All depths trained at once are in each other's way: to move a weight across a border of the 2-bit code for the sake of
+    depth 2 costs every finer depth. Here the code is trained depth by depth. A slice has a target of its own, (O, I), that
+    starts at the weight and is trained through the quantizer, straight through, at the depth that the slice reaches; when
+    the next slice begins, the codes so far are frozen, and its target starts at the weight again, moved into the cell that
+    the frozen code leaves it. So no depth is sacrificed to another, and what is stored stays one code with one range.
+    Training weights through the quantizer, block by block: EfficientQAT, arXiv 2407.11062.
+
+    Depths that are not trained yet, or are never, take the weight itself, moved into the cell of the code before. Without
+    stages that train `weights` or `rounding` it is `ResidualSlices`.
+
+    Args:
+        out_features: O.
+        in_features: I; the last group may be shorter than `group_size`.
+        slice_bits: Bits of each slice, coarsest first; any positive integers with a sum of at most 8.
+        group_size: Columns that share one range.
+    """
+
+    learns_weights = True
+
+    target: nn.Parameter
+    codes: Tensor
+    bits_reached: Tensor
+
+    def __init__(
+        self,
+        out_features: int,
+        in_features: int,
+        slice_bits: Sequence[int] = (2, 1, 1, 1, 1, 1, 1),
+        group_size: int = 128,
+    ) -> None:
+        super().__init__(out_features, in_features, slice_bits, group_size)
+        # Both are as large as the weight, so they exist only from when they are needed on, and the target no longer.
+        self.target = nn.Parameter(torch.empty(0, 0))
+        self.register_buffer("codes", torch.empty(0, 0, dtype=torch.uint8))
+        self.register_buffer("bits_reached", torch.zeros(2, dtype=torch.int64))  # by the frozen code, and by the target
+
+    def weight_parameters(self) -> list[nn.Parameter]:
+        """See `SliceScheme.weight_parameters`."""
+        return [self.target]
+
+    @torch.no_grad()
+    def start_slice(self, weight: Tensor, n_bits: int) -> bool:
+        """See `SliceScheme.start_slice`."""
+        frozen, trained = self._bits()
+        if trained >= n_bits:
+            return False
+        if trained > frozen:
+            self._freeze_at(weight, trained)
+        self.bits_reached[1] = n_bits
+        self.target.data = self._start_of_target(weight)
+        self.target.grad = None
+        return True
+
+    @torch.no_grad()
+    def freeze(self, weight: Tensor) -> None:
+        """See `SliceScheme.freeze`."""
+        self._freeze_at(weight, self.depths[-1])
+        self.bits_reached[1] = self.depths[-1]
+        self.target.data = self.target.new_empty(0, 0)
+        self.target.grad = None
+
+    @torch.no_grad()
+    def bound_rounding(self, weight: Tensor) -> None:
+        """See `SliceScheme.bound_rounding`."""
+        frozen, trained = self._bits()
+        if trained > frozen:
+            scale, _ = self._range(weight)
+            step = (
+                scale.repeat_interleave(min(self.group_size, weight.shape[1]), dim=1)[:, : weight.shape[1]]
+                * 2.0**-trained
+            )
+            start = self._start_of_target(weight)
+            self.target.copy_(self.target.clamp(start - step / 2, start + step / 2))
+
+    def weight_at(self, weight: Tensor, n_slices: int) -> Tensor:
+        """See `SliceScheme.weight_at`."""
+        return self._read(weight, (self.depths[n_slices - 1],))[0]
+
+    def prefixes(self, weight: Tensor) -> Tensor:
+        """See `SliceScheme.prefixes`."""
+        return self._read(weight, self.depths)
+
+    @torch.no_grad()
+    def pack(self, weight: Tensor) -> PackedSlices:
+        """See `SliceScheme.pack`."""
+        scale, bias = self._range(weight)
+        n_bits = self.depths[-1]
+        return PackedSlices(
+            planes=tuple(pack_planes(self._code(weight, scale, bias, n_bits).to(torch.uint8), n_bits)),
+            scale=scale.to(SCALE_DTYPE),
+            bias=bias.to(SCALE_DTYPE),
+            in_features=self.in_features,
+            group_size=self.group_size,
+            slice_bits=self.slice_bits,
+        )
+
+    def forget(self) -> None:
+        """See `SliceScheme.forget`: the codes of a finished block wait on the host."""
+        self.codes = self.codes.cpu()
+
+    # ------------------------------------------------------------------ the code
+
+    def _bits(self) -> tuple[int, int]:
+        """Bits of the frozen code, and bits that the target reaches (as many, if there is none)."""
+        frozen, trained = self.bits_reached.tolist()
+        return frozen, max(frozen, trained)
+
+    def _read(self, weight: Tensor, depths: tuple[int, ...]) -> Tensor:
+        """(len(depths), O, I) float32."""
+        scale, bias = self._range(weight)
+        frozen, trained = self._bits()
+        if trained == 0 and weight.requires_grad:  # a transform is being learned, and nothing else has begun
+            return torch.stack(
+                [super(ProgressiveSlices, self).weight_at(weight, self.depths.index(p) + 1) for p in depths]
+            )
+        return torch.stack([self._read_one(weight, scale, bias, p, frozen, trained) for p in depths])
+
+    def _read_one(self, weight: Tensor, scale: Tensor, bias: Tensor, depth: int, frozen: int, trained: int) -> Tensor:
+        code = self._code(weight, scale, bias, depth)
+        if depth <= frozen:  # codes are given: linear in the range
+            return dequantize(code, depth, scale, bias, self.group_size)
+        source = self.target if trained > frozen else weight.float()
+        read: Tensor = TrainedCode.apply(source, scale, bias, code, depth, self.group_size, frozen == 0)
+        return read
+
+    @torch.no_grad()
+    def _code(self, weight: Tensor, scale: Tensor, bias: Tensor, depth: int) -> Tensor:
+        """Codes (O, I) of `depth` bits, as floats."""
+        frozen, trained = self._bits()
+        known, bits = (self._codes_on(weight).float(), frozen) if frozen else (None, 0)
+        if depth <= frozen:
+            assert known is not None
+            return (known * 2.0 ** (depth - frozen)).floor_()
+        if trained > frozen:
+            known = refine(unit_position(self.target, scale, bias, self.group_size), known, bits, min(depth, trained))
+            bits = min(depth, trained)
+        if depth > bits:
+            known = refine(unit_position(weight, scale, bias, self.group_size), known, bits, depth)
+        assert known is not None
+        return known
+
+    def _freeze_at(self, weight: Tensor, n_bits: int) -> None:
+        scale, bias = self._range(weight)
+        self.codes = self._code(weight, scale, bias, n_bits).to(torch.uint8)
+        self.bits_reached[0] = n_bits
+
+    def _start_of_target(self, weight: Tensor) -> Tensor:
+        """The weight (O, I), moved into the cells of the frozen code."""
+        frozen, _ = self._bits()
+        scale, bias = self._range(weight)
+        if not self.bits_reached[0]:
+            return weight.detach().float().clone()
+        low = self._codes_on(weight).float() * 2.0**-frozen
+        unit = unit_position(weight, scale, bias, self.group_size)
+        unit = torch.minimum(torch.maximum(unit, low + _INSIDE), low + 2.0**-frozen - _INSIDE)
+        columns = weight.shape[1]
+        size = min(self.group_size, columns)
+        spread = [v.repeat_interleave(size, dim=1)[:, :columns] for v in (scale, bias)]
+        return spread[1] + spread[0] * (unit - 0.5)
+
+    def _codes_on(self, weight: Tensor) -> Tensor:
+        if self.codes.device != weight.device:
+            self.codes = self.codes.to(weight.device)
+        return self.codes
+
+    # ------------------------------------------------------------------ state
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Takes on the sizes of the saved tensors: which of them are there depends on how far the training was."""
+        target, codes = state.get(f"{prefix}target"), state.get(f"{prefix}codes")
+        if target is not None:
+            self.target.data = self.target.new_empty(target.shape)
+        if codes is not None:
+            self.codes = self.codes.new_empty(codes.shape)
+        super()._load_from_state_dict(state, prefix, *args)
+
+
+def refine(unit: Tensor, known: Tensor | None, known_bits: int, n_bits: int) -> Tensor:
+    """Codes of `n_bits` bits whose first `known_bits` are given: the nearest cell within the one that is known.
+
+    Args:
+        unit: (O, I) positions in the range, see `unit_position`.
+        known: (O, I) codes as floats; None if no bit is given.
+        known_bits: Their bits.
+        n_bits: Bits of the result.
+
+    Returns:
+        (O, I) as floats.
+    """
+    if known is None:
+        return cells(unit, n_bits)
+    below = 2.0 ** (n_bits - known_bits)
+    first = known * below
+    return torch.minimum(torch.maximum((unit * 2.0**n_bits).floor_(), first), first + (below - 1))
+
+
+class TrainedCode(Function):
+    """Weights of a code with straight-through gradients for what it was made of, as in `NestedCode`.
+
+    Positions outside of the whole range have no gradient. Within it a position that left the cell of the coarser code keeps
+    its own, so that it can come back.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, source: Tensor, scale: Tensor, bias: Tensor, code: Tensor, depth: int, group_size: int, masked: bool
+    ) -> Tensor:
+        """Weights (O, I) float32.
+
+        Args:
+            ctx: Kept for the backward pass.
+            source: (O, I) the trained target, or the weight.
+            scale: (O, G) widths of the ranges.
+            bias: (O, G) centres of the ranges.
+            code: (O, I) the code of `source`, as floats.
+            depth: Its bits.
+            group_size: Columns per group.
+            masked: Whether positions outside of the range have no gradient.
+        """
+        ctx.save_for_backward(source, scale, bias, code)
+        ctx.depth, ctx.group_size, ctx.masked = depth, group_size, masked
+        return dequantize(code, depth, scale, bias, group_size)
+
+    @staticmethod
+    def backward(
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None, None]:
+        """Gradients of source, scale and bias."""
+        source, scale, bias, code = ctx.saved_tensors
+        grad, group_size = grads[0], ctx.group_size
+        unit = unit_position(source, scale, bias, group_size)
+        inside = ((unit >= 0) & (unit < 1)).float() if ctx.masked else torch.ones_like(unit)
+        grad_scale = grad_bias = None
+        if ctx.needs_input_grad[1]:
+            position = (code + 0.5) * 2.0**-ctx.depth - 0.5
+            grad_scale = group_sum(grad * (position - inside * (unit - 0.5)), group_size)
+            grad_bias = group_sum(grad * (1 - inside), group_size)
+        return (grad * inside if ctx.needs_input_grad[0] else None), grad_scale, grad_bias, None, None, None, None

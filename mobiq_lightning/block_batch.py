@@ -24,7 +24,7 @@ class BlockBatch:
         caller: Calls it.
         hidden: Its inputs and targets.
         index: (B,) calibration windows of the batch.
-        depth: The one depth that is trained; None: those of the objective.
+        depths: Fixed depths that are trained, in bits; None: those of the objective.
     """
 
     def __init__(
@@ -34,9 +34,9 @@ class BlockBatch:
         caller: BlockCaller,
         hidden: HiddenStates,
         index: Tensor,
-        depth: int | None = None,
+        depths: tuple[int, ...] | None = None,
     ) -> None:
-        self.depth = depth
+        self.depths = depths
         self.routed_inputs = calibrated.routed_inputs()
         self.block, self.caller, self.hidden, self.index = block, caller, hidden, index
         self.target = hidden.target_batch(index)

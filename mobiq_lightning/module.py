@@ -206,7 +206,7 @@ class ElasticCalibration(LightningModule):
         """Prepares the tables of block 0 for the current sweep from calibration windows (N, T)."""
         self.make_caller()
         stages = self.schedule.sweeps[self.segment.sweep]
-        depths = {depth for stage in stages for depth in ((stage.depth,) if stage.depth else self.objective.depths)}
+        depths = {d for s in stages for d in (self.objective.depths if s.depths is None else s.depths)}
         streams: dict[str, Reading] = {}
         if any(stage.trains("routers") for stage in stages):
             streams[ROUTED] = self._read_routed
@@ -302,14 +302,14 @@ class ElasticCalibration(LightningModule):
 
     def _objective_on(self, batch: dict[str, Tensor]) -> tuple[Objective, BlockRun]:
         """What the current stage trains to match, and what it sees of the batch."""
-        block, depth = self.block_index, self.stage.depth
+        block, depths = self.block_index, self.stage.depths
         if block is None:
             decoder = list(self.layout.find(self.source.model))
             ids = batch["input_ids"].to(self.device)
-            run = ModelBatch(self.source.model, decoder, self.all_inputs(), ids, depth, self.recompute_blocks)
+            run = ModelBatch(self.source.model, decoder, self.all_inputs(), ids, depths, self.recompute_blocks)
             return self.model_objective, run
         assert self.hidden is not None
-        return self.objective, BlockBatch(self.block_at(block), block, self.caller, self.hidden, batch["index"], depth)
+        return self.objective, BlockBatch(self.block_at(block), block, self.caller, self.hidden, batch["index"], depths)
 
     def _describe_non_finite(self, block: int | None, batch_idx: int, terms: dict[str, Tensor], run: BlockRun) -> str:
         bad = ", ".join(f"{name} = {value.item()}" for name, value in terms.items() if not torch.isfinite(value))

@@ -111,6 +111,7 @@ class RoutedInput(nn.Module):
         self.control: Router | None = None
         self.target_bits: float | None = None
         self.common_threshold: Tensor | None = None
+        self.opened: Tensor | None = None
         self.state = ReadState()
         self.kernel: KernelInput | None = None
         self.recorded: list[Tensor] | None = None
@@ -197,6 +198,8 @@ class RoutedInput(nn.Module):
     def _gates(self, x: Tensor) -> Tensor:
         router = self.control or self.router
         scores = router.scores(x)[..., : len(self.slice_bits) - 1]
+        if router.training and torch.is_grad_enabled():
+            scores = router.bounded(scores)
         flat = prefix_scores(scores).flatten(0, -2)
         if self.recorded_scores is not None:
             self.recorded_scores.append(flat.detach())
@@ -205,7 +208,7 @@ class RoutedInput(nn.Module):
                 live = router.scores(x.detach())[..., : len(self.slice_bits) - 1]
                 self.live_scores.append(prefix_scores(live).flatten(0, -2))
         if self.common_threshold is not None:
-            return router.gates(scores, self.common_threshold)
+            return router.gates(scores, self.common_threshold, self.opened)
         if self.target_bits is None:
             return router.gates(scores, self._threshold_of_rows(router, x) if self.state.per_row else router.threshold)
         threshold = threshold_for_budget(flat, self.slice_bits, [self.target_bits])[0]
@@ -288,9 +291,20 @@ def meet_budget(inputs: Sequence[RoutedInput], bits: float) -> AbstractContextMa
     return _with(inputs, "target_bits", [bits] * len(inputs))
 
 
-def common_threshold(inputs: Sequence[RoutedInput], threshold: Tensor) -> AbstractContextManager[None]:
-    """Within it, all inputs share one threshold (scalar), with the gradient that it has."""
-    return _with(inputs, "common_threshold", [threshold] * len(inputs))
+@contextmanager
+def common_threshold(
+    inputs: Sequence[RoutedInput], threshold: Tensor, opened: Sequence[Tensor] | None = None
+) -> Iterator[None]:
+    """Within it, all inputs share one threshold (scalar), with the gradient that it has.
+
+    Args:
+        inputs: Of the model.
+        threshold: In the space of bounded scores where routers are trained, else of scores.
+        opened: For each input, which gates (B, T, S - 1) are open, if that is decided already.
+    """
+    decided = [None] * len(inputs) if opened is None else opened
+    with _with(inputs, "common_threshold", [threshold] * len(inputs)), _with(inputs, "opened", decided):
+        yield
 
 
 @contextmanager

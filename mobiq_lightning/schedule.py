@@ -42,6 +42,13 @@ class Stage:
     lr_scale: float = 1.0
     scope: Literal["block", "model"] = "block"
 
+    @property
+    def depths(self) -> tuple[int, ...] | None:
+        """The fixed depths that it trains, in bits; None: those of the objective."""
+        if self.train == ["routers"]:
+            return ()
+        return None if self.depth is None else (self.depth,)
+
     def trains(self, kind: str) -> bool:
         """Whether it trains `slices` (ranges), `transforms`, `weights` or `routers`."""
         wanted = {"slices": RANGES, "weights": WEIGHTS, "transforms": {"slices"}}.get(kind, {kind})

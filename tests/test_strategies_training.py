@@ -79,8 +79,8 @@ class FakeRun:
     target = torch.ones(2, 3, 4)
     uneven = torch.tensor([1.0, -1.0, 1.0, -1.0])  # logits that all grow by as much give the same distribution
 
-    def __init__(self, depth: int | None = None) -> None:
-        self.depth = depth
+    def __init__(self, depths: tuple[int, ...] | None = None) -> None:
+        self.depths = depths
         self.fixed = torch.ones((), requires_grad=True)
         self.routing = torch.ones((), requires_grad=True)
         self.depths_read: set[int] = set()
@@ -122,7 +122,7 @@ class TestObjectives:
         assert objective.depths == tuple(sorted(objective.depths))
 
     def test_of_a_stage_with_one_depth_it_reads_that_alone(self, kind: Any) -> None:
-        run = FakeRun(depth=3)
+        run = FakeRun(depths=(3,))
         terms = self.objective(kind)(run, 3.0, False)
         assert run.depths_read == {3}
         assert terms["loss"].item() > 0

@@ -166,10 +166,23 @@ class Router(nn.Module, ABC):
         """
         return self.gates(self.scores(x), self.threshold)
 
-    def gates(self, scores: Tensor, threshold: Tensor) -> Tensor:
-        """Gates (..., S) of scores (..., S - 1) at a threshold that broadcasts against them."""
+    def bounded(self, scores: Tensor) -> Tensor:
+        """Scores as soft gates see them while routers are trained: in (-S, S), in the same order.
+
+        A gate that is open for good has no gradient any more, so that its score cannot grow without end.
+        """
+        return self.n_slices * torch.tanh(scores / self.n_slices)
+
+    def gates(self, scores: Tensor, threshold: Tensor, opened: Tensor | None = None) -> Tensor:
+        """Gates (..., S) of scores (..., S - 1).
+
+        Args:
+            scores: Of the tokens.
+            threshold: Broadcasts against them.
+            opened: (..., S - 1) which gates are open, if that is decided already; by default those above the threshold.
+        """
         above = prefix_scores(scores) - threshold
-        hard = (above > 0).to(scores.dtype)
+        hard = (above > 0 if opened is None else opened).to(scores.dtype)
         if self.training and torch.is_grad_enabled():
             soft = torch.sigmoid(above / self.temperature)
             hard = hard + soft - soft.detach()
@@ -270,8 +283,8 @@ class BlockRun(Protocol):
     target: Tensor
     """(B, T, H) output of the full-precision block on full-precision inputs."""
 
-    depth: int | None
-    """The one fixed depth, in bits, that the stage trains; None: those of the objective."""
+    depths: tuple[int, ...] | None
+    """The fixed depths, in bits, that the stage trains; None: those of the objective."""
 
     def at_depth(self, bits: int) -> Tensor:
         """(B, T, H) output of the sliced block with all weights read at `bits`, on the inputs of that depth."""

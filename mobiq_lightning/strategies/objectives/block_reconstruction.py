@@ -17,7 +17,8 @@ class BlockReconstruction(Objective):
     trained for the base alone ruins the depths above it.
 
     Args:
-        depth_weights: Weight of the error at each fixed depth, by its bits. A stage that names a depth trains that alone.
+        depth_weights: Weight of the error at each fixed depth, by its bits. A stage that names a depth trains that alone, one of
+            routers alone none.
         routed_weight: Weight of the routed block's error.
         budget_rule: How the routed block meets its budget. ``quantile`` takes each step's thresholds from the scores, so
             that the average is the budget exactly. ``penalty`` keeps the thresholds at 0 and adds the squared distance of
@@ -50,7 +51,7 @@ class BlockReconstruction(Objective):
         """See `Objective.__call__`."""
         terms: dict[str, Tensor] = {}
         loss = run.target.new_zeros((), dtype=torch.float32)
-        for depth in self.depths if run.depth is None else (run.depth,):
+        for depth in self.depths if run.depths is None else run.depths:
             weight = self.depth_weights.get(depth, 1.0)
             output = run.at_depth(depth)
             error = relative_error(output, run.target)

@@ -30,7 +30,7 @@ class LogitDistillation(Objective):
         reference = F.log_softmax(run.target.float(), dim=-1)
         terms: dict[str, Tensor] = {}
         loss = reference.new_zeros(())
-        for depth in self.depths if run.depth is None else (run.depth,):
+        for depth in self.depths if run.depths is None else run.depths:
             terms[f"kl_{depth}_bits"] = divergence(run.at_depth(depth), reference)
             loss = loss + self.depth_weights.get(depth, 1.0) * terms[f"kl_{depth}_bits"]
         if train_routers:

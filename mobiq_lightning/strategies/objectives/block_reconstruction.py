@@ -52,7 +52,7 @@ class BlockReconstruction(Objective):
         terms: dict[str, Tensor] = {}
         loss = run.target.new_zeros((), dtype=torch.float32)
         for depth in self.depths if run.depths is None else run.depths:
-            weight = self.depth_weights.get(depth, 1.0)
+            weight = self.depth_weights[depth] if run.depths is None else 1.0
             output = run.at_depth(depth)
             error = relative_error(output, run.target)
             terms[f"error_{depth}_bits"] = error

@@ -32,7 +32,8 @@ class LogitDistillation(Objective):
         loss = reference.new_zeros(())
         for depth in self.depths if run.depths is None else run.depths:
             terms[f"kl_{depth}_bits"] = divergence(run.at_depth(depth), reference)
-            loss = loss + self.depth_weights.get(depth, 1.0) * terms[f"kl_{depth}_bits"]
+            weight = self.depth_weights[depth] if run.depths is None else 1.0
+            loss = loss + weight * terms[f"kl_{depth}_bits"]
         if train_routers:
             logits, bits = run.routed(target_bits, True)
             terms["kl_routed"], terms["routed_bits"] = divergence(logits, reference), bits

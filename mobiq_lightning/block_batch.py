@@ -24,7 +24,7 @@ class BlockBatch:
         caller: Calls it.
         hidden: Its inputs and targets.
         index: (B,) calibration windows of the batch.
-        depths: Fixed depths that are trained, in bits; None: those of the objective.
+        depths: Fixed depths in the loss, in bits, with their weights; None: those of the objective.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class BlockBatch:
         caller: BlockCaller,
         hidden: HiddenStates,
         index: Tensor,
-        depths: tuple[int, ...] | None = None,
+        depths: dict[int, float] | None = None,
     ) -> None:
         self.depths = depths
         self.routed_inputs = calibrated.routed_inputs()

@@ -31,7 +31,7 @@ class ModelBatch:
         blocks: Its decoder blocks.
         inputs: Its routed inputs.
         input_ids: (B, T) calibration windows.
-        depths: Fixed depths that are trained, in bits; None: those of the objective.
+        depths: Fixed depths in the loss, in bits, with their weights; None: those of the objective.
         recompute: Compute the inside of each block again in the backward pass instead of keeping it (gradient
             checkpointing): one forward pass more, and the memory of one block instead of all.
     """
@@ -42,7 +42,7 @@ class ModelBatch:
         blocks: Sequence[nn.Module],
         inputs: Sequence[RoutedInput],
         input_ids: Tensor,
-        depths: tuple[int, ...] | None = None,
+        depths: dict[int, float] | None = None,
         recompute: bool = False,
     ) -> None:
         self.model, self.blocks, self.inputs, self.input_ids = model, blocks, inputs, input_ids

@@ -134,6 +134,20 @@ class TestGradients:
             assert float(inside.float().mean()) > 0.95  # what lies outside of the whole range has none
             assert torch.equal(scheme.target.grad[inside], gradient[inside])
 
+    def test_finer_depths_speak_only_for_codes_that_leave_the_weight_outside_of_their_cell(
+        self, scheme: ProgressiveSlices, weight: torch.Tensor
+    ) -> None:
+        scheme.start_slice(weight, 2)
+        home = scheme.weight_at(weight, 1)
+        moved(scheme, 0.4)
+        away = scheme.weight_at(weight, 1) != home
+        scheme.weight_at(weight, 5).sum().backward()
+        assert scheme.target.grad is not None
+        touched = scheme.target.grad != 0
+        assert 0.05 < float(away.float().mean()) < 0.95
+        assert bool((touched <= away).all())
+        assert float(touched.float().sum()) > 0.8 * float(away.float().sum())  # the rest lies outside of the range
+
     def test_ranges_have_that_of_the_same_code_written_out(
         self, scheme: ProgressiveSlices, weight: torch.Tensor
     ) -> None:

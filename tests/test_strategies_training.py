@@ -79,7 +79,7 @@ class FakeRun:
     target = torch.ones(2, 3, 4)
     uneven = torch.tensor([1.0, -1.0, 1.0, -1.0])  # logits that all grow by as much give the same distribution
 
-    def __init__(self, depths: tuple[int, ...] | None = None) -> None:
+    def __init__(self, depths: dict[int, float] | None = None) -> None:
         self.depths = depths
         self.fixed = torch.ones((), requires_grad=True)
         self.routing = torch.ones((), requires_grad=True)
@@ -122,7 +122,7 @@ class TestObjectives:
         assert objective.depths == tuple(sorted(objective.depths))
 
     def test_of_a_stage_with_one_depth_it_reads_that_alone(self, kind: Any) -> None:
-        run = FakeRun(depths=(3,))
+        run = FakeRun(depths={3: 2.0})
         terms = self.objective(kind)(run, 3.0, False)
         assert run.depths_read == {3}
         assert terms["loss"].item() > 0

@@ -283,8 +283,8 @@ class BlockRun(Protocol):
     target: Tensor
     """(B, T, H) output of the full-precision block on full-precision inputs."""
 
-    depths: tuple[int, ...] | None
-    """The fixed depths, in bits, that the stage trains; None: those of the objective."""
+    depths: dict[int, float] | None
+    """The fixed depths in the loss of the stage, in bits, with their weights; None: those of the objective."""
 
     def at_depth(self, bits: int) -> Tensor:
         """(B, T, H) output of the sliced block with all weights read at `bits`, on the inputs of that depth."""

@@ -51,8 +51,8 @@ class BlockReconstruction(Objective):
         """See `Objective.__call__`."""
         terms: dict[str, Tensor] = {}
         loss = run.target.new_zeros((), dtype=torch.float32)
-        for depth in self.depths if run.depths is None else run.depths:
-            weight = self.depth_weights[depth] if run.depths is None else 1.0
+        weights = {depth: self.depth_weights[depth] for depth in self.depths} if run.depths is None else run.depths
+        for depth, weight in weights.items():
             output = run.at_depth(depth)
             error = relative_error(output, run.target)
             terms[f"error_{depth}_bits"] = error

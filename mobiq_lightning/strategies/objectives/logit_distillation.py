@@ -30,9 +30,9 @@ class LogitDistillation(Objective):
         reference = F.log_softmax(run.target.float(), dim=-1)
         terms: dict[str, Tensor] = {}
         loss = reference.new_zeros(())
-        for depth in self.depths if run.depths is None else run.depths:
+        weights = {depth: self.depth_weights[depth] for depth in self.depths} if run.depths is None else run.depths
+        for depth, weight in weights.items():
             terms[f"kl_{depth}_bits"] = divergence(run.at_depth(depth), reference)
-            weight = self.depth_weights[depth] if run.depths is None else 1.0
             loss = loss + weight * terms[f"kl_{depth}_bits"]
         if train_routers:
             logits, bits = run.routed(target_bits, True)

@@ -141,9 +141,25 @@ class ProgressiveSlices(ResidualSlices):
         code = self._code(weight, scale, bias, depth)
         if depth <= frozen:  # codes are given: linear in the range
             return dequantize(code, depth, scale, bias, self.group_size)
-        source = self.target if trained > frozen else weight.float()
-        read: Tensor = TrainedCode.apply(source, scale, bias, code, depth, self.group_size, frozen == 0)
+        if trained == frozen:
+            source, moves = weight.float(), None
+        else:
+            source, moves = self.target, self._moves(weight, scale, bias, depth, trained)
+        read: Tensor = TrainedCode.apply(source, scale, bias, code, depth, self.group_size, frozen == 0, moves)
         return read
+
+    @torch.no_grad()
+    def _moves(self, weight: Tensor, scale: Tensor, bias: Tensor, depth: int, trained: int) -> Tensor | None:
+        """(O, I) whether what is read at a depth depends on the target; None if all of it does.
+
+        Beyond the slice in training, weights are the source's where that lies in the cell of the target.
+        """
+        if depth <= trained:
+            return None
+        frozen, _ = self._bits()
+        known = self._codes_on(weight).float() if frozen else None
+        home = refine(unit_position(weight, scale, bias, self.group_size), known, frozen, trained)
+        return home != self._code(weight, scale, bias, trained)
 
     @torch.no_grad()
     def _code(self, weight: Tensor, scale: Tensor, bias: Tensor, depth: int) -> Tensor:
@@ -225,7 +241,15 @@ class TrainedCode(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, source: Tensor, scale: Tensor, bias: Tensor, code: Tensor, depth: int, group_size: int, masked: bool
+        ctx: Any,
+        source: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+        code: Tensor,
+        depth: int,
+        group_size: int,
+        masked: bool,
+        moves: Tensor | None,
     ) -> Tensor:
         """Weights (O, I) float32.
 
@@ -238,17 +262,18 @@ class TrainedCode(Function):
             depth: Its bits.
             group_size: Columns per group.
             masked: Whether positions outside of the range have no gradient.
+            moves: (O, I) whether what is read depends on `source`; None if all of it does.
         """
-        ctx.save_for_backward(source, scale, bias, code)
+        ctx.save_for_backward(source, scale, bias, code, moves)
         ctx.depth, ctx.group_size, ctx.masked = depth, group_size, masked
         return dequantize(code, depth, scale, bias, group_size)
 
     @staticmethod
     def backward(
         ctx: Any, *grads: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None, None]:
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None, None, None]:
         """Gradients of source, scale and bias."""
-        source, scale, bias, code = ctx.saved_tensors
+        source, scale, bias, code, moves = ctx.saved_tensors
         grad, group_size = grads[0], ctx.group_size
         unit = unit_position(source, scale, bias, group_size)
         inside = ((unit >= 0) & (unit < 1)).float() if ctx.masked else torch.ones_like(unit)
@@ -257,4 +282,7 @@ class TrainedCode(Function):
             position = (code + 0.5) * 2.0**-ctx.depth - 0.5
             grad_scale = group_sum(grad * (position - inside * (unit - 0.5)), group_size)
             grad_bias = group_sum(grad * (1 - inside), group_size)
-        return (grad * inside if ctx.needs_input_grad[0] else None), grad_scale, grad_bias, None, None, None, None
+        grad_source = grad * inside if ctx.needs_input_grad[0] else None
+        if grad_source is not None and moves is not None:
+            grad_source *= moves
+        return grad_source, grad_scale, grad_bias, None, None, None, None, None

@@ -31,9 +31,9 @@ class Stage:
             `routers`.
         epochs: Passes over the calibration windows, for each block or for the model.
         depth: The fixed depth that is trained, in bits; by default those of the objective.
-        finer: Finer depths in the loss beside `depth`, in bits, each with its weight. Their weights are the source's, moved
-            into the cells that the codes in training leave them, so that a code moves only if that is worth more than what
-            finer depths lose.
+        other_depths: Depths in the loss beside `depth`, in bits, each with its weight. Coarser ones read the first bits of
+            the codes in training. At finer ones weights are the source's, moved into the cells that the codes in training
+            leave them, so that a code moves only if that is worth more than what finer depths lose.
         lr_scale: What the learning rates of what is trained are multiplied with.
         scope: `block`: one block after the other, against its output. `model`: all, against the model's output.
     """
@@ -42,7 +42,7 @@ class Stage:
     train: list[Trained] = field(default_factory=list)
     epochs: int | None = None
     depth: int | None = None
-    finer: dict[int, float] = field(default_factory=dict)
+    other_depths: dict[int, float] = field(default_factory=dict)
     lr_scale: float = 1.0
     scope: Literal["block", "model"] = "block"
 
@@ -51,7 +51,7 @@ class Stage:
         """The fixed depths in its loss, in bits, with their weights; None: those of the objective."""
         if self.train == ["routers"]:
             return {}
-        return None if self.depth is None else {self.depth: 1.0, **self.finer}
+        return None if self.depth is None else {self.depth: 1.0, **self.other_depths}
 
     def trains(self, kind: str) -> bool:
         """Whether it trains `slices` (ranges), `transforms`, `weights` or `routers`."""
@@ -198,9 +198,9 @@ def stage_problems(stages: Sequence[Stage], depths: Sequence[int], learns_weight
             yield f"{where}: epochs ({stage.epochs}) must be at least 1, or give a share of epochs_per_block"
         if stage.share is not None and stage.epochs is not None:
             yield f"{where}: give share ({stage.share:g}) or epochs ({stage.epochs}), not both"
-        wrong = [depth for depth in stage.finer if depth not in depths or depth <= (stage.depth or 0)]
-        if stage.finer and (stage.depth is None or wrong):
-            yield f"{where}: finer ({stage.finer}) takes depths of {list(depths)} beyond depth ({stage.depth})"
+        others = stage.other_depths
+        if others and (stage.depth is None or stage.depth in others or not set(others) <= set(depths)):
+            yield f"{where}: other_depths ({others}) takes depths of {list(depths)} beside depth ({stage.depth})"
         if stage.lr_scale <= 0:
             yield f"{where}: lr_scale ({stage.lr_scale:g}) must be above 0"
         if stage.scope == "model" and stage.share is not None:

@@ -65,8 +65,8 @@ def test_codes_are_in_training_until_no_later_stage_moves_them() -> None:
         ([Stage(train=["weights"], epochs=1, depth=5)], "depth 5 is no prefix of the slices"),
         ([Stage(train=["weights"], epochs=1)], "takes a depth"),
         ([Stage(train=["slices"], epochs=1, lr_scale=0.0)], "lr_scale (0) must be above 0"),
-        ([Stage(train=["weights"], epochs=1, depth=4, finer={3: 1.0})], "beyond depth (4)"),
-        ([Stage(train=["routers"], epochs=1, finer={8: 1.0})], "beyond depth (None)"),
+        ([Stage(train=["weights"], epochs=1, depth=4, other_depths={5: 1.0})], "beside depth (4)"),
+        ([Stage(train=["routers"], epochs=1, other_depths={8: 1.0})], "beside depth (None)"),
         (
             [Stage(train=["weights"], epochs=1, depth=4), Stage(train=["rounding"], epochs=1, depth=3)],
             "depth 3 comes after depth 4",
@@ -80,7 +80,7 @@ def test_stages_that_cannot_be_are_refused_with_the_values(stages: list[Stage], 
 
 
 def test_the_loss_of_a_stage_has_its_depth_and_finer_ones_and_none_for_routers_alone() -> None:
-    assert Stage(train=["weights"], epochs=1, depth=2, finer={8: 0.5}).depths == {2: 1.0, 8: 0.5}
+    assert Stage(train=["weights"], epochs=1, depth=2, other_depths={8: 0.5}).depths == {2: 1.0, 8: 0.5}
     assert Stage(train=["routers"], epochs=1).depths == {}
     assert Stage(1.0, ["slices", "routers"]).depths is None
 

@@ -37,6 +37,7 @@ class BlockBatch:
         depths: dict[int, float] | None = None,
     ) -> None:
         self.depths = depths
+        self.input_ids: Tensor | None = None
         self.routed_inputs = calibrated.routed_inputs()
         self.block, self.caller, self.hidden, self.index = block, caller, hidden, index
         self.target = hidden.target_batch(index)

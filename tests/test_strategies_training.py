@@ -81,6 +81,7 @@ class FakeRun:
 
     def __init__(self, depths: dict[int, float] | None = None) -> None:
         self.depths = depths
+        self.input_ids = torch.tensor([[0, 2, 0], [2, 0, 2]])
         self.fixed = torch.ones((), requires_grad=True)
         self.routing = torch.ones((), requires_grad=True)
         self.depths_read: set[int] = set()
@@ -136,3 +137,13 @@ def test_block_reconstruction_weighs_depths_and_charges_for_missing_the_budget()
     assert penalty(run, 3.0, True)["loss"].item() == pytest.approx(2.0**-4 + 2.0)
     auxiliary = strategies.BlockReconstruction({2: 1.0}, routed_weight=0.0, auxiliary_weight=1.0)
     assert auxiliary(run, 3.0, False)["loss"].item() == pytest.approx(2 * 2.0**-4)
+
+
+def test_the_text_itself_counts_as_much_as_asked() -> None:
+    run = FakeRun(depths={2: 1.0})
+    plain = strategies.LogitDistillation()(run, 3.0, False)["loss"]
+    mixed = strategies.LogitDistillation(label_weight=0.25)(run, 3.0, False)["loss"]
+    log_probs = torch.log_softmax(run.at_depth(2), -1)[0, 0]  # every token's logits are the same here
+    nll = -log_probs[0]  # tokens 0 and 2 are as likely
+    torch.testing.assert_close(mixed, 0.75 * plain + 0.25 * nll)
+    assert float(nll.detach()) > float(plain.detach())

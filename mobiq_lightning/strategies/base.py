@@ -286,6 +286,10 @@ class BlockRun(Protocol):
     depths: dict[int, float] | None
     """The fixed depths in the loss of the stage, in bits, with their weights; None: those of the objective."""
 
+    @property
+    def input_ids(self) -> Tensor | None:
+        """(B, T) the tokens where outputs are logits; None in stages of blocks."""
+
     def at_depth(self, bits: int) -> Tensor:
         """(B, T, H) output of the sliced block with all weights read at `bits`, on the inputs of that depth."""
 

@@ -14,11 +14,16 @@ class LogitDistillation(Objective):
     Args:
         depth_weights: Weight of the divergence at each fixed depth, by its bits, in stages that name no depth.
         routed_weight: Weight of the routed model's divergence. Its budget is met by one threshold for all inputs.
+        label_weight: Weight of the text itself beside the model, in [0, 1): what is matched is the model's distribution times
+            ``1 - label_weight`` plus the token that follows times ``label_weight``. Above 0 this fine-tunes on the calibration
+            text: perplexity on such text may fall below that of full precision, while the divergence from it grows.
     """
 
-    def __init__(self, depth_weights: dict[int, float] | None = None, routed_weight: float = 1.0) -> None:
+    def __init__(
+        self, depth_weights: dict[int, float] | None = None, routed_weight: float = 1.0, label_weight: float = 0.0
+    ) -> None:
         self.depth_weights = dict(depth_weights) if depth_weights is not None else {}
-        self.routed_weight = routed_weight
+        self.routed_weight, self.label_weight = routed_weight, label_weight
 
     @property
     def depths(self) -> tuple[int, ...]:
@@ -32,13 +37,20 @@ class LogitDistillation(Objective):
         loss = reference.new_zeros(())
         weights = {depth: self.depth_weights[depth] for depth in self.depths} if run.depths is None else run.depths
         for depth, weight in weights.items():
-            terms[f"kl_{depth}_bits"] = divergence(run.at_depth(depth), reference)
-            loss = loss + weight * terms[f"kl_{depth}_bits"]
+            logits = run.at_depth(depth)
+            terms[f"kl_{depth}_bits"] = divergence(logits, reference)
+            loss = loss + weight * self._distance(terms[f"kl_{depth}_bits"], logits, run)
         if train_routers:
             logits, bits = run.routed(target_bits, True)
             terms["kl_routed"], terms["routed_bits"] = divergence(logits, reference), bits
-            loss = loss + self.routed_weight * terms["kl_routed"]
+            loss = loss + self.routed_weight * self._distance(terms["kl_routed"], logits, run)
         return {"loss": loss, **terms}
+
+    def _distance(self, kl: Tensor, logits: Tensor, run: BlockRun) -> Tensor:
+        if not self.label_weight or run.input_ids is None:
+            return kl
+        nll = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), run.input_ids[:, 1:].flatten())
+        return (1 - self.label_weight) * kl + self.label_weight * nll
 
 
 def divergence(logits: Tensor, reference: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from mobiq_lightning.packing import depths_of
 
 WINDOW = 0.005
-"""Bits by which an allocation may miss its budget for the sake of worth, if there are allocations that near."""
+"""Bits by which an allocation may miss its budget for the sake of worth, where one comes that near."""
 _CELLS = 20_000
 """Steps of the budget axis at most; sizes without a large common divisor are rounded to them."""
 
@@ -46,10 +46,11 @@ def best_depths(
     slice_bits: tuple[int, ...],
     target_bits: float,
     allowed: Tensor | None = None,
+    window: float = WINDOW,
 ) -> list[int]:
     """The static depths of greatest worth at a budget: a knapsack with one choice for each input, solved exactly.
 
-    Worths of inputs add up. Budgets are met as nearly as whole inputs allow, within `WINDOW`; among all allocations there
+    Worths of inputs add up. Budgets are met as nearly as whole inputs allow, or within `window`; among all allocations there
     the one of greatest worth is taken. Sizes are rounded only if their greatest common divisor is below 1 / `_CELLS` of the
     whole, and then by half of that.
 
@@ -59,6 +60,7 @@ def best_depths(
         slice_bits: Bits of each slice.
         target_bits: Average bits per weight over all inputs.
         allowed: (inputs, S) which depths may be taken; by default all.
+        window: Bits by which the budget may be missed for the sake of worth.
 
     Returns:
         For each input the slices after the base that it reads, 0 to S - 1.
@@ -82,9 +84,9 @@ def best_depths(
             best[cost:] = torch.where(better, moved, best[cost:])
             chosen[row, cost:][better] = n_open
     per_bit = max(sum(units), 1)
-    wanted = min(max(target_bits - slice_bits[0], 0.0), float(extra[-1])) * per_bit
+    wanted = min(max(float(target_bits) - slice_bits[0], 0.0), float(extra[-1])) * per_bit
     distance = (torch.arange(n_cells) - wanted).abs().masked_fill(best == -torch.inf, torch.inf)
-    near = (distance <= max(float(distance.min()), WINDOW * per_bit)).nonzero().flatten().tolist()
+    near = (distance <= max(float(distance.min()), window * per_bit)).nonzero().flatten().tolist()
     cell = max(near, key=lambda c: (float(best[c]), -float(distance[c])))
     found = [0] * len(sizes)
     for row in reversed(range(len(sizes))):
@@ -99,6 +101,7 @@ def nested_depths(
     slice_bits: tuple[int, ...],
     budgets: Sequence[float],
     allowed: Tensor | None = None,
+    window: float = WINDOW,
 ) -> list[list[int]]:
     """`best_depths` at several budgets, such that no input reads less at a higher one.
 
@@ -110,6 +113,7 @@ def nested_depths(
         slice_bits: See `best_depths`.
         budgets: Average bits per weight, in any order.
         allowed: See `best_depths`.
+        window: See `best_depths`.
 
     Returns:
         The depths of each budget, in the order of `budgets`.
@@ -117,7 +121,7 @@ def nested_depths(
     possible = torch.ones_like(worth, dtype=torch.bool) if allowed is None else allowed.clone()
     found: dict[float, list[int]] = {}
     for bits in sorted(set(budgets)):
-        found[bits] = best_depths(worth, sizes, slice_bits, bits, possible)
+        found[bits] = best_depths(worth, sizes, slice_bits, bits, possible, window)
         for row, n_open in enumerate(found[bits]):
             possible[row, :n_open] = False
     return [found[bits] for bits in budgets]

@@ -14,6 +14,7 @@ from mobiq_lightning.strategies.thresholds import Scope, threshold_for_budget
 
 _LEAST_RATE = 1e-30  # nats per token, bit and weight; a slice that gains nothing comes last
 _SEPARATE = 1e-5  # scores that differ by less have no threshold between them in float32, interpolation included
+_WINDOW = 0.02  # bits by which a budget may be missed where that gains more
 _INSIDE = 0.25  # share of the distance between two scores by which a threshold keeps away from both
 
 
@@ -64,7 +65,7 @@ class LayerRouter(Router):
         worth = torch.cat([torch.zeros(len(scores), 1, dtype=worth.dtype), worth.cumsum(1)], dim=1)
         allowed = torch.ones(worth.shape, dtype=torch.bool)
         allowed[:, 1:-1] = one[:, :-1] - one[:, 1:] > _SEPARATE * one.abs().max()
-        depths = nested_depths(worth, sizes, slice_bits, budgets, allowed)
+        depths = nested_depths(worth, sizes, slice_bits, budgets, allowed, _WINDOW)
         common = threshold_for_budget(one, slice_bits, budgets, torch.tensor(sizes, dtype=torch.float64))
         edges = torch.cat([one[:, :1] + 1.0, one, one[:, -1:] - 1.0], dim=1)
         rows = torch.arange(len(scores))

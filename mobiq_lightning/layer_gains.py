@@ -144,4 +144,4 @@ def read_probes(path: Path, names: Sequence[str], slice_bits: Sequence[int]) -> 
     expected = [(name, number, bits) for name in names for number, bits in enumerate(slice_bits[1:], 2)]
     if [(row["input"], row["slice"], row["bits"]) for row in rows] != expected or any("probes" not in r for r in rows):
         return None
-    return torch.tensor([row["probes"] for row in rows], dtype=torch.float64).reshape(len(names), -1)
+    return torch.tensor([row["probes"] for row in rows], dtype=torch.float64).reshape(len(names), len(slice_bits) - 1)

@@ -40,8 +40,8 @@ def whole_model_on_device(module: ElasticCalibration, needed: int) -> Iterator[s
         None; or, if they are not there, a clause that says so, with the figures, and the model stays where it is.
     """
     model, device = module.source.model, module.device
-    before = next(model.parameters()).device
     module.caller.release()
+    before = next(model.parameters()).device
     if device.type == "cuda" and before.type != "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         if needed > free:

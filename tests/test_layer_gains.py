@@ -206,6 +206,24 @@ def test_a_router_that_needs_gains_is_no_other_router_without_them(
     assert "ProbedLayerRouter needs layer gains, not measured: the whole model would take" in capsys.readouterr().err
 
 
+def test_learned_layers_without_a_stage_that_trains_them_are_refused(
+    recipe_arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fit", *recipe_arguments, "--model.router=LearnedLayerRouter"]) != 0
+    assert (
+        "LearnedLayerRouter learns end to end, and no stage with scope model trains routers" in capsys.readouterr().err
+    )
+
+
+def test_one_slice_leaves_nothing_to_gain(recipe_arguments: list[str], tmp_path: Path) -> None:
+    single = ["--model.slices.init_args.slice_bits=[4]", "--model.eval_bits=[4]"]
+    single += ["--model.budget={class_path: ConstantBudget, init_args: {bits: 4}}"]
+    single += ["--model.objective.init_args.depth_weights={4: 1.0}"]
+    assert main(["fit", *recipe_arguments, *FAST, *single]) == 0
+    rows = json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
+    assert {row["used_bits"] for row in rows if row["allocation"] in ("router", "layers", "shuffled")} == {4.0}
+
+
 def test_what_cannot_be_measured_is_refused() -> None:
     with pytest.raises(RecipeError, match="windows"):
         callback.LayerGains(windows=-1)

@@ -10,6 +10,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStr
 from mobiq_lightning.errors import RecipeError
 from mobiq_lightning.schedule import Stage, stage_problems
 from mobiq_lightning.source import RouterFactory, SliceFactory
+from mobiq_lightning.strategies import LearnedLayerRouter
 from mobiq_lightning.strategies.base import BudgetSchedule, Objective
 from mobiq_lightning.strategies.transform_base import Transform
 
@@ -40,7 +41,7 @@ def check_plugins(
         RecipeError: Naming everything that does not fit.
     """
     scheme = slices(8, 16)
-    router(16, len(scheme.slice_bits))
+    built = router(16, len(scheme.slice_bits))
     depths = scheme.depths
     lowest, highest = depths[0], depths[-1]
     problems = list(_transform_problems(transform))
@@ -56,6 +57,11 @@ def check_plugins(
             problems.append(
                 f"model.stages[{number}]: trains no depth; give one, or depth_weights in model.model_objective"
             )
+    end_to_end = any(stage.scope == "model" and stage.trains("routers") for stage in stages)
+    if isinstance(built, LearnedLayerRouter) and not end_to_end:
+        problems.append(
+            "model.stages: LearnedLayerRouter learns end to end, and no stage with scope model trains routers; add one"
+        )
     if any(stage.trains("weights") for stage in stages) and any("slices" in stage.train for stage in stages):
         problems.append("model.stages: with stages that train weights or rounding, name ranges instead of slices")
     low, high = budget.bounds

@@ -1,4 +1,4 @@
-"""The comparison: one checkpoint at every budget, beside full precision, round-to-nearest and the two controls."""
+"""The comparison: one checkpoint at every budget, beside full precision, round-to-nearest and the controls."""
 
 from __future__ import annotations
 
@@ -12,20 +12,24 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from mobiq_lightning.controls import control_router, control_thresholds
 from mobiq_lightning.data import IGNORED
+from mobiq_lightning.layer_gains import read_probes
 from mobiq_lightning.layers import ElasticLinear, SlicedLinear, routed_inputs, stored_bits
 from mobiq_lightning.metrics import KLDivergence, Perplexity, UsedBits, log_probabilities
 from mobiq_lightning.packing import n_groups
+from mobiq_lightning.report import CONTROLS, Control
 from mobiq_lightning.routed_input import RoutedInput, fixed_depth, full_precision, record_gates
 from mobiq_lightning.routing_use import RoutingUse
+from mobiq_lightning.run_folder import LAYER_GAINS
 from mobiq_lightning.source import BlockLayout
-from mobiq_lightning.strategies import RandomRouter, ResidualSlices, StaticRouter
+from mobiq_lightning.strategies import ResidualSlices, StaticRouter
 from mobiq_lightning.strategies.thresholds import Scope
 
 if TYPE_CHECKING:
     from mobiq_lightning.module import ElasticCalibration
 
-Allocation = Literal["full", "rtn", "router", "static", "random"]
+Allocation = Literal["full", "rtn", "router"] | Control
 RTN_BITS = (2, 3, 4, 6, 8)
 
 
@@ -36,14 +40,14 @@ class Arm:
     Args:
         allocation: Who decides how deep tokens read.
         target_bits: The budget asked for.
-        seed: Of what is drawn in it: the order of layers, or tokens; the run's for the router, else None.
-        spend_bits: The budget that a control is given: the bits that the router used at `target_bits`.
+        seed: Of what is drawn in it: the order of layers, or tokens; the run's for the router and best layers, else None.
+        thresholds: (inputs,) at which a control spends the bits that the router used at `target_bits`.
     """
 
     allocation: Allocation
     target_bits: float
     seed: int | None = None
-    spend_bits: float = 0.0
+    thresholds: Tensor | None = None
     perplexity: Perplexity = field(default_factory=Perplexity)
     kl: KLDivergence = field(default_factory=KLDivergence)
     used: UsedBits | None = None
@@ -61,11 +65,12 @@ class Comparison:
         elastic: The elastic model.
         layout: Where the decoder blocks are.
         eval_bits: Budgets.
-        random_seeds: Seeds of the random allocation.
+        random_seeds: Seeds of the allocations with random tokens.
         scope: Which threshold table the router uses.
         device: Where both models run.
         seed: That the run was calibrated with.
         rounded_rows: Rows of round-to-nearest if another run has measured them on this model and text.
+        gains: (inputs, S - 1) what slices gain, nats per token; without them there are no best layers.
     """
 
     def __init__(
@@ -79,6 +84,7 @@ class Comparison:
         device: torch.device,
         seed: int | None = None,
         rounded_rows: Sequence[dict[str, Any]] | None = None,
+        gains: Tensor | None = None,
     ) -> None:
         self.full, self.elastic, self.device, self.scope = full.to(device), elastic.to(device), device, scope
         self.inputs = routed_inputs(elastic)
@@ -94,7 +100,7 @@ class Comparison:
         self.first += [Arm("rtn", bits) for bits in RTN_BITS] if rounded_rows is None else []
         self.first += [Arm("router", bits, seed) for bits in eval_bits]
         self.second: list[Arm] = []
-        self.random_seeds, self.seed = random_seeds, seed or 0
+        self.random_seeds, self.seed, self.gains = random_seeds, seed or 0, gains
         for arm in self.first:
             self._prepare(arm)
 
@@ -125,15 +131,21 @@ class Comparison:
             module.shared_work.rows(key),
         )
         comparison.rounded_key = key
+        comparison.gains = read_probes(folder / LAYER_GAINS, comparison.names, comparison.slice_bits)
         return comparison
 
     def start_second_pass(self) -> None:
         """Sets up the controls, each given the bits that the router used."""
         for arm in [a for a in self.first if a.allocation == "router"]:
             assert arm.used is not None
-            spent = float(arm.used.compute())
-            self.second.append(Arm("static", arm.target_bits, self.seed, spent))
-            self.second += [Arm("random", arm.target_bits, seed, spent) for seed in self.random_seeds]
+            spent = arm.used.per_input_everywhere()
+            for control in CONTROLS:
+                if control == "layers" and self.gains is None:
+                    continue
+                seeds = [self.seed] if control in ("static", "layers") else self.random_seeds
+                for seed in seeds:
+                    found = control_thresholds(control, self.sizes, self.slice_bits, spent, seed, self.gains)
+                    self.second.append(Arm(control, arm.target_bits, seed, found))
         for arm in self.second:
             self._prepare(arm)
 
@@ -171,7 +183,7 @@ class Comparison:
     def bits_per_input(self) -> dict[float, list[float]]:
         """For each budget, the mean bits that the router read of each input's weights, in the order of the model."""
         arms = [arm for arm in self.first if arm.allocation == "router"]
-        return {arm.target_bits: arm.used.per_input().tolist() for arm in arms if arm.used is not None}
+        return {arm.target_bits: arm.used.per_input_everywhere() for arm in arms if arm.used is not None}
 
     def routing_uses(self) -> list[tuple[float, dict[str, Tensor]]]:
         """For each budget, what the routers did with the text, see `RoutingUse.compute`."""
@@ -180,7 +192,7 @@ class Comparison:
     def _prepare(self, arm: Arm) -> None:
         for metric in (arm.perplexity, arm.kl):
             metric.to(self.device)
-        if arm.allocation in ("router", "static", "random"):
+        if arm.allocation == "router" or arm.thresholds is not None:
             arm.used = UsedBits(self.sizes).to(self.device)
         if arm.allocation == "router":
             vocabulary = self.full.get_input_embeddings().num_embeddings  # type: ignore[operator]
@@ -200,22 +212,15 @@ class Comparison:
     @contextmanager
     def _controls(self, arm: Arm, batch_idx: int) -> Iterator[None]:
         """Within it, the inputs are allocated by the arm's control instead of their own router."""
-        if arm.allocation == "router":
+        if arm.thresholds is None:
             yield
             return
         assert arm.seed is not None
-        spend, static = [arm.spend_bits], arm.allocation == "static"
-        if static:
-            thresholds = StaticRouter.thresholds_for([], self.sizes, self.slice_bits, spend, seed=arm.seed)[:, 0]
-        else:
-            thresholds = RandomRouter.thresholds_for([], self.sizes, self.slice_bits, spend)[:, 0]
-        for position, routed in enumerate(self.inputs):
-            width = (routed.router.in_features, len(self.slice_bits))
-            control = StaticRouter(*width) if static else RandomRouter(*width, seed=arm.seed)
+        for position, (routed, threshold) in enumerate(zip(self.inputs, arm.thresholds, strict=True)):
+            control = control_router(arm.allocation, routed, arm.seed, threshold)  # type: ignore[arg-type]
             control.place(position, len(self.inputs))
             control.reseed(batch_idx)
-            control.threshold.copy_(thresholds[position])
-            routed.control = control.to(self.device).eval()
+            routed.control = control.to(self.device)
         try:
             yield
         finally:

@@ -108,5 +108,11 @@ class UsedBits(Metric):
         return (self.per_input() * sizes).sum() / sizes.sum()
 
     def per_input(self) -> Tensor:
-        """Mean bits (inputs,) that the tokens read of each input's weights, float64."""
+        """Mean bits (inputs,) that the tokens read of each input's weights, float64; of this process alone."""
         return self.bits / self.count
+
+    def per_input_everywhere(self) -> list[float]:
+        """The same over the tokens of all processes; all of them must call it."""
+        with self.sync_context():
+            found: list[float] = self.per_input().tolist()
+        return found

@@ -64,7 +64,7 @@ class ElasticCalibration(LightningModule):
         layout: Where the decoder blocks are, for models that are not laid out like LLaMA.
         threshold_scope: `layer`: every input meets the budget by itself. `global`: one threshold for all inputs.
         eval_bits: Budgets, in bits, at which the result is compared.
-        random_seeds: Seeds of the random allocation in the comparison.
+        random_seeds: Seeds of the allocations with random tokens in the comparison.
         transform: What is done to weights and inputs before weights are sliced; by default nothing.
         transform_lr: Learning rate of what the transform learns.
         shared_work: Folder in which runs on the same model and text leave tokens and uncalibrated rows for each other.
@@ -118,6 +118,7 @@ class ElasticCalibration(LightningModule):
         self.blocks = nn.ModuleList()
         self.lr_scales: dict[int | None, float] = {}
         self.collapsed: dict[str, float] = {}
+        self.layer_gains: dict[str, Any] | str = ""
         self.comparison: Comparison | None = None
         self.hidden: HiddenStates | None = None
         # Not a module attribute: a registered backbone would be saved, moved and wrapped whole.
@@ -329,12 +330,13 @@ class ElasticCalibration(LightningModule):
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps what is known of collapsed routers."""
-        checkpoint["collapsed"] = self.collapsed
+        """Keeps what is known of collapsed routers and of layer gains."""
+        checkpoint["collapsed"], checkpoint["layer_gains"] = self.collapsed, self.layer_gains
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes it up again."""
         self.collapsed = dict(checkpoint.get("collapsed", {}))
+        self.layer_gains = checkpoint.get("layer_gains", "")
 
     def on_after_backward(self) -> None:
         """Drops the gradients of what the current stage does not train, and averages those that DDP does not."""

@@ -8,7 +8,7 @@ import shutil
 import statistics
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from mobiq_lightning.files import write_atomically, write_json, write_text
 
@@ -23,10 +23,18 @@ LABELS = {
     "rtn": "round to nearest",
     "router": "router",
     "static": "static layers",
+    "layers": "best layers",
+    "shuffled": "shuffled tokens",
     "random": "random tokens",
 }
-_COLORS = {"rtn": "#8c8c8c", "router": "#c8102e", "static": "#1f77b4", "random": "#2ca02c"}
-_MARKERS = {"rtn": "s", "router": "o", "static": "^", "random": "x"}
+Control = Literal["static", "layers", "shuffled", "random"]
+CONTROLS: tuple[Control, ...] = get_args(Control)
+"""What a router has to beat at the bits that it used, as far as it was measured; see `controls`."""
+SHORT = {**LABELS, "static": "static", "shuffled": "shuffled", "random": "random"}
+"""What sentences call an allocation."""
+_COLORS = {"rtn": "#8c8c8c", "router": "#c8102e", "static": "#1f77b4", "layers": "#7b3fa0"}
+_COLORS |= {"shuffled": "#c99700", "random": "#2ca02c"}
+_MARKERS = {"rtn": "s", "router": "o", "static": "^", "layers": "D", "shuffled": "+", "random": "x"}
 
 
 def write_results(results: dict[str, Any], folder: Path) -> None:
@@ -41,7 +49,7 @@ def write_results(results: dict[str, Any], folder: Path) -> None:
 
 
 def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows with those that differ only in the seed of the random allocation as one: mean, and `spread` as +-."""
+    """Rows with those that differ only in the seed of random tokens as one: mean, and `spread` as +-."""
     merged: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for row in rows:
         merged.setdefault((row["allocation"], row["target_bits"]), []).append(row)
@@ -99,24 +107,25 @@ def print_table(results: dict[str, Any]) -> None:
 
 
 def verdict(rows: list[dict[str, Any]]) -> str:
-    """Says in words at which budgets the router has a lower perplexity than the better control, and where not."""
+    """Says in words at which budgets the router has a lower perplexity than the best control that was measured, and where not."""
     by_budget: dict[float, dict[str, float]] = {}
     for row in summarize(rows):
-        if row["allocation"] in ("router", "static", "random"):
+        if row["allocation"] in ("router", *CONTROLS):
             by_budget.setdefault(row["target_bits"], {})[row["allocation"]] = row["perplexity"]
+    controls = [name for name in CONTROLS if any(name in found for found in by_budget.values())]
     wins: list[str] = []
     losses: list[str] = []
     ties: list[str] = []
     for bits, perplexity in by_budget.items():
-        if len(perplexity) < 3 or len({round(value, 6) for value in perplexity.values()}) == 1:
-            continue  # at the ends of the range nothing is left to choose
-        best = min(("static", "random"), key=lambda name: perplexity[name])
+        nothing_left = len({round(value, 6) for value in perplexity.values()}) == 1  # at the ends of the range
+        if nothing_left or len(perplexity) < 1 + len(controls):
+            continue
+        best = min(controls, key=lambda name: perplexity[name])
         lead = perplexity["router"] / perplexity[best] - 1
         group = ties if abs(lead) < TIE else wins if lead < 0 else losses
-        group.append(f"{bits:g} ({lead:+.1%} against {best})")
-    parts = (
-        [f"The router beats both controls at {_join(wins)}."] if wins else ["The router beats both controls nowhere."]
-    )
+        group.append(f"{bits:g} ({lead:+.1%} against {SHORT[best]})")
+    beaten = {1: "the one control", 2: "both controls"}.get(len(controls), "all controls")
+    parts = [f"The router beats {beaten} at {_join(wins)}." if wins else f"The router beats {beaten} nowhere."]
     parts += [f"It is behind at {_join(losses)}."] if losses else []
     parts += [f"Within {TIE:.1%} at {_join([t.split()[0] for t in ties])}."] if ties else []
     return " ".join(parts) if wins or losses or ties else ""
@@ -141,6 +150,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
         points = sorted(
             (row["used_bits"], row["perplexity"], row["spread"]) for row in rows if row["allocation"] == allocation
         )
+        if not points:
+            continue
         bits, perplexity, spread = zip(*points, strict=True)
         axes.errorbar(
             bits,

@@ -16,6 +16,7 @@ from mobiq_lightning.checkpoint.names import ELASTIC
 from mobiq_lightning.errors import RunFolderError
 from mobiq_lightning.files import sha256, write_atomically, write_json, write_text
 
+LAYER_GAINS = "layer_gains.json"
 CONFIG, RESULTS, DIAGNOSTICS, CHECKPOINTS, IDENTITY, RETRIES = (
     "config.yaml",
     "results.json",
@@ -25,7 +26,7 @@ CONFIG, RESULTS, DIAGNOSTICS, CHECKPOINTS, IDENTITY, RETRIES = (
     "retries.json",
 )
 _OWN: tuple[str, ...] = (CONFIG, RESULTS, ELASTIC, f"{ELASTIC}.partial", CHECKPOINTS, IDENTITY, RETRIES)
-_OWN += (DIAGNOSTICS, "results.csv", "results.png", "metrics.jsonl", "csv", "hidden_states", "wandb")
+_OWN += (DIAGNOSTICS, LAYER_GAINS, "results.csv", "results.png", "metrics.jsonl", "csv", "hidden_states", "wandb")
 _OWN += ("outliers.json", "outliers.csv", "outliers.png")
 _IRRELEVANT = (
     "overwrite",

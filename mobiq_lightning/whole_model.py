@@ -1,7 +1,9 @@
-"""Brings the whole sliced model to the device, for stages that train it end to end."""
+"""Brings the whole sliced model to the device, for stages that train it end to end and for measuring it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +26,53 @@ def move_model(module: ElasticCalibration) -> None:
         if needed > free:
             raise ModelError(too_large(module, needed, free))
     module.source.model.to(device)
+
+
+@contextmanager
+def whole_model_on_device(module: ElasticCalibration, needed: int) -> Iterator[str | None]:
+    """Within it, the source model is on the device of the module, and no block is thought to be there alone.
+
+    Args:
+        module: Holds the source model.
+        needed: Bytes that whoever asks will need on the device, the model included.
+
+    Yields:
+        None; or, if they are not there, a clause that says so, with the figures, and the model stays where it is.
+    """
+    model, device = module.source.model, module.device
+    module.caller.release()
+    before = next(model.parameters()).device
+    if device.type == "cuda" and before.type != "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        if needed > free:
+            yield (
+                f"the whole model would take about {needed / 1e9:.1f} GB on {device}, of which {free / 1e9:.1f} GB are free"
+            )
+            return
+    model.to(device)
+    try:
+        yield None
+    finally:
+        model.to(before)
+
+
+def measuring_bytes(module: ElasticCalibration, seq_len: int, batch_size: int, gradients: bool) -> int:
+    """About what measuring layer gains needs on the device: frozen weights, codes, the logits and activations of a batch of
+    windows, all depths of one linear; for gradients those of one block with their squares, and the activations of a window.
+    """
+    model: Any = module.source.model
+    frozen = sum(p.numel() * p.element_size() for p in model.parameters())
+    sizes = [routed.n_weights for routed in module.all_inputs()]
+    slices = len(module.all_inputs()[0].slice_bits)
+    width, vocabulary = model.config.hidden_size, model.config.vocab_size
+    needed = (
+        frozen + sum(sizes) + 8 * (slices + 2) * max(sizes) + 4 * batch_size * seq_len * (4 * vocabulary + 16 * width)
+    )
+    if gradients:
+        needed += 12 * sum(sizes) // len(module.blocks) + 4 * seq_len * (
+            4 * vocabulary + 40 * width * len(module.blocks)
+        )
+    return int(needed)
 
 
 def too_large(module: ElasticCalibration, needed: int, free: int) -> str:

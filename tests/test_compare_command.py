@@ -21,6 +21,7 @@ import pytest
 import yaml
 
 from mobiq_lightning.cli import main
+from mobiq_lightning.report import CONTROLS
 from tests.conftest import small_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -132,13 +133,13 @@ def test_a_cell_that_fails_is_in_the_table_with_its_reason_and_the_others_go_on(
     assert "FAILED" in compared.said
 
 
-def test_every_strategy_stands_beside_full_precision_rounding_static_and_random(compared: Compared) -> None:
+def test_every_strategy_stands_beside_full_precision_rounding_and_all_controls(compared: Compared) -> None:
     with (compared.folder / "table.csv").open() as file:
         table = list(csv.DictReader(file))
     for strategy in ("sampled", "constant"):
         found = {(row["allocation"], row["used_bits"]) for row in table if row["strategy"] == strategy}
         assert {("full", "32.0"), ("rtn", "2"), ("rtn", "3")} <= found
-        assert {(a, b) for a in ("router", "static", "random") for b in ("2", "2.5", "3")} <= found
+        assert {(a, b) for a in ("router", *CONTROLS) for b in ("2", "2.5", "3")} <= found
     assert {row["n"] for row in table} == {"2"}
     assert all(row["perplexity_spread"] for row in table)
 

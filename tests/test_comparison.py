@@ -186,6 +186,17 @@ class TestVerdicts:
         said = self.says(router=[69.0, 69.1, 69.2], static=[68.0, 68.1, 68.0], random=[70.0, 70.1, 70.2])
         assert "together nowhere; it is behind one of them at 2.5 bits (-1.5" in said
 
+    def test_it_is_ahead_only_if_ahead_of_every_control_that_was_measured(self) -> None:
+        router, worse = [69.0, 69.1, 69.2], [70.0, 70.1, 70.2]
+        found = {"router": router, "static": worse, "shuffled": worse, "random": worse}
+        said = self.says(**found)
+        assert said.startswith("mlp: routing beats all of static, shuffled and random at 2.5 bits (+1.45")
+        said = self.says(**found, layers=[68.0, 68.1, 68.2])
+        assert said.startswith(
+            "mlp: routing beats static, best layers, shuffled and random together nowhere; it is behind"
+        )
+        assert "-1.47 % ± 0.00 against best layers" in said
+
     def test_few_seeds_are_called_few(self) -> None:
         said = self.says(seeds=1, router=[69.0], static=[75.0], random=[70.0])
         assert said.startswith("This comparison has 1 seed; with fewer than 3")

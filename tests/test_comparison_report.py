@@ -175,7 +175,13 @@ def test_failures_and_gaps_are_named_and_text_is_escaped(page: Path) -> None:
 def test_the_table_shows_shared_lines_once_and_marks_the_best(comparison: ReportInput) -> None:
     shared, plain, other = lines_of(comparison.table, "perplexity")
     assert [(line.strategy, line.allocation) for line in shared] == [("", "full precision"), ("", "round to nearest")]
-    assert [line.allocation for line in plain] == ["router", "static layers", "random tokens"]
+    assert [line.allocation for line in plain] == [
+        "router",
+        "static layers",
+        "best layers",
+        "shuffled tokens",
+        "random tokens",
+    ]
     assert all(line.strategy == "other" for line in other)
     assert shared[1].values[1] is None  # no rounding to 2.5 bits
     full = shared[0].values

@@ -55,7 +55,7 @@ class TestResults:
         rows = {(r["allocation"], r["target_bits"], r["seed"]) for r in results["rows"]}
         expected = {("full", 32.0, None)} | {("rtn", float(b), None) for b in RTN_BITS}
         for bits in (2.0, 2.5, 8.0):
-            expected |= {("router", bits, 0), ("static", bits, 0), ("random", bits, 0)}
+            expected |= {(name, bits, 0) for name in ("router", "static", "layers", "shuffled", "random")}
         assert rows == expected
         assert set(results["rows"][0]) == {
             "allocation", "target_bits", "used_bits", "all_in_bits", "perplexity", "kl", "seed"
@@ -78,7 +78,8 @@ class TestResults:
     def test_at_the_ends_of_the_range_all_allocations_are_one(self, finished: Run) -> None:
         rows = json.loads((finished[0] / "results.json").read_text())["rows"]
         for bits in (2.0, 8.0):
-            ends = [r for r in rows if r["target_bits"] == bits and r["allocation"] in ("router", "static", "random")]
+            ends = [r for r in rows if r["target_bits"] == bits and r["allocation"] not in ("full", "rtn")]
+            assert len(ends) == 5
             assert {r["used_bits"] for r in ends} == {bits}
             assert max(r["perplexity"] for r in ends) == pytest.approx(min(r["perplexity"] for r in ends), rel=1e-6)
 

@@ -53,6 +53,29 @@ def test_the_verdict_says_where_the_router_wins_and_where_not() -> None:
     assert verdict([row("router", 2, 12.0), row("static", 2, 12.0), row("random", 2, 12.0)]) == ""
 
 
+def test_the_verdict_is_of_all_controls_that_were_measured() -> None:
+    two = [row("router", 3, 12.0, 0), row("static", 3, 12.5), row("layers", 3, 11.9)]
+    rest = [row("shuffled", 3, 12.1, 0), row("random", 3, 12.6, 0)]
+    assert (
+        verdict([*two, *rest])
+        == "The router beats all controls nowhere. It is behind at 3 (+0.8% against best layers)."
+    )
+    assert verdict([two[0], two[1], *rest]).startswith("The router beats all controls at 3 (-0.8% against shuffled)")
+    assert verdict(two[:2]) == "The router beats the one control at 3 (-4.0% against static)."
+    assert verdict(two[:1]) == ""
+
+
+def test_a_comparison_without_random_seeds_is_printed_and_drawn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [r for r in ROWS if r["allocation"] not in ("random", "rtn")]
+    results = {"model": "m", "protocol": PROTOCOL, "rows": rows}
+    write_results(results, tmp_path)
+    print_table(results)
+    assert (tmp_path / "results.png").stat().st_size > 10_000
+    assert "static layers" in capsys.readouterr().out
+
+
 def test_the_table_shows_every_row_and_the_files_hold_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = {"model": "m", "protocol": PROTOCOL, "rows": ROWS}
     print_table(results)

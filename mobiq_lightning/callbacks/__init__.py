@@ -2,6 +2,7 @@
 
 from mobiq_lightning.callbacks.block_export import BlockExport
 from mobiq_lightning.callbacks.latency_check import LatencyCheck
+from mobiq_lightning.callbacks.layer_gains import LayerGains
 from mobiq_lightning.callbacks.layerwise_calibration import LayerwiseCalibration
 from mobiq_lightning.callbacks.outlier_migration import OutlierMigration
 from mobiq_lightning.callbacks.progress import CalibrationProgress
@@ -13,6 +14,7 @@ __all__ = [
     "BlockExport",
     "CalibrationProgress",
     "LatencyCheck",
+    "LayerGains",
     "LayerwiseCalibration",
     "OutlierMigration",
     "Results",

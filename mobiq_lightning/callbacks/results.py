@@ -46,6 +46,8 @@ class Results(Callback):
             },
             "router": _describe_router(module.comparison.inputs[0].router),
             "collapsed": module.collapsed or known.get("collapsed", {}),
+            "layer_gains": module.layer_gains
+            or known.get("layer_gains", "not measured: the run is older than they are"),
             "rows": rows,
         }
         results |= {key: known[key] for key in ("lm_eval", "latency") if key in known}

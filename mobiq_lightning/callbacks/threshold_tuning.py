@@ -30,7 +30,7 @@ class ThresholdTuning(Callback):
 
     The first round takes the quantiles of the scores that calibration windows get at the schedule's final budget. As the
     inputs of a layer depend on how deep the layers before it read, every further round runs the model at each budget with
-    the thresholds found so far and takes the quantiles of those scores.
+    the thresholds found so far and takes the quantiles of those scores. Routers that score all tokens alike need one round.
 
     Args:
         windows: Calibration windows to score.
@@ -59,7 +59,7 @@ class ThresholdTuning(Callback):
             scopes: tuple[Scope, Scope] = ("layer", "global")
             tables = {s: _tables_for(kind, scores, sizes, slice_bits, budgets, s) for s in scopes}
             self._store(module, tables)
-            for _ in range(self.rounds - 1):
+            for _ in range(self.rounds - 1 if kind.per_token else 0):
                 tables = {scope: self._refine(module, input_ids, table, scope) for scope, table in tables.items()}
                 self._store(module, tables)
         for logger in module.trainer.loggers:
@@ -74,12 +74,12 @@ class ThresholdTuning(Callback):
             dial.set_bits(bits, scope)
             scores = self._scores(module, input_ids)
             refined[..., column] = _tables_for(kind, scores, sizes, slice_bits, [bits], scope)[..., 0]
-            if scope == "layer" and kind.per_token:
+            if scope == "layer":
                 self._mend_collapse(module, scores, refined[..., column], bits)
         for k, highest in enumerate(depths_of(slice_bits)):  # above what is held, all stays open
             held = int((inputs[0].budgets <= highest).sum())
             refined[:, k, held:] = refined[:, k, held - 1 : held]
-        return falling(refined) if kind.per_token else refined
+        return falling(refined)
 
     def _mend_collapse(self, module: ElasticCalibration, scores: list[Tensor], thresholds: Tensor, bits: float) -> None:
         """Gives inputs whose tokens cannot be told apart a static depth, and reports them.

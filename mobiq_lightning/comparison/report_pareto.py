@@ -21,8 +21,9 @@ from mobiq_lightning.comparison.report_style import (
 )
 from mobiq_lightning.comparison.report_tables import columns_of
 from mobiq_lightning.comparison.table import at_bits
+from mobiq_lightning.report import SHORT
 
-CONTROLS = {"static": "4 2", "random": "1 2.5"}
+CONTROLS = {"static": "4 2", "layers": "7 2", "shuffled": "4 2 1 2", "random": "1 2.5"}
 """Dashes of each control."""
 _NAMES = {"perplexity": "perplexity", "kl": "KL (nats per token)"}
 _SHIFT = 0.018
@@ -39,11 +40,12 @@ def pareto_chart(report: ReportInput, strategies: Sequence[Strategy], metric: st
         panels.append(
             Panel("routers: % above their mean, at equal used bits", partial(_draw_between, curves=between), 3.4)
         )
-    for control in CONTROLS:
+    controls = [control for control in CONTROLS if any(curve(s.runs, control, metric) for s in drawn)]
+    for control in controls:
         draw = partial(_draw_against, strategies=drawn, control=control, metric=metric)
-        panels.append(Panel(f"routers: % above {control} of the same run", draw, 3.4))
+        panels.append(Panel(f"routers: % above {SHORT[control]} of the same run", draw, 3.4))
     key = key_of(drawn)
-    key += [KeyEntry(f"{name} (of each strategy)", GREY, dashes=dashes) for name, dashes in CONTROLS.items()]
+    key += [KeyEntry(f"{SHORT[name]} (of each strategy)", GREY, dashes=CONTROLS[name]) for name in controls]
     key.append(KeyEntry("round to nearest", GREY, "s", "0 9"))
     key += [KeyEntry("full precision", INK, dashes="5 1.5 1 1.5")] if metric == "perplexity" else []
     heading = "Perplexity" if metric == "perplexity" else "KL to full precision"
@@ -58,8 +60,8 @@ def _caption(metric: str, several: bool) -> str:
     if several:
         text += "The second shows routers alone at equal used bits, in percent of the mean over strategies with the same seed. "
     text += (
-        "The panels against static and random compare each router with the controls of its own run, which were given the very "
-        "bits that it used: below zero, routing wins. Bars are standard deviations over runs; points are moved apart a little "
+        "The panels against controls compare each router with those of its own run, which were given the very bits that it "
+        "used: below zero, routing wins. Bars are standard deviations over runs; points are moved apart a little "
         "so that bars can be told apart."
     )
     return text + (" Full precision has no line: its KL is 0." if metric == "kl" else "")

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mobiq_lightning.report import TIE
+from mobiq_lightning.report import CONTROLS, TIE
 
 INTERPOLATION = (
     "Between two measured points of a curve, the logarithms of perplexity and of KL are taken to be straight lines in the "
@@ -17,7 +17,6 @@ INTERPOLATION = (
 )
 NEAR = 0.05
 """Bits by which the end of a curve may miss the bits asked for."""
-CONTROLS = ("static", "random")
 ALLOCATIONS = ("full", "rtn", "router", *CONTROLS)
 _FLOOR = 1e-9  # nats; below it the logarithm of a KL divergence is that of rounding errors
 

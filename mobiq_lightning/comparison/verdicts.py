@@ -1,4 +1,4 @@
-"""What a comparison says, in words: routing against static and random, and strategies against each other."""
+"""What a comparison says, in words: routing against its controls, and strategies against each other."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Sequence
 
 from mobiq_lightning.comparison.grid import RULES_SEEDS
-from mobiq_lightning.comparison.table import CONTROLS, Lead, Points, Rows, lead
-from mobiq_lightning.report import TIE
+from mobiq_lightning.comparison.table import Lead, Points, Rows, lead
+from mobiq_lightning.report import CONTROLS, SHORT, TIE
 
 _SAME = 1e-6  # relative; at the ends of the range, and on whole slices, all allocations read the same weights
 
@@ -34,24 +34,29 @@ def verdicts(points: Points, strategies: Sequence[str], bits: Sequence[float], n
 
 
 def routing_verdict(points: Points, strategy: str, bits: Sequence[float]) -> str:
-    """Whether a strategy's router beats both controls, at which bits, and by how much against the spread over seeds.
+    """Whether a strategy's router beats its controls, at which bits, and by how much against the spread over seeds.
 
-    It is ahead only if it is ahead of each control by more than the spread of that lead, and behind if it is behind one.
+    It is ahead only if it is ahead of each control by more than the spread of that lead, and behind if it is behind one. A
+    control that none of the strategy's runs has, as those of older runs, is not spoken of.
     """
+    controls = [control for control in CONTROLS if any((strategy, control, asked) in points for asked in bits)]
     found: dict[str, list[str]] = {"ahead": [], "behind": [], "tied": []}
     for asked in bits:
         router = points.get((strategy, "router", asked), {})
-        leads = {control: lead(router, points.get((strategy, control, asked), {})) for control in CONTROLS}
+        leads = {control: lead(router, points.get((strategy, control, asked), {})) for control in controls}
         known = {control: one for control, one in leads.items() if one is not None}
-        if len(known) < len(CONTROLS) or all(_is_nothing(one) for one in known.values()):
+        if len(known) < len(controls) or all(_is_nothing(one) for one in known.values()):
             continue  # nothing is left to choose there
         says = {one.says for one in known.values()}
         side = "behind" if "behind" in says else "tied" if "tied" in says else "ahead"
-        found[side].append(f"{asked:g} bits ({', '.join(f'{one} against {c}' for c, one in known.items())})")
+        found[side].append(f"{asked:g} bits ({', '.join(f'{one} against {SHORT[c]}' for c, one in known.items())})")
     if not any(found.values()):
         return f"{strategy}: at these bits all allocations read the same weights, so routing has nothing to win."
-    parts = [f"routing beats both static and random at {_join(found['ahead'])}"] if found["ahead"] else []
-    parts = parts or ["routing beats static and random together nowhere"]
+    names = [SHORT[control] for control in controls]
+    together = " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+    each = {1: "", 2: "both "}.get(len(names), "all of ")
+    parts = [f"routing beats {each}{together} at {_join(found['ahead'])}"] if found["ahead"] else []
+    parts = parts or [f"routing beats {together}{' together' if len(names) > 1 else ''} nowhere"]
     parts += [f"it is behind one of them at {_join(found['behind'])}"] if found["behind"] else []
     level = f"level with one, within the spread over seeds or {TIE:.1%}"
     parts += [f"{level}, at {_join(found['tied'])}"] if found["tied"] else []

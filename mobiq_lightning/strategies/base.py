@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from mobiq_lightning.packing import PackedSlices, PackedWeight, depths_of
 from mobiq_lightning.strategies.thresholds import Scope, prefix_scores, threshold_for_budget
+
+GainMethod = Literal["probes", "gradients"]
+"""How it is measured what a slice of an input gains the whole model; see `layer_gains`."""
 
 
 class SliceScheme(nn.Module, ABC):
@@ -132,6 +135,9 @@ class Router(nn.Module, ABC):
     """Whether it costs less than the weights that it routes. One that does not is an upper bound for others, and every table
     says so."""
 
+    gains_from: ClassVar[GainMethod | None] = None
+    """What it must be shown of the calibrated model by `observe_gains`, if anything."""
+
     threshold: Tensor
     """Scalar, or (B, 1, 1) if every row of a batch has a budget of its own. Where the dial stands is no part of a
     checkpoint, so it is not saved."""
@@ -210,6 +216,17 @@ class Router(nn.Module, ABC):
             weight: (O, I) the full-precision weights of all linears that read the input, as they act on it.
             prefixes: (S, O, I) the same read with 1, 2, ... S slices.
             slice_bits: Bits of each slice.
+        """
+
+    def observe_gains(self, gains: Tensor, slice_bits: Sequence[int], n_weights: int) -> None:
+        """Shows a router with `gains_from` what the slices of its input gain the whole model.
+
+        Called once, when everything is calibrated and before thresholds are tuned. What is kept belongs into buffers.
+
+        Args:
+            gains: (S - 1,) nats per token that each slice after the first takes from the KL divergence to full precision.
+            slice_bits: Bits of all S slices.
+            n_weights: Weights that read the input.
         """
 
     def place(self, position: int, count: int) -> None:

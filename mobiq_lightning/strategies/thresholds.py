@@ -35,7 +35,8 @@ def threshold_for_budget(
     """Thresholds at which tokens read the asked bits on average (the quantile rule of arXiv 2602.20191, section 3).
 
     Opening one more (token, slice) pair, best score first, raises the average by that slice's bits; the threshold lies
-    in the middle between the last pair that fits the budget and the first that does not.
+    in the middle between the last pair that fits the budget and the first that does not. Pairs with equal scores open
+    together or not at all, whichever comes nearer.
 
     Args:
         scores: (N, S - 1) scores under the prefix rule, see `prefix_scores`.
@@ -55,6 +56,8 @@ def threshold_for_budget(
     bits = torch.tensor(slice_bits[1:], dtype=torch.float64, device=scores.device)
     ordered, order = scores.detach().float().flatten().sort(descending=True, stable=True)
     average = slice_bits[0] + (share[:, None] * bits).flatten()[order].cumsum(0)
+    last = torch.cat([ordered[1:] != ordered[:-1], ordered.new_ones(1, dtype=torch.bool)])  # of those with its score
+    ordered, average = ordered[last], average[last]
     # Opening pair i is right if the average after it is nearer to the budget than the average before it.
     half_step = torch.diff(average, prepend=average.new_tensor([float(slice_bits[0])])) / 2
     wanted = torch.tensor(list(budgets), dtype=torch.float64, device=scores.device)

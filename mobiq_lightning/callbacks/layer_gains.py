@@ -1,0 +1,131 @@
+"""Measures, once everything is calibrated, what each slice of each input gains the whole model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from mobiq_lightning.callbacks.layerwise_calibration import checked
+from mobiq_lightning.console import say
+from mobiq_lightning.errors import ModelError, RecipeError
+from mobiq_lightning.files import write_json
+from mobiq_lightning.layer_gains import gradient_gains, probed_gains, rows_of
+from mobiq_lightning.module import ElasticCalibration
+from mobiq_lightning.run_folder import LAYER_GAINS
+from mobiq_lightning.strategies.base import GainMethod
+from mobiq_lightning.whole_model import measuring_bytes, whole_model_on_device
+
+
+class LayerGains(Callback):
+    """Leaves layer_gains.json in the run folder, and shows routers that ask for it what their slices gain.
+
+    The comparison takes its static layers of greatest gain from the file. Must come before `ThresholdTuning`, which
+    asks the routers, and sees to that by itself.
+
+    Args:
+        windows: Calibration windows to measure on, the first ones; 0 measures nothing.
+        methods: `probes` (of which the comparison makes its best layers) or `gradients`, beside what the router asks for.
+        reference_bits: The depth, in bits, that all other inputs read while one is probed; by default that of the middle
+            slice.
+        batch_size: Windows per forward pass of a probe.
+    """
+
+    def __init__(
+        self,
+        windows: int = 8,
+        methods: list[GainMethod] | None = None,
+        reference_bits: int | None = None,
+        batch_size: int = 4,
+    ) -> None:
+        if windows < 0 or batch_size < 1:
+            raise RecipeError(
+                f"LayerGains: windows ({windows}) must be 0 or more, batch_size ({batch_size}) at least 1"
+            )
+        self.windows, self.batch_size, self.reference_bits = windows, batch_size, reference_bits
+        self.methods: list[GainMethod] = ["probes"] if methods is None else methods
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuses what would fail after hours of calibration."""
+        module = checked(pl_module)
+        routed = module.all_inputs()[0]
+        if self.reference_bits is not None and self.reference_bits not in routed.depths:
+            raise RecipeError(
+                f"LayerGains: reference_bits ({self.reference_bits}) is no prefix of the slices; give one of "
+                f"{list(routed.depths)}"
+            )
+        if routed.router.gains_from is not None and not self.windows:
+            raise RecipeError(
+                f"LayerGains: windows is 0, but {type(routed.router).__name__} scores layers by what is measured on them"
+            )
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measures after the last epoch, before thresholds are tuned and the checkpoint is written."""
+        module = checked(pl_module)
+        if module.current_epoch + 1 == trainer.max_epochs:
+            self.measure(module, trainer.datamodule.calibration_ids()[: self.windows])  # type: ignore[attr-defined]
+
+    def measure(self, module: ElasticCalibration, input_ids: Tensor) -> None:
+        """Measures on windows (N, T), tells the routers and writes the file.
+
+        Raises:
+            ModelError: If the router needs what cannot be measured, since the whole model does not fit on the device.
+        """
+        inputs, asked = module.all_inputs(), module.all_inputs()[0].router.gains_from
+        methods = list(dict.fromkeys([*self.methods, *([asked] if asked else [])]))
+        path = module.run_folder / LAYER_GAINS
+        if module.trainer.is_global_zero:
+            path.unlink(missing_ok=True)
+        if not self.windows or not methods:
+            module.layer_gains = "not measured: switched off"
+            return
+        needed = measuring_bytes(module, input_ids.shape[1], self.batch_size, "gradients" in methods)
+        started = time.monotonic()
+        with whole_model_on_device(module, needed) as shortage:
+            if shortage is None:
+                found = {method: self._measured(module, method, input_ids.to(module.device)) for method in methods}
+        if shortage is not None:
+            module.layer_gains = f"not measured: {shortage}"
+            if asked:
+                raise ModelError(
+                    f"{type(inputs[0].router).__name__} needs layer gains, {module.layer_gains}. Everything before is kept"
+                )
+            say(f"Layer gains are {module.layer_gains}; the comparison goes without best layers.")
+            return
+        if asked:
+            for routed, gains in zip(inputs, found[asked], strict=True):
+                routed.router.observe_gains(gains, routed.slice_bits, routed.n_weights)
+        self._write(module, found, input_ids, time.monotonic() - started)
+
+    def _measured(self, module: ElasticCalibration, method: GainMethod, input_ids: Tensor) -> Tensor:
+        """Gains (inputs, S - 1), nats per token."""
+        model = module.source.model
+        if method == "probes":
+            bits = self._reference(module.all_inputs()[0].depths)
+            return probed_gains(model, module.all_inputs(), input_ids, bits, self.batch_size)
+        return gradient_gains(model, [module.block_at(i).readers for i in range(len(module.blocks))], input_ids)
+
+    def _reference(self, depths: Sequence[int]) -> int:
+        return depths[len(depths) // 2] if self.reference_bits is None else self.reference_bits
+
+    def _write(self, module: ElasticCalibration, found: dict[GainMethod, Tensor], ids: Tensor, seconds: float) -> None:
+        inputs, names = module.all_inputs(), module.input_names()
+        rows = rows_of(found, names, [routed.n_weights for routed in inputs], inputs[0].slice_bits)
+        about: dict[str, Any] = {"windows": ids.shape[0], "seq_len": ids.shape[1]}
+        if "probes" in found:
+            about["reference_bits"] = self._reference(inputs[0].depths)
+        module.layer_gains = {**about, "seconds": round(seconds, 2), "methods": {m: _summary(rows, m) for m in found}}
+        if module.trainer.is_global_zero:
+            write_json(module.run_folder / LAYER_GAINS, {**about, "unit": "nats per token", "rows": rows})
+            say(f"Layer gains of {len(inputs)} inputs by {' and '.join(found)} in {seconds:.1f} s: {LAYER_GAINS}.")
+
+
+def _summary(rows: Sequence[dict[str, Any]], method: GainMethod) -> dict[str, Any]:
+    """The sum of all gains, and the inputs whose first slice after the base is worth most and least per bit and weight."""
+    first = sorted((r for r in rows if r["slice"] == 2), key=lambda r: float(r[method]) / (r["bits"] * r["weights"]))
+    total = torch.tensor([row[method] for row in rows], dtype=torch.float64).sum()
+    return {"total": float(total), "most": first[-1]["input"], "least": first[0]["input"]} if first else {"total": 0.0}

@@ -1,0 +1,109 @@
+"""Shared by the routers that give all tokens of an input the same depth, chosen by what the input's slices are worth."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mobiq_lightning.strategies.allocation import concave_rates, nested_depths
+from mobiq_lightning.strategies.base import Router
+from mobiq_lightning.strategies.thresholds import Scope, threshold_for_budget
+
+_LEAST_RATE = 1e-30  # nats per token, bit and weight; a slice that gains nothing comes last
+_SEPARATE = 1e-5  # scores that differ by less have no threshold between them in float32, interpolation included
+_WINDOW = 0.02  # bits by which a budget may be missed where that gains more
+_INSIDE = 0.25  # share of the distance between two scores by which a threshold keeps away from both
+
+
+class LayerRouter(Router):
+    """Scores that are the same for all tokens of an input: what is allocated are layers, not tokens.
+
+    Budgets are met over all inputs together, whatever the scope of thresholds, as nearly as whole inputs allow.
+
+    Args:
+        in_features: I.
+        n_slices: S.
+    """
+
+    per_token = False
+
+    @abstractmethod
+    def layer_scores(self) -> Tensor:
+        """(S - 1,) float32: what each slice of this input is worth per bit, comparable between inputs."""
+
+    @staticmethod
+    def worth_per_bit(scores: Tensor) -> Tensor:
+        """What scores say of the worth of a bit, in a unit that adds up over inputs; same shape."""
+        return scores
+
+    def scores(self, x: Tensor) -> Tensor:
+        """(..., I) -> (..., S - 1): the same for every token."""
+        return self.layer_scores().float().expand(*x.shape[:-1], -1)
+
+    @classmethod
+    def thresholds_for(
+        cls,
+        scores: Sequence[Tensor],
+        sizes: Sequence[int],
+        slice_bits: tuple[int, ...],
+        budgets: Sequence[float],
+        scope: Scope = "layer",
+    ) -> Tensor:
+        """See `Router.thresholds_for`; within one call, thresholds fall with the budget.
+
+        They lie as near to the one threshold for all inputs as the depths allow. Between two stored budgets, where thresholds
+        are interpolated, inputs so open in about the order of their scores.
+        """
+        table = torch.zeros(len(scores), len(budgets))
+        if len(slice_bits) == 1:
+            return table
+        one = torch.stack([s[0].detach().float().cpu() for s in scores])  # (inputs, S - 1); all tokens have the same
+        worth = cls.worth_per_bit(one.double()) * torch.tensor(slice_bits[1:]) * torch.tensor(sizes)[:, None]
+        worth = torch.cat([torch.zeros(len(scores), 1, dtype=worth.dtype), worth.cumsum(1)], dim=1)
+        allowed = torch.ones(worth.shape, dtype=torch.bool)
+        allowed[:, 1:-1] = one[:, :-1] - one[:, 1:] > _SEPARATE * one.abs().max()
+        depths = nested_depths(worth, sizes, slice_bits, budgets, allowed, _WINDOW)
+        common = threshold_for_budget(one, slice_bits, budgets, torch.tensor(sizes, dtype=torch.float64))
+        edges = torch.cat([one[:, :1] + 1.0, one, one[:, -1:] - 1.0], dim=1)
+        rows = torch.arange(len(scores))
+        for column, n_open in enumerate(depths):
+            closed, opened = edges[rows, torch.tensor(n_open) + 1], edges[rows, torch.tensor(n_open)]
+            margin = _INSIDE * (opened - closed)
+            table[:, column] = common[column].clamp(closed + margin, opened - margin)
+        return table
+
+
+class GainRouter(LayerRouter):
+    """Scores slices by the logarithm of what they gain per bit and weight, as measured on the calibrated model.
+
+    Gains are pooled where a fine slice gains more per bit than a coarser one, see `concave_rates`.
+
+    Args:
+        in_features: I.
+        n_slices: S.
+    """
+
+    rates: Tensor
+
+    def __init__(self, in_features: int, n_slices: int) -> None:
+        super().__init__(in_features, n_slices)
+        # Until it is measured, slices open one after the other, all inputs alike.
+        self.register_buffer("rates", torch.logspace(0, 1 - (n_slices - 1), n_slices - 1))
+
+    @staticmethod
+    def worth_per_bit(scores: Tensor) -> Tensor:
+        """See `LayerRouter.worth_per_bit`: the rates themselves."""
+        return scores.exp()
+
+    @torch.no_grad()
+    def observe_gains(self, gains: Tensor, slice_bits: Sequence[int], n_weights: int) -> None:
+        """See `Router.observe_gains`."""
+        rates = concave_rates(gains.tolist(), slice_bits)
+        self.rates.copy_(torch.tensor(rates) / n_weights)
+
+    def log_rates(self) -> Tensor:
+        """(S - 1,) logarithms of nats per token, bit and weight."""
+        return self.rates.clamp_min(_LEAST_RATE).log()

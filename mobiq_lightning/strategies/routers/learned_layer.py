@@ -1,0 +1,32 @@
+"""Depths of layers that are learned end to end."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mobiq_lightning.strategies.routers.layer_scores import LayerRouter
+
+
+class LearnedLayerRouter(LayerRouter):
+    """One trainable score for each slice of an input, the same for all tokens, bounded by tanh.
+
+    It learns in stages with `scope: model`, where inputs compete under one threshold. A block alone gives it nothing to
+    learn: with a threshold of its own an input reads the depth that the budget says, whatever its scores.
+
+    Args:
+        in_features: I.
+        n_slices: S.
+        first: Score with which the first slice after the base starts; the last one starts at its negative.
+    """
+
+    def __init__(self, in_features: int, n_slices: int, first: float = 0.5) -> None:
+        super().__init__(in_features, n_slices)
+        if not 0 <= first < 1:
+            raise ValueError(f"first ({first}) must be at least 0 and below 1, the bound of scores")
+        start = torch.linspace(first, -first, n_slices - 1) if n_slices > 2 else torch.zeros(n_slices - 1)
+        self.raw = nn.Parameter(torch.atanh(start))
+
+    def layer_scores(self) -> Tensor:
+        """See `LayerRouter.layer_scores`."""
+        return torch.tanh(self.raw)

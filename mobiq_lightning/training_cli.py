@@ -20,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from mobiq_lightning.callbacks import (
     BlockExport,
     CalibrationProgress,
+    Guards,
     LatencyCheck,
     LayerwiseCalibration,
     OutlierMigration,
@@ -154,16 +155,25 @@ class ElasticCLI(LightningCLI):
         """Adds the callbacks, loggers and checkpoint writer that every run has."""
         config = self._get(self.config_init, "trainer")
         given: list[Callback] = list(config.get("callbacks") or [])
-        own = [LayerwiseCalibration(), ThresholdTuning(), BlockExport(), CalibrationProgress(), RoutingDiagnostics()]
+        own: list[Callback] = [
+            LayerwiseCalibration(),
+            Guards(),
+            ThresholdTuning(),
+            BlockExport(),
+            CalibrationProgress(),
+        ]
         # A run with results counts as finished, so they are written when all else is.
-        own += [Results(), LatencyCheck(), *self._checkpoints()]
+        own += [RoutingDiagnostics(), Results(), LatencyCheck(), *self._checkpoints()]
         callbacks = given + [c for c in own if not any(type(c) is type(g) for g in given) or _is_checkpoint(c)]
         # Those that the recipe gives come first, but none before the current block is in place and its routers have seen its
-        # weights; the last ones add to what Results writes and log after it, in this order.
-        last = (OutlierMigration, LatencyCheck)
+        # weights, and guards have looked at it; the last ones add to what Results writes and log after it, in this order.
+        first, last = (LayerwiseCalibration, Guards), (OutlierMigration, LatencyCheck)
         config["callbacks"] = sorted(
             callbacks,
-            key=lambda c: [*(isinstance(c, kind) for kind in reversed(last)), not isinstance(c, LayerwiseCalibration)],
+            key=lambda c: [
+                *(isinstance(c, kind) for kind in reversed(last)),
+                *(not isinstance(c, kind) for kind in first),
+            ],
         )
         config["logger"] = self._loggers(config.get("logger"))
         plugins = config.get("plugins") or []

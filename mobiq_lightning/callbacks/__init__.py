@@ -1,6 +1,7 @@
 """Callbacks: one per file."""
 
 from mobiq_lightning.callbacks.block_export import BlockExport
+from mobiq_lightning.callbacks.guards import Guards
 from mobiq_lightning.callbacks.latency_check import LatencyCheck
 from mobiq_lightning.callbacks.layerwise_calibration import LayerwiseCalibration
 from mobiq_lightning.callbacks.outlier_migration import OutlierMigration
@@ -12,6 +13,7 @@ from mobiq_lightning.callbacks.threshold_tuning import ThresholdTuning
 __all__ = [
     "BlockExport",
     "CalibrationProgress",
+    "Guards",
     "LatencyCheck",
     "LayerwiseCalibration",
     "OutlierMigration",

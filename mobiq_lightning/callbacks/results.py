@@ -46,6 +46,7 @@ class Results(Callback):
             },
             "router": _describe_router(module.comparison.inputs[0].router),
             "collapsed": module.collapsed or known.get("collapsed", {}),
+            "guards": module.guards or known.get("guards", []),
             "rows": rows,
         }
         results |= {key: known[key] for key in ("lm_eval", "latency") if key in known}
@@ -82,6 +83,6 @@ def _describe_router(router: Router) -> dict[str, Any]:
 
 
 def _known_results(folder: Path) -> dict[str, Any]:
-    """What was found before: a later `validate` must not lose collapsed routers, the harness's tasks and speeds."""
+    """What was found before: a later `validate` must not lose what guards noticed, the harness's tasks and speeds."""
     path = folder / RESULTS
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}

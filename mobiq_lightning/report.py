@@ -99,7 +99,7 @@ def print_table(results: dict[str, Any]) -> None:
     console = Console(width=width)
     console.print(table)
     for line in sentences(results):
-        console.print(line, markup=False, highlight=False)
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def verdict(rows: list[dict[str, Any]]) -> str:

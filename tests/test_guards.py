@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from mobiq_lightning.callbacks import Guards
 from mobiq_lightning.cli import main
+from mobiq_lightning.comparison.results import _noticed
 from mobiq_lightning.errors import RecipeError
 from mobiq_lightning.guard_events import sentence
 from mobiq_lightning.probe import Measured
@@ -140,8 +142,8 @@ def test_a_model_stage_that_makes_the_model_worse_is_taken_back_also_after_a_res
     recipe_arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     common = [*recipe_arguments, "--model.eval_bits=[2, 4]", guarded()]
-    blocks = "{epochs: 1, train: [slices]}"
-    bad = "{epochs: 3, train: [slices], depth: 2, scope: model, lr_scale: 10000}"
+    blocks = "{share: null, epochs: 1, train: [slices]}"
+    bad = "{share: null, epochs: 3, train: [slices], depth: 2, scope: model, lr_scale: 10000}"
     without, whole = tmp_path / "without", tmp_path / "whole"
     assert main(["fit", *in_folder([*common, f"--model.stages=[{blocks}]"], without)]) == 0
     arguments = [*common, f"--model.stages=[{blocks}, {bad}]"]
@@ -157,13 +159,11 @@ def test_a_model_stage_that_makes_the_model_worse_is_taken_back_also_after_a_res
 
 
 class ExplodingSlices(ResidualSlices):
-    """Reads a thousand times the weight as soon as it has learned anything."""
+    """As soon as it has learned anything, overflows wherever it is not trained."""
 
     def weight_at(self, weight: Tensor, n_slices: int) -> Tensor:
-        return super().weight_at(weight, n_slices) * (1000 if bool(self.low_clip.any()) else 1)
-
-    def prefixes(self, weight: Tensor) -> Tensor:
-        return super().prefixes(weight) * (1000 if bool(self.low_clip.any()) else 1)
+        overflows = not torch.is_grad_enabled() and bool(self.low_clip.any())
+        return super().weight_at(weight, n_slices) * (torch.inf if overflows else 1)
 
 
 @pytest.mark.parametrize("action", ["stop", "repair"])
@@ -174,7 +174,7 @@ def test_an_exploding_probe_is_noticed_at_the_first_block(
     guard = guarded(worse_block="off", exploding_probe=action)
     code = main(["fit", *recipe_arguments, *RUIN, "--model.slices_lr=0.02", slices, guard])
     error = capsys.readouterr().err
-    assert "Exploding perplexity:" in error
+    assert "Exploding perplexity: not finite" in error
     assert "after block 1, at 2 bits" in error
     if action == "stop":
         assert code == 1
@@ -186,7 +186,7 @@ def test_an_exploding_probe_is_noticed_at_the_first_block(
         assert {(e["guard"], e["block"], e["action"]) for e in events} == {
             ("exploding_probe", block, "repair") for block in (0, 1)
         }
-        assert all(e["value"] is None or e["value"] > e["limit"] for e in events)
+        assert {e["value"] for e in events} == {None}
 
 
 class ConstantRouter(Router):
@@ -206,23 +206,32 @@ def test_a_collapsed_router_is_noticed_when_its_block_is_done(
         f', {{"class_path": "mobiq_lightning.callbacks.ThresholdTuning", "init_args": {{"rounds": {rounds}}}}}]'
     )
     router = "--model.router=tests.test_guards.ConstantRouter"
-    code = main(["fit", *recipe_arguments, router, "--model.epochs_per_block=1", callbacks])
+    code = main(["fit", *recipe_arguments, router, callbacks])
     error = capsys.readouterr().err
     assert code == (1 if action == "stop" else 0)
     assert ("Router collapse: at 2.25 bits, 100.0% of the tokens of model.layers.0.self_attn.q_proj" in error) == (
         action != "off"
     )
     if action == "stop":
-        assert "(epoch 1 of 2)" in error  # not at the end of the run
+        assert "(epoch 2 of 4)" in error  # not at the end of the run
         return
     results = results_of(tmp_path / "run")
     events = results["guards"]
     assert [e["action"] for e in events] == ([] if action == "off" else [action] * 8)
-    assert {e["epoch"] for e in events} == (set() if action == "off" else {0, 1})
+    assert {e["epoch"] for e in events} == (set() if action == "off" else {1, 3})
     assert len(results["collapsed"]) == len(events)
     row = next(r for r in results["rows"] if r["allocation"] == "router" and r["target_bits"] == 2.5)
     # Left alone, all tokens of all inputs read the same depth.
     assert (row["used_bits"] == pytest.approx(2.5, abs=0.1)) == (action == "repair")
+
+
+def test_a_comparison_says_in_which_runs_guards_noticed_something() -> None:
+    results = {"a-0": {"guards": [{"guard": "worse_block", "action": "repair"}] * 2}, "a-1": {"guards": []}, "b-0": {}}
+    cells: Any = [SimpleNamespace(name=name) for name in [*results, "unfinished"]]
+    folder: Any = SimpleNamespace(finished=lambda c: c.name in results, results=lambda c: results[c.name])
+    assert _noticed(folder, cells) == [
+        "a-0: guards noticed 2 x worse_block (repair); its run folder's results.json says where."
+    ]
 
 
 class TestLimits:

@@ -39,6 +39,10 @@ class NonFiniteError(MobiqError):
         self.block = block
 
 
+class GuardError(MobiqError):
+    """A calibration that a guard has stopped: worse than none, or with a router that does not route."""
+
+
 class BitsError(MobiqError):
     """A bit-width outside of what the checkpoint holds."""
 

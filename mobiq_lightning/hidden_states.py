@@ -45,6 +45,7 @@ class BlockCaller:
         self.dtype = next(model.parameters()).dtype
         self.keywords: dict[str, Any] = {}
         self._resident: int | None = None
+        self._gives_tuple = False
 
     @torch.no_grad()
     def embed(self, input_ids: Tensor) -> Tensor:
@@ -86,8 +87,42 @@ class BlockCaller:
         self.bring(index)
         dtype = torch.float32 if index in self.float32_blocks else self.dtype
         output = self.blocks[index](hidden.to(self.device, dtype), **_convert(self.keywords, self.device, dtype))
-        result: Tensor = output[0] if isinstance(output, tuple) else output
+        self._gives_tuple = isinstance(output, tuple)
+        result: Tensor = output[0] if self._gives_tuple else output
         return result
+
+    @contextmanager
+    def after_blocks(self) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
+        """Within it, what the model makes of the output of its last block can be had without the blocks in front.
+
+        The model is called with blocks that hand on what is given, and with what lies outside of the blocks (norm and head,
+        most of all) on the device of the blocks. At least one block must have been called before.
+
+        Yields:
+            Token ids (B, T) and the output (B, T, H) of the last block to logits (B, T, V), on the device.
+        """
+        within = {id(t) for block in self.blocks for t in (*block.parameters(), *block.buffers())}
+        named = dict([*self.model.named_parameters(), *self.model.named_buffers()])
+        outside = {name: t.to(self.device) for name, t in named.items() if id(t) not in within}
+        given: list[Tensor] = []
+
+        def hand_on(*args: Any, **kwargs: Any) -> Any:
+            return (given[0],) if self._gives_tuple else given[0]
+
+        @torch.no_grad()
+        def logits_of(input_ids: Tensor, hidden: Tensor) -> Tensor:
+            given[:] = [hidden.to(self.device, self.dtype)]
+            keywords = {"input_ids": input_ids.to(self.device), "use_cache": False}
+            logits: Tensor = torch.func.functional_call(self.model, outside, (), keywords).logits
+            return logits
+
+        for block in self.blocks:
+            block.forward = hand_on
+        try:
+            yield logits_of
+        finally:
+            for block in self.blocks:
+                del block.forward  # the class's own again
 
     def bring(self, index: int) -> None:
         """Makes block `index` the one whose frozen weights are on the device."""

@@ -54,6 +54,10 @@ class SlicedLinear(nn.Module):
         """The input of this layer."""
         return self._unregistered[1]
 
+    def slice_by(self, scheme: SliceScheme) -> None:
+        """Slices the weight by another scheme from now on."""
+        self._unregistered = (scheme, self._unregistered[1])
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O) in the dtype of `x`."""
         routed = self.routed

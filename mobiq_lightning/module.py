@@ -119,6 +119,8 @@ class ElasticCalibration(LightningModule):
         self.lr_scales: dict[int | None, float] = {}
         self.collapsed: dict[str, float] = {}
         self.layer_gains: dict[str, Any] | str = ""
+        self.guards: list[dict[str, Any]] = []
+        self.rounded: set[int] = set()
         self.comparison: Comparison | None = None
         self.hidden: HiddenStates | None = None
         # Not a module attribute: a registered backbone would be saved, moved and wrapped whole.
@@ -330,20 +332,28 @@ class ElasticCalibration(LightningModule):
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps what is known of collapsed routers and of layer gains."""
-        checkpoint["collapsed"], checkpoint["layer_gains"] = self.collapsed, self.layer_gains
+        """Keeps what guards have seen and done, and what is known of layer gains."""
+        checkpoint |= {"collapsed": self.collapsed, "guards": self.guards, "rounded": sorted(self.rounded)}
+        checkpoint["layer_gains"] = self.layer_gains
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes it up again."""
         self.collapsed = dict(checkpoint.get("collapsed", {}))
         self.layer_gains = checkpoint.get("layer_gains", "")
+        self.guards = list(checkpoint.get("guards", []))
+        self.rounded = set(checkpoint.get("rounded", []))
 
     def on_after_backward(self) -> None:
-        """Drops the gradients of what the current stage does not train, and averages those that DDP does not."""
+        """Drops the gradients of what the current stage does not train, and averages those that DDP does not.
+
+        Blocks that fell back to round-to-nearest train nothing but their routers any more.
+        """
+        given_up = [self.block_at(index) for index in self.rounded]
         for block in self.blocks_in_training():
             for kind in self.rates:
+                stays = not self.stage.trains(kind) or (block in given_up and kind != "routers")
                 for parameter in block.parameters_of(kind):
-                    if not self.stage.trains(kind):
+                    if stays:
                         parameter.grad = None
                     elif kind == "weights" and self.trainer.world_size > 1 and parameter.grad is not None:
                         parameter.grad = self.trainer.strategy.reduce(parameter.grad, reduce_op="mean")

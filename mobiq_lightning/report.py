@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from mobiq_lightning.files import write_atomically, write_json, write_text
+from mobiq_lightning.guard_events import sentences
 
 if TYPE_CHECKING:
     from mobiq_lightning.checkpoint.summary import Summary
@@ -76,7 +77,7 @@ def label(allocation: str, results: dict[str, Any]) -> str:
 
 
 def print_table(results: dict[str, Any]) -> None:
-    """Prints the comparison and, in words, how the router did against the controls."""
+    """Prints the comparison and, in words, how the router did against the controls and what guards noticed."""
     from rich.console import Console
     from rich.table import Table
 
@@ -103,7 +104,10 @@ def print_table(results: dict[str, Any]) -> None:
             f"{row['kl']:.4f}",
         )
     width = None if sys.stdout.isatty() else max(100, shutil.get_terminal_size().columns)
-    Console(width=width).print(table)
+    console = Console(width=width)
+    console.print(table)
+    for line in sentences(results):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def verdict(rows: list[dict[str, Any]]) -> str:

@@ -38,6 +38,7 @@ _IRRELEVANT = (
 )
 """Keys that may differ between an interrupted run and the one that goes on with it."""
 _WHOLE_MODEL = "model"
+_GUARDS = ("mobiq_lightning.callbacks.Guards", "mobiq_lightning.callbacks.guards.Guards")
 
 
 class RunFolder:
@@ -73,13 +74,15 @@ class RunFolder:
         config = self.path / CONFIG
         if config.is_file():
             stored = yaml.safe_load(config.read_text(encoding="utf-8"))
-            differences = list(differing_keys(stored, recipe))
+            differences = list(differing_keys(_without_guards(stored)[0], _without_guards(recipe)[0]))
             if differences:
                 raise RunFolderError(
                     f"{self.path} holds a run with another recipe:\n  " + "\n  ".join(differences) + "\n"
                     "Give another trainer.default_root_dir, or --overwrite to remove that run. To compare a finished run "
                     "at other bits or on other text, use `validate`"
                 )
+            if _without_guards(stored)[1] != _without_guards(recipe)[1]:
+                write_text(config, yaml.safe_dump(recipe, sort_keys=False))
             return True
         foreign = [name for name in (ELASTIC, RESULTS, CHECKPOINTS) if (self.path / name).exists()]
         if foreign:
@@ -178,6 +181,19 @@ def differing_keys(stored: Any, given: Any, prefix: str = "") -> Iterator[str]:
             yield from differing_keys(stored.get(key), given.get(key), f"{prefix}{key}.")
     elif stored != given and not any(prefix.startswith(f"{key}.") for key in _IRRELEVANT):
         yield f"{prefix.rstrip('.')}: {stored!r} -> {given!r}"
+
+
+def _without_guards(recipe: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]:
+    """A recipe without the callback `Guards`, and what it says of that.
+
+    A run that a guard has stopped goes on with another action: what was calibrated until then passed the guard, so it is what
+    it would have been with the other action.
+    """
+    trainer = recipe.get("trainer") or {}
+    callbacks = trainer.get("callbacks") or []
+    guards = [c for c in callbacks if isinstance(c, dict) and c.get("class_path") in _GUARDS]
+    others = [c for c in callbacks if c not in guards]
+    return {**recipe, "trainer": {**trainer, "callbacks": others or None}}, guards
 
 
 def _epoch(path: Path) -> int:

@@ -128,6 +128,11 @@ class Schedule:
         """Whether this is the last epoch of a visit: of a block, or of a model stage."""
         return epoch == self.at(epoch).visit.stop - 1
 
+    def stages_of_visit(self, epoch: int) -> list[Stage]:
+        """The stages of the visit that an epoch belongs to, in their order."""
+        visit = self.at(epoch).visit
+        return [segment.stage for segment in self.segments if segment.visit == visit]
+
     def final_epoch(self, block: int) -> int:
         """The epoch after which nothing changes any more in what a block stores beside its routers."""
         last = [

@@ -20,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from mobiq_lightning.callbacks import (
     BlockExport,
     CalibrationProgress,
+    Guards,
     LatencyCheck,
     LayerGains,
     LayerwiseCalibration,
@@ -155,16 +156,27 @@ class ElasticCLI(LightningCLI):
         """Adds the callbacks, loggers and checkpoint writer that every run has."""
         config = self._get(self.config_init, "trainer")
         given: list[Callback] = list(config.get("callbacks") or [])
-        own = [LayerwiseCalibration(), LayerGains(), ThresholdTuning(), BlockExport(), CalibrationProgress()]
+        own: list[Callback] = [
+            LayerwiseCalibration(),
+            Guards(),
+            LayerGains(),
+            ThresholdTuning(),
+            BlockExport(),
+            CalibrationProgress(),
+        ]
         # A run with results counts as finished, so they are written when all else is.
         own += [RoutingDiagnostics(), Results(), LatencyCheck(), *self._checkpoints()]
         callbacks = given + [c for c in own if not any(type(c) is type(g) for g in given) or _is_checkpoint(c)]
         # Those that the recipe gives come first, but none before the current block is in place and its routers have seen its
-        # weights, and what their slices gain; the last ones add to what Results writes and log after it, in this order.
-        first, last = (LayerwiseCalibration, LayerGains), (OutlierMigration, LatencyCheck)
+        # weights, guards have looked at it and gains are measured; the last ones add to what Results writes and log after it,
+        # in this order.
+        first, last = (LayerwiseCalibration, Guards, LayerGains), (OutlierMigration, LatencyCheck)
         config["callbacks"] = sorted(
             callbacks,
-            key=lambda c: [*(isinstance(c, k) for k in reversed(last)), *(not isinstance(c, k) for k in first)],
+            key=lambda c: [
+                *(isinstance(c, kind) for kind in reversed(last)),
+                *(not isinstance(c, kind) for kind in first),
+            ],
         )
         config["logger"] = self._loggers(config.get("logger"))
         plugins = config.get("plugins") or []

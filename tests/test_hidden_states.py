@@ -37,6 +37,30 @@ def test_tables_are_the_hidden_states_of_the_model_itself(
     torch.testing.assert_close(final, expected[2], **tolerance)
 
 
+@pytest.mark.parametrize("arguments", [{}, {"tied": False}, {"dtype": torch.bfloat16}], ids=str)
+def test_logits_of_the_last_block_are_those_of_the_model_without_calling_blocks(
+    make_model: Callable[..., Path], arguments: dict[str, Any]
+) -> None:
+    model = load_source(str(make_model(**arguments))).model
+    ids = torch.randint(3, 300, (1, 20))
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits
+    caller = BlockCaller(model, list(model.model.layers), torch.device("cpu"))
+    hidden = caller.embed(ids)
+    for index in range(2):
+        hidden = caller.call(index, hidden)
+    calls: list[int] = []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(lambda *_: calls.append(1))
+    with caller.after_blocks() as logits_of:
+        assert torch.equal(logits_of(ids, hidden), expected)
+        assert not torch.equal(logits_of(ids, hidden * -1), expected)
+    assert calls == []
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids, use_cache=False).logits, expected)
+    assert calls == [1, 1]
+
+
 def test_tables_on_disk_hold_the_same_as_tables_in_memory(make_model: Callable[..., Path], tmp_path: Path) -> None:
     model = load_source(str(make_model())).model
     ids = torch.randint(3, 300, (5, 20))

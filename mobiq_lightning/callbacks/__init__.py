@@ -1,6 +1,7 @@
 """Callbacks: one per file."""
 
 from mobiq_lightning.callbacks.block_export import BlockExport
+from mobiq_lightning.callbacks.guards import Guards
 from mobiq_lightning.callbacks.latency_check import LatencyCheck
 from mobiq_lightning.callbacks.layer_gains import LayerGains
 from mobiq_lightning.callbacks.layerwise_calibration import LayerwiseCalibration
@@ -13,6 +14,7 @@ from mobiq_lightning.callbacks.threshold_tuning import ThresholdTuning
 __all__ = [
     "BlockExport",
     "CalibrationProgress",
+    "Guards",
     "LatencyCheck",
     "LayerGains",
     "LayerwiseCalibration",

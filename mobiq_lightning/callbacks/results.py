@@ -48,6 +48,7 @@ class Results(Callback):
             "collapsed": module.collapsed or known.get("collapsed", {}),
             "layer_gains": module.layer_gains
             or known.get("layer_gains", "not measured: the run is older than they are"),
+            "guards": module.guards or known.get("guards", []),
             "rows": rows,
         }
         results |= {key: known[key] for key in ("lm_eval", "latency") if key in known}
@@ -84,6 +85,6 @@ def _describe_router(router: Router) -> dict[str, Any]:
 
 
 def _known_results(folder: Path) -> dict[str, Any]:
-    """What was found before: a later `validate` must not lose collapsed routers, the harness's tasks and speeds."""
+    """What was found before: a later `validate` must not lose what guards noticed, the harness's tasks and speeds."""
     path = folder / RESULTS
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}

@@ -8,21 +8,17 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from mobiq_lightning.callbacks.guards import guards_of
 from mobiq_lightning.callbacks.layerwise_calibration import checked
-from mobiq_lightning.console import say
 from mobiq_lightning.dial import Dial
 from mobiq_lightning.hidden_states import eval_mode
 from mobiq_lightning.module import ElasticCalibration
 from mobiq_lightning.packing import depths_of
-from mobiq_lightning.routed_input import meet_budget, record_scores
+from mobiq_lightning.routed_input import meet_budget
+from mobiq_lightning.router_collapse import COLLAPSE_SHARE, mixes_depths, most_common_share, scores_of
 from mobiq_lightning.strategies.base import Router
 from mobiq_lightning.strategies.routers.static import split_budget
 from mobiq_lightning.strategies.thresholds import Scope, falling
-
-_BATCH = 4  # windows that go through a block at once
-
-COLLAPSE_SHARE = 0.995
-"""Share of tokens at one depth above which a router is no router any more."""
 
 
 class ThresholdTuning(Callback):
@@ -40,6 +36,7 @@ class ThresholdTuning(Callback):
     def __init__(self, windows: int = 16, rounds: int = 2) -> None:
         self.windows = windows
         self.rounds = rounds
+        self._static: set[str] = set()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tunes after the last epoch of the last block, before its checkpoint is written."""
@@ -49,21 +46,34 @@ class ThresholdTuning(Callback):
 
     def tune(self, module: ElasticCalibration, input_ids: Tensor) -> None:
         """Fills the tables from windows (N, T)."""
+        self._static = set()
         inputs = module.all_inputs()
         sizes, slice_bits = [routed.n_weights for routed in inputs], inputs[0].slice_bits
         kind = type(inputs[0].router)
         budgets = inputs[0].budgets.tolist()
         with eval_mode([routed.router for routed in inputs]):
             with meet_budget(inputs, module.budget.final_bits):
-                scores = self._scores(module, input_ids)
+                scores = scores_of(module, input_ids)
             scopes: tuple[Scope, Scope] = ("layer", "global")
             tables = {s: _tables_for(kind, scores, sizes, slice_bits, budgets, s) for s in scopes}
+            if self.rounds == 1 and kind.per_token:
+                for column, bits in enumerate(budgets):
+                    self._look_for_collapse(module, scores, tables["layer"][..., column], bits)
+                tables["layer"] = _finish(module, tables["layer"])
             self._store(module, tables)
             for _ in range(self.rounds - 1 if kind.per_token else 0):
                 tables = {scope: self._refine(module, input_ids, table, scope) for scope, table in tables.items()}
                 self._store(module, tables)
+        self._withdraw_repairs(module)
         for logger in module.trainer.loggers:
             logger.log_metrics(_threshold_metrics(module, tables["layer"][:, -1]), step=module.global_step)
+
+    def _withdraw_repairs(self, module: ElasticCalibration) -> None:
+        """Notes which inputs keep their router after all: one that seemed to collapse when its block was done may route."""
+        for event in module.guards:
+            repaired = event["guard"] == "collapsed_router" and event["action"] == "repair"
+            if repaired and event["input"] not in self._static:
+                event["action"] = "record"
 
     def _refine(self, module: ElasticCalibration, input_ids: Tensor, table: Tensor, scope: Scope) -> Tensor:
         """The tables (inputs, S, budgets) from the scores that the model has when it runs at each budget."""
@@ -72,17 +82,16 @@ class ThresholdTuning(Callback):
         kind, refined, dial = type(inputs[0].router), table.clone(), Dial(inputs)
         for column, bits in enumerate(inputs[0].budgets.tolist()):
             dial.set_bits(bits, scope)
-            scores = self._scores(module, input_ids)
+            scores = scores_of(module, input_ids)
             refined[..., column] = _tables_for(kind, scores, sizes, slice_bits, [bits], scope)[..., 0]
             if scope == "layer":
-                self._mend_collapse(module, scores, refined[..., column], bits)
-        for k, highest in enumerate(depths_of(slice_bits)):  # above what is held, all stays open
-            held = int((inputs[0].budgets <= highest).sum())
-            refined[:, k, held:] = refined[:, k, held - 1 : held]
-        return falling(refined)
+                self._look_for_collapse(module, scores, refined[..., column], bits)
+        return _finish(module, refined)
 
-    def _mend_collapse(self, module: ElasticCalibration, scores: list[Tensor], thresholds: Tensor, bits: float) -> None:
-        """Gives inputs whose tokens cannot be told apart a static depth, and reports them.
+    def _look_for_collapse(
+        self, module: ElasticCalibration, scores: list[Tensor], thresholds: Tensor, bits: float
+    ) -> None:
+        """Lets the guards know of inputs whose tokens cannot be told apart; if they say so, these get a static depth.
 
         Args:
             module: The calibrated model.
@@ -90,36 +99,18 @@ class ThresholdTuning(Callback):
             thresholds: (inputs, S), mended in place.
             bits: The budget.
         """
-        inputs = module.all_inputs()
+        inputs, guards = module.all_inputs(), guards_of(module.trainer)
         slice_bits = inputs[0].slice_bits
-        share_of_upper = split_budget(slice_bits, bits)[1]
-        if not 1 - COLLAPSE_SHARE < share_of_upper < COLLAPSE_SHARE:
-            return  # here all tokens at one depth is what was asked for
+        if not inputs[0].router.per_token or not mixes_depths(slice_bits, bits):
+            return
         shares = [most_common_share(s, float(t[-1])) for s, t in zip(scores, thresholds, strict=True)]
         collapsed = [i for i, share in enumerate(shares) if share > COLLAPSE_SHARE]
-        sizes = [inputs[i].n_weights for i in collapsed]
+        static = [i for i in collapsed if guards.note_collapse(module, i, shares[i], bits)]
+        self._static |= {module.input_names()[i] for i in static}
+        sizes = [inputs[i].n_weights for i in static]
         first = sum(depth < bits for depth in depths_of(slice_bits))  # models that hold less read all that they hold
-        for i, n_open in zip(collapsed, nested_allocation(sizes, slice_bits, bits), strict=True):
+        for i, n_open in zip(static, nested_allocation(sizes, slice_bits, bits), strict=True):
             thresholds[i, first:] = _threshold_for_depth(scores[i], n_open)
-            name = module.input_names()[i]
-            if name not in module.collapsed:
-                say(
-                    f"Router collapse: at {bits:g} bits, {shares[i]:.1%} of the tokens of {name} read the same depth. "
-                    "Static depths are used for this input at such budgets; results.json lists it under 'collapsed'."
-                )
-            module.collapsed[name] = max(shares[i], module.collapsed.get(name, 0.0))
-
-    @torch.no_grad()
-    def _scores(self, module: ElasticCalibration, input_ids: Tensor) -> list[Tensor]:
-        """For each input, the scores (N * T, S - 1) of all windows, each block run at its present setting."""
-        batches = list(module.caller.embed_all(input_ids).split(_BATCH))
-        with record_scores(module.all_inputs()) as records:
-            for block in range(len(module.blocks)):
-                for number, batch in enumerate(batches):
-                    for router in module.block_at(block).routers():
-                        router.reseed(-1 - number)
-                    batches[number] = module.caller.call(block, batch)
-        return [torch.cat(record) for record in records]
 
     def _store(self, module: ElasticCalibration, tables: dict[Scope, Tensor]) -> None:
         for row, routed in enumerate(module.all_inputs()):
@@ -169,10 +160,13 @@ def nested_allocation(sizes: Sequence[int], slice_bits: tuple[int, ...], target_
     return n_open
 
 
-def most_common_share(scores: Tensor, threshold: float) -> float:
-    """Share of the tokens, by scores (N, S - 1) under the prefix rule, that read the most common depth."""
-    counts = torch.bincount((scores > threshold).sum(-1))
-    return float(counts.max() / counts.sum())
+def _finish(module: ElasticCalibration, table: Tensor) -> Tensor:
+    """Thresholds (inputs, S, budgets) of which those of a model that holds less stay open above that, and that fall."""
+    budgets, slice_bits = module.all_inputs()[0].budgets, module.all_inputs()[0].slice_bits
+    for k, highest in enumerate(depths_of(slice_bits)):  # above what is held, all stays open
+        held = int((budgets <= highest).sum())
+        table[:, k, held:] = table[:, k, held - 1 : held]
+    return falling(table) if module.all_inputs()[0].router.per_token else table
 
 
 def _threshold_for_depth(scores: Tensor, n_open: int) -> Tensor:

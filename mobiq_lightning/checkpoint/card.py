@@ -10,6 +10,7 @@ import yaml
 
 from mobiq_lightning.checkpoint.names import CARD, CONFIG, PROVENANCE, RESULTS
 from mobiq_lightning.files import write_text
+from mobiq_lightning.guard_events import sentences
 from mobiq_lightning.packing import WHOLE_ROW, PackedSlices, depths_of
 from mobiq_lightning.report import bits_text, label, summarize, verdict
 
@@ -45,6 +46,7 @@ def card(config: dict[str, Any], origin: dict[str, Any], results: dict[str, Any]
         f"{_groups(elastic)}\n",
         _usage(depths[0], highest),
         _measured(results, highest, highest < depths[-1]),
+        _guards(results),
         _origin(origin),
     ]
     return "\n".join(part for part in parts if part)
@@ -107,6 +109,12 @@ def _measured(results: dict[str, Any], highest: int, capped: bool) -> str:
         )
     lines += [_harness_table(results["lm_eval"])] if results.get("lm_eval") else []
     return "\n".join(lines) + "\n"
+
+
+def _guards(results: dict[str, Any]) -> str:
+    """What the guards of the calibration noticed, which whoever loads the model should know."""
+    lines = sentences(results)
+    return "## Noticed while it was calibrated\n\n" + "".join(f"- {line}\n" for line in lines) if lines else ""
 
 
 def _harness_table(entries: list[dict[str, Any]]) -> str:

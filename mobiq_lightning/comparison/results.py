@@ -6,6 +6,7 @@ import csv
 import io
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -38,7 +39,7 @@ def publish(
     table = long_table(points)
     finished = [s for s in grid.strategies if any(row["strategy"] == s for row in rows)]
     sentences = verdicts(points, finished, grid.bits, len(grid.seeds)) + storage_verdict(rows, finished)
-    sentences += _not_deployable(folder, cells)
+    sentences += _not_deployable(folder, cells) + _noticed(folder, cells)
     sentences += [f"{cell.name} failed: {failures[cell.slug]}" for cell in cells if cell.slug in failures]
     first = folder.results(next(cell for cell in cells if folder.finished(cell)))
     summary = {
@@ -110,6 +111,18 @@ def _not_deployable(folder: ComparisonFolder, cells: Sequence[Cell]) -> list[str
         "layer exactly, and bounds what a router can know of that; perplexity can be better."
         for strategy, bits in stored.items()
     ]
+
+
+def _noticed(folder: ComparisonFolder, cells: Sequence[Cell]) -> list[str]:
+    """A sentence for each finished cell in which guards of the calibration noticed something."""
+    said = []
+    for cell in (cell for cell in cells if folder.finished(cell)):
+        events = folder.results(cell).get("guards") or []
+        counts = Counter(f"{event['guard']} ({event['action']})" for event in events)
+        if counts:
+            what = ", ".join(f"{count} x {name}" for name, count in counts.items())
+            said.append(f"{cell.name}: guards noticed {what}; its run folder's results.json says where.")
+    return said
 
 
 def _describe(folder: ComparisonFolder, cell: Cell, failures: Mapping[str, str]) -> dict[str, Any]:

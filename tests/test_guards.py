@@ -1,0 +1,256 @@
+"""What is noticed while a calibration does harm, and what is done about it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mobiq_lightning.callbacks import Guards
+from mobiq_lightning.cli import main
+from mobiq_lightning.comparison.results import _noticed
+from mobiq_lightning.errors import RecipeError
+from mobiq_lightning.guard_events import sentence
+from mobiq_lightning.probe import Measured
+from mobiq_lightning.strategies import ResidualSlices, Router
+from tests.conftest import Run
+
+RUIN = ["--model.slices_lr=100", "--model.stages=[{share: 1.0, train: [slices]}]", "--model.epochs_per_block=2"]
+RUIN += ["--model.eval_bits=[2, 4]"]
+
+
+def codes_of(run: Path) -> dict[str, Tensor]:
+    tensors = {k: v for path in sorted((run / "elastic").glob("*.safetensors")) for k, v in load_file(path).items()}
+    return {k: v for k, v in tensors.items() if any(part in k for part in ("plane_", "slice_scale", "slice_bias"))}
+
+
+def assert_same_codes(one: Path, other: Path) -> None:
+    first, second = codes_of(one), codes_of(other)
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+def guarded(**arguments: Any) -> str:
+    callback = {"class_path": "mobiq_lightning.callbacks.Guards", "init_args": arguments}
+    quick = {"class_path": "mobiq_lightning.callbacks.LatencyCheck", "init_args": {"seconds": 0}}
+    return f"--trainer.callbacks={json.dumps([callback, quick])}"
+
+
+def results_of(run: Path) -> dict[str, Any]:
+    return dict(json.loads((run / "results.json").read_text()))
+
+
+def resume_after(run: Path, epoch: int, folder: Path) -> Path:
+    """A copy of a finished run as it was when it was killed after an epoch."""
+    killed = shutil.copytree(run, folder)
+    shutil.rmtree(killed / "elastic")
+    (killed / "results.json").unlink()
+    for path in (killed / "checkpoints").iterdir():
+        if int(path.stem.rpartition("-")[2]) > epoch:
+            path.unlink()
+    assert list((killed / "checkpoints").glob("*.ckpt"))
+    return killed
+
+
+def in_folder(arguments: list[str], folder: Path) -> list[str]:
+    return [*arguments, f"--trainer.default_root_dir={folder}"]
+
+
+def test_a_healthy_run_has_no_events_and_logs_its_probe(finished: Run) -> None:
+    assert results_of(finished[0])["guards"] == []
+    journal = [json.loads(line) for line in (finished[0] / "metrics.jsonl").read_text().splitlines()]
+    probes = [line for line in journal if "probe/perplexity_2_bits" in line]
+    assert len(probes) == 2
+    for line in probes:
+        assert line["probe/perplexity_8_bits"] == pytest.approx(line["probe/perplexity_full"], rel=0.05)
+    assert "Noticed" not in (finished[0] / "elastic" / "README.md").read_text()
+
+
+def test_a_block_worse_than_rounding_falls_back_bit_by_bit_and_every_report_says_so(
+    recipe_arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    run = tmp_path / "run"
+    assert main(["fit", *recipe_arguments, *RUIN, guarded()]) == 0
+    output = capsys.readouterr()
+    assert "Worse than round-to-nearest: block 1 at 2 bits has a relative error of" in output.err
+    events = results_of(run)["guards"]
+    assert {(e["guard"], e["block"], e["action"]) for e in events} == {("worse_block", b, "repair") for b in (0, 1)}
+    assert {e["epoch"] for e in events} == {1, 3}
+    assert all(e["value"] > e["limit"] > 0 for e in events)
+    for event in events:
+        assert sentence(event) in (run / "elastic" / "README.md").read_text()
+        assert sentence(event) in output.out
+    source = AutoModelForCausalLM.from_pretrained(recipe_arguments[2].partition("=")[2])
+    saved = codes_of(run)
+    bits = yaml.safe_load((run / "config.yaml").read_text())["model"]["slices"]["init_args"]["slice_bits"]
+    linears = {n: m for n, m in source.named_modules() if ".layers." in n and isinstance(m, torch.nn.Linear)}
+    assert len(linears) == 14
+    for name, linear in linears.items():
+        packed = ResidualSlices(linear.out_features, linear.in_features, bits, 16).pack(linear.weight)
+        for plane, expected in enumerate(packed.planes):
+            assert torch.equal(saved[f"{name}.plane_{plane}"], expected)
+        assert torch.equal(saved[f"{name}.slice_scale"], packed.scale)
+        assert torch.equal(saved[f"{name}.slice_bias"], packed.bias)
+
+
+def test_stop_gives_the_numbers_and_the_same_command_goes_on_with_another_action(
+    recipe_arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*recipe_arguments, *RUIN]
+    assert main(["fit", *arguments, guarded(worse_block="stop")]) == 1
+    error = capsys.readouterr().err
+    for part in ("block 1 at 2 bits has a relative error of", ", limit 0.", "(epoch 2 of 4)", "to repair or record"):
+        assert part in error
+    assert not (tmp_path / "run" / "results.json").exists()
+    assert main(["fit", *arguments, guarded(worse_block="record", exploding_probe="record")]) == 0
+    assert "Resuming from epoch-000000.ckpt" in capsys.readouterr().err
+    assert {e["action"] for e in results_of(tmp_path / "run")["guards"]} == {"record"}
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert config["trainer"]["callbacks"][0]["init_args"]["worse_block"] == "record"
+
+
+def test_a_resumed_run_with_repaired_blocks_ends_bit_by_bit_as_if_it_had_not_been_interrupted(
+    recipe_arguments: list[str], tmp_path: Path
+) -> None:
+    # The first block falls back in the first sweep. A second sweep must leave it alone, in both runs.
+    stages = "--model.stages=[{epochs: 1, train: [weights, ranges], depth: 2}, {epochs: 1, train: [weights], depth: 2, "
+    stages += "scope: model}, {epochs: 2, train: [weights, ranges], depth: 3}]"
+    slices = "--model.slices={class_path: ProgressiveSlices, init_args: {slice_bits: [2, 1, 1, 2, 2], group_size: 16}}"
+    arguments = [*recipe_arguments, *RUIN, stages, slices, guarded()]
+    whole = tmp_path / "whole"
+    assert main(["fit", *in_folder(arguments, whole)]) == 0
+    events = results_of(whole)["guards"]
+    assert {e["block"] for e in events if e["action"] == "repair" and e["epoch"] < 2} == {0, 1}
+    killed = resume_after(whole, 5, tmp_path / "killed")
+    assert main(["fit", *in_folder(arguments, killed)]) == 0
+    assert_same_codes(whole, killed)
+    assert results_of(killed)["guards"] == events
+    assert results_of(killed)["rows"] == results_of(whole)["rows"]
+
+
+def test_a_model_stage_that_makes_the_model_worse_is_taken_back_also_after_a_resume(
+    recipe_arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = [*recipe_arguments, "--model.eval_bits=[2, 4]", guarded()]
+    blocks = "{share: null, epochs: 1, train: [slices]}"
+    bad = "{share: null, epochs: 3, train: [slices], depth: 2, scope: model, lr_scale: 10000}"
+    without, whole = tmp_path / "without", tmp_path / "whole"
+    assert main(["fit", *in_folder([*common, f"--model.stages=[{blocks}]"], without)]) == 0
+    arguments = [*common, f"--model.stages=[{blocks}, {bad}]"]
+    assert main(["fit", *in_folder(arguments, whole)]) == 0
+    assert "the whole model at" in capsys.readouterr().err
+    assert {(e["guard"], e["block"], e["action"]) for e in results_of(whole)["guards"]} == {
+        ("worse_block", None, "repair")
+    }
+    assert_same_codes(without, whole)
+    killed = resume_after(whole, 3, tmp_path / "killed")  # in the middle of the bad stage
+    assert main(["fit", *in_folder(arguments, killed)]) == 0
+    assert_same_codes(without, killed)
+
+
+class ExplodingSlices(ResidualSlices):
+    """As soon as it has learned anything, overflows wherever it is not trained."""
+
+    def weight_at(self, weight: Tensor, n_slices: int) -> Tensor:
+        overflows = not torch.is_grad_enabled() and bool(self.low_clip.any())
+        return super().weight_at(weight, n_slices) * (torch.inf if overflows else 1)
+
+
+@pytest.mark.parametrize("action", ["stop", "repair"])
+def test_an_exploding_probe_is_noticed_at_the_first_block(
+    recipe_arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], action: str
+) -> None:
+    slices = "--model.slices={class_path: tests.test_guards.ExplodingSlices, init_args: {group_size: 16}}"
+    guard = guarded(worse_block="off", exploding_probe=action)
+    code = main(["fit", *recipe_arguments, *RUIN, "--model.slices_lr=0.02", slices, guard])
+    error = capsys.readouterr().err
+    assert "Exploding perplexity: not finite" in error
+    assert "after block 1, at 2 bits" in error
+    if action == "stop":
+        assert code == 1
+        assert "(epoch 2 of 4); the run stops" in error
+        assert not list((tmp_path / "run" / "elastic.partial").glob("*.safetensors"))
+    else:
+        assert code == 0
+        events = results_of(tmp_path / "run")["guards"]
+        assert {(e["guard"], e["block"], e["action"]) for e in events} == {
+            ("exploding_probe", block, "repair") for block in (0, 1)
+        }
+        assert {e["value"] for e in events} == {None}
+
+
+class ConstantRouter(Router):
+    """Cannot tell tokens apart."""
+
+    def scores(self, x: Tensor) -> Tensor:
+        return -torch.arange(self.n_slices - 1.0).expand(*x.shape[:-1], -1)
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+@pytest.mark.parametrize("action", ["stop", "repair", "record", "off"])
+def test_a_collapsed_router_is_noticed_when_its_block_is_done(
+    recipe_arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], action: str, rounds: int
+) -> None:
+    callbacks = guarded(collapsed_router=action)[:-1]
+    callbacks += (
+        f', {{"class_path": "mobiq_lightning.callbacks.ThresholdTuning", "init_args": {{"rounds": {rounds}}}}}]'
+    )
+    router = "--model.router=tests.test_guards.ConstantRouter"
+    code = main(["fit", *recipe_arguments, router, callbacks])
+    error = capsys.readouterr().err
+    assert code == (1 if action == "stop" else 0)
+    assert ("Router collapse: at 2.25 bits, 100.0% of the tokens of model.layers.0.self_attn.q_proj" in error) == (
+        action != "off"
+    )
+    if action == "stop":
+        assert "(epoch 2 of 4)" in error  # not at the end of the run
+        return
+    results = results_of(tmp_path / "run")
+    events = results["guards"]
+    assert [e["action"] for e in events] == ([] if action == "off" else [action] * 8)
+    assert {e["epoch"] for e in events} == (set() if action == "off" else {1, 3})
+    assert len(results["collapsed"]) == len(events)
+    row = next(r for r in results["rows"] if r["allocation"] == "router" and r["target_bits"] == 2.5)
+    # Left alone, all tokens of all inputs read the same depth.
+    assert (row["used_bits"] == pytest.approx(2.5, abs=0.1)) == (action == "repair")
+
+
+def test_a_comparison_says_in_which_runs_guards_noticed_something() -> None:
+    results = {"a-0": {"guards": [{"guard": "worse_block", "action": "repair"}] * 2}, "a-1": {"guards": []}, "b-0": {}}
+    cells: Any = [SimpleNamespace(name=name) for name in [*results, "unfinished"]]
+    folder: Any = SimpleNamespace(finished=lambda c: c.name in results, results=lambda c: results[c.name])
+    assert _noticed(folder, cells) == [
+        "a-0: guards noticed 2 x worse_block (repair); its run folder's results.json says where."
+    ]
+
+
+class TestLimits:
+    @pytest.mark.parametrize(("value", "events"), [(0.2099, 0), (0.2101, 1), (float("nan"), 1)])
+    def test_the_lowest_depth_may_be_worse_by_twice_the_tolerance(self, value: float, events: int) -> None:
+        found = Measured(error={("calibrated", 2): value, ("rounded", 2): 0.2})
+        assert len(list(Guards(worse_tolerance=0.025)._worse(found, [2], False))) == events
+
+    @pytest.mark.parametrize(("value", "events"), [(0.0100, 0), (0.0103, 1)])
+    def test_a_high_depth_may_be_worse_by_a_part_of_the_error_at_the_lowest(self, value: float, events: int) -> None:
+        error = {("calibrated", 8): value, ("rounded", 8): 0.0001, ("calibrated", 2): 0.1, ("rounded", 2): 0.2}
+        assert len(list(Guards()._worse(Measured(error=error), [2, 8], False))) == events  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize(("value", "events"), [(199.0, 0), (201.0, 1), (float("inf"), 1)])
+    def test_a_probe_explodes_above_its_factor(self, value: float, events: int) -> None:
+        found = Measured(perplexity={("calibrated", 2): value, ("rounded", 2): 100.0})
+        assert len(list(Guards()._exploded(found, [2]))) == events
+
+    @pytest.mark.parametrize("arguments", [{"worse_tolerance": -1}, {"probe_factor": 1}, {"windows": 0}])
+    def test_arguments_that_mean_nothing_are_refused(self, arguments: dict[str, Any]) -> None:
+        with pytest.raises(RecipeError, match=next(iter(arguments))):
+            Guards(**arguments)

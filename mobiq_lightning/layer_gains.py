@@ -14,17 +14,17 @@ from torch.nn import functional as F
 from mobiq_lightning.layers import SlicedLinear
 from mobiq_lightning.routed_input import RoutedInput, fixed_depth, full_precision
 from mobiq_lightning.strategies.base import GainMethod
-from mobiq_lightning.strategies.objectives.logit_distillation import divergence
+from mobiq_lightning.strategies.objectives.logit_distillation import divergences_of_tokens
 
 Readers = Sequence[tuple[RoutedInput, Sequence[SlicedLinear]]]
 """The inputs of a block, each with the linears that read it."""
 
 
 @torch.no_grad()
-def probed_gains(
+def token_gains(
     model: Any, inputs: Sequence[RoutedInput], input_ids: Tensor, reference_bits: int, batch_size: int = 4
 ) -> Tensor:
-    """What each slice takes from the KL divergence to full precision, while all other inputs read one depth.
+    """What each slice takes from the KL divergence to full precision at each token, while all other inputs read one depth.
 
     One forward pass for each input and each depth but the reference, and two for all of them together. Gains of inputs are
     measured alone: that they add up is an approximation.
@@ -37,24 +37,25 @@ def probed_gains(
         batch_size: Windows per forward pass.
 
     Returns:
-        (I, S - 1) float64, nats per token: KL with k slices less KL with k + 1. Negative where a slice does harm.
+        (I, S - 1, N * T) float32, nats, on the host: KL with k slices less KL with k + 1. Negative where a slice does harm.
+        The mean over tokens is what a slice gains the whole model.
     """
-    depths = inputs[0].depths
-    divergences = torch.zeros(len(inputs), len(depths), dtype=torch.float64)
+    depths, batches = inputs[0].depths, []
     for ids in input_ids.split(batch_size):
-        share = ids.shape[0] / input_ids.shape[0]
+        divergences = torch.zeros(len(inputs), len(depths), ids.numel())
         with full_precision(inputs):
             reference = F.log_softmax(_logits(model, ids).float(), dim=-1)
         with fixed_depth(inputs, reference_bits):
-            at_reference = float(divergence(_logits(model, ids), reference))
+            at_reference = divergences_of_tokens(_logits(model, ids), reference)
             for row, routed in enumerate(inputs):
                 for column, bits in enumerate(depths):
                     found = at_reference
                     if bits != reference_bits:
                         with fixed_depth([routed], bits):
-                            found = float(divergence(_logits(model, ids), reference))
-                    divergences[row, column] += share * found
-    return divergences[:, :-1] - divergences[:, 1:]
+                            found = divergences_of_tokens(_logits(model, ids), reference)
+                    divergences[row, column] = found.flatten()
+        batches.append(divergences[:, :-1] - divergences[:, 1:])
+    return torch.cat(batches, dim=-1)
 
 
 def gradient_gains(model: Any, blocks: Sequence[Readers], input_ids: Tensor) -> Tensor:

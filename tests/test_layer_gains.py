@@ -19,7 +19,7 @@ import mobiq_lightning
 from mobiq_lightning.callbacks import layer_gains as callback
 from mobiq_lightning.cli import main
 from mobiq_lightning.errors import RecipeError
-from mobiq_lightning.layer_gains import gradient_gains, probed_gains, read_probes
+from mobiq_lightning.layer_gains import gradient_gains, read_probes, token_gains
 from mobiq_lightning.layers import SlicedLinear, routed_inputs
 from mobiq_lightning.source import BlockLayout, CalibratedBlock, load_source
 from mobiq_lightning.strategies import ResidualSlices, StaticRouter
@@ -70,8 +70,9 @@ def sliced(make_model: Callable[..., Path]) -> Sliced:
 
 
 def test_probes_are_differences_of_the_models_divergence(sliced: Sliced) -> None:
-    gains = probed_gains(sliced.model, sliced.inputs, IDS, reference_bits=3, batch_size=2)
-    assert gains.shape == (8, 2)
+    gains = token_gains(sliced.model, sliced.inputs, IDS, reference_bits=3, batch_size=2)
+    assert gains.shape == (8, 2, IDS.numel())
+    gains = gains.mean(-1)
     for row in range(8):
         found = [sliced.divergence_at([k if i == row else 2 for i in range(8)]) for k in (1, 2, 3)]
         assert gains[row].tolist() == pytest.approx([found[0] - found[1], found[1] - found[2]], abs=2e-5)
@@ -99,7 +100,7 @@ def test_an_input_whose_slices_do_nothing_gains_nothing(sliced: Sliced) -> None:
         sliced.model.model.layers[0].self_attn.o_proj.weight.zero_()
     row = sliced.names.index(["model.layers.0.self_attn.o_proj"])
     for gains in (
-        probed_gains(sliced.model, sliced.inputs, IDS, 3),
+        token_gains(sliced.model, sliced.inputs, IDS, 3).mean(-1),
         gradient_gains(sliced.model, [block.readers for block in sliced.blocks], IDS),
     ):
         assert gains[row].tolist() == pytest.approx([0.0, 0.0], abs=1e-6)
@@ -111,7 +112,8 @@ class TestOfARun:
         run, _ = finished
         kept = json.loads((run / "layer_gains.json").read_text())
         assert (kept["windows"], kept["seq_len"], kept["reference_bits"]) == (8, 32, 4)
-        assert set(kept["rows"][0]) == {"input", "weights", "slice", "bits", "probes"}
+        of_tokens = {"token_std", "first_token", "norm_rank", "router_rank"}
+        assert set(kept["rows"][0]) == {"input", "weights", "slice", "bits", "probes"} | of_tokens
         assert len(kept["rows"]) == 8 * 4
         assert [row["bits"] for row in kept["rows"][:4]] == [1, 1, 2, 2]
         summary = json.loads((run / "results.json").read_text())["layer_gains"]

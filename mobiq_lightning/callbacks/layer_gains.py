@@ -14,10 +14,12 @@ from mobiq_lightning.callbacks.layerwise_calibration import checked
 from mobiq_lightning.console import say
 from mobiq_lightning.errors import ModelError, RecipeError
 from mobiq_lightning.files import write_json
-from mobiq_lightning.layer_gains import gradient_gains, probed_gains, rows_of
+from mobiq_lightning.hidden_states import eval_mode
+from mobiq_lightning.layer_gains import gradient_gains, rows_of, token_gains
 from mobiq_lightning.module import ElasticCalibration
 from mobiq_lightning.run_folder import LAYER_GAINS
 from mobiq_lightning.strategies.base import GainMethod
+from mobiq_lightning.token_gains import TokenView, token_rows, token_summary, token_views
 from mobiq_lightning.whole_model import measuring_bytes, whole_model_on_device
 
 
@@ -87,7 +89,9 @@ class LayerGains(Callback):
         started = time.monotonic()
         with whole_model_on_device(module, needed) as shortage:
             if shortage is None:
-                found = {method: self._measured(module, method, input_ids.to(module.device)) for method in methods}
+                ids = input_ids.to(module.device)
+                found = {method: self._measured(module, method, ids) for method in methods}
+                views = self._views(module, ids) if "probes" in found else []
         if shortage is not None:
             module.layer_gains = f"not measured: {shortage}"
             if asked:
@@ -96,29 +100,51 @@ class LayerGains(Callback):
                 )
             say(f"Layer gains are {module.layer_gains}; the comparison goes without best layers.")
             return
+        tokens = found.get("probes")
+        if tokens is not None:
+            found["probes"] = tokens.double().mean(-1)
         if asked:
             for routed, gains in zip(inputs, found[asked], strict=True):
                 routed.router.observe_gains(gains, routed.slice_bits, routed.n_weights)
-        self._write(module, found, input_ids, time.monotonic() - started)
+        self._write(module, found, input_ids, time.monotonic() - started, tokens, views)
 
     def _measured(self, module: ElasticCalibration, method: GainMethod, input_ids: Tensor) -> Tensor:
-        """Gains (inputs, S - 1), nats per token."""
+        """Gains (inputs, S - 1), nats per token; of probes (inputs, S - 1, tokens)."""
         model = module.source.model
         if method == "probes":
             bits = self._reference(module.all_inputs()[0].depths)
-            return probed_gains(model, module.all_inputs(), input_ids, bits, self.batch_size)
+            return token_gains(model, module.all_inputs(), input_ids, bits, self.batch_size)
         return gradient_gains(model, [module.block_at(i).readers for i in range(len(module.blocks))], input_ids)
+
+    def _views(self, module: ElasticCalibration, input_ids: Tensor) -> list[TokenView]:
+        """What routers see of the tokens that were probed."""
+        blocks = [module.block_at(i) for i in range(len(module.blocks))]
+        bits = self._reference(module.all_inputs()[0].depths)
+        with eval_mode([router for block in blocks for router in block.routers()]):
+            return token_views(module.source.model, blocks, input_ids, bits, self.batch_size)
 
     def _reference(self, depths: Sequence[int]) -> int:
         return depths[len(depths) // 2] if self.reference_bits is None else self.reference_bits
 
-    def _write(self, module: ElasticCalibration, found: dict[GainMethod, Tensor], ids: Tensor, seconds: float) -> None:
+    def _write(
+        self,
+        module: ElasticCalibration,
+        found: dict[GainMethod, Tensor],
+        ids: Tensor,
+        seconds: float,
+        tokens: Tensor | None,
+        views: Sequence[TokenView],
+    ) -> None:
         inputs, names = module.all_inputs(), module.input_names()
         rows = rows_of(found, names, [routed.n_weights for routed in inputs], inputs[0].slice_bits)
         about: dict[str, Any] = {"windows": ids.shape[0], "seq_len": ids.shape[1]}
         if "probes" in found:
             about["reference_bits"] = self._reference(inputs[0].depths)
         module.layer_gains = {**about, "seconds": round(seconds, 2), "methods": {m: _summary(rows, m) for m in found}}
+        if tokens is not None and rows:
+            spread = token_rows(tokens, views, ids.shape[1])
+            module.layer_gains["tokens"] = token_summary(tokens, spread, [row["bits"] * row["weights"] for row in rows])
+            rows = [{**row, **of_tokens} for row, of_tokens in zip(rows, spread, strict=True)]
         if module.trainer.is_global_zero:
             write_json(module.run_folder / LAYER_GAINS, {**about, "unit": "nats per token", "rows": rows})
             say(f"Layer gains of {len(inputs)} inputs by {' and '.join(found)} in {seconds:.1f} s: {LAYER_GAINS}.")

@@ -54,11 +54,16 @@ class LogitDistillation(Objective):
 
 
 def divergence(logits: Tensor, reference: Tensor) -> Tensor:
-    """Mean over tokens of ``KL(reference || model)`` in nats, a float32 scalar.
+    """Mean over tokens of `divergences_of_tokens`, a float32 scalar."""
+    return divergences_of_tokens(logits, reference).mean()
+
+
+def divergences_of_tokens(logits: Tensor, reference: Tensor) -> Tensor:
+    """``KL(reference || model)`` of each token (B, T) in nats, float32.
 
     Args:
         logits: (B, T, V) of the model, any dtype.
         reference: (B, T, V) log-probabilities, float32.
     """
     log_probs = F.log_softmax(logits.float(), dim=-1)
-    return (reference.exp() * (reference - log_probs)).sum(-1).mean()
+    return (reference.exp() * (reference - log_probs)).sum(-1)

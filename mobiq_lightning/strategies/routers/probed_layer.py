@@ -14,7 +14,7 @@ class ProbedLayerRouter(GainRouter):
     """Layers read deeper where that brings the model nearer to full precision, measured input by input.
 
     The gain of a slice is what it takes from the model's KL divergence to full precision when this input alone is read with
-    it and all others at one reference depth. See `layer_gains.probed_gains`.
+    it and all others at one reference depth. See `layer_gains.token_gains`.
 
     Args:
         in_features: I.

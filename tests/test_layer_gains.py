@@ -218,7 +218,7 @@ def test_learned_layers_without_a_stage_that_trains_them_are_refused(
 
 
 def test_one_slice_leaves_nothing_to_gain(recipe_arguments: list[str], tmp_path: Path) -> None:
-    single = ["--model.slices.init_args.slice_bits=[4]", "--model.eval_bits=[4]"]
+    single = ["--model.router=StaticRouter", "--model.slices.init_args.slice_bits=[4]", "--model.eval_bits=[4]"]
     single += ["--model.budget={class_path: ConstantBudget, init_args: {bits: 4}}"]
     single += ["--model.objective.init_args.depth_weights={4: 1.0}"]
     assert main(["fit", *recipe_arguments, *FAST, *single]) == 0

@@ -192,7 +192,7 @@ class Router(nn.Module, ABC):
         if self.training and torch.is_grad_enabled():
             soft = torch.sigmoid(above / self.temperature)
             hard = hard + soft - soft.detach()
-        return torch.cat([torch.ones_like(hard[..., :1]), hard], dim=-1)
+        return torch.cat([hard.new_ones(*hard.shape[:-1], 1), hard], dim=-1)
 
     def two_layers(self) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
         """For routers whose scores are ``score(silu(hidden([x / rms(x), log rms(x)])))``: the weights, which the kernels then

@@ -108,7 +108,7 @@ def small_recipe(model: Path, text_file: Path, folder: Path) -> list[str]:
     """A command line that calibrates a small model in seconds, in ``folder/run``."""
     return [
         "--config",
-        str(Path(__file__).parents[1] / "recipes" / "tiny.yaml"),
+        str(Path(__file__).parents[1] / "recipes" / "tiny-ranges.yaml"),
         f"--model.pretrained={model}",
         f"--data.source={text_file}",
         f"--data.eval_source={text_file}",

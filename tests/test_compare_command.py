@@ -64,7 +64,7 @@ def compared(make_model: Callable[..., Path], text_file: Path, tmp_path_factory:
     folder = tmp_path_factory.mktemp("compared")
     grid = {
         "name": "small",
-        "recipe": str(ROOT / "recipes" / "tiny.yaml"),
+        "recipe": str(ROOT / "recipes" / "tiny-ranges.yaml"),
         "folder": str(folder / "out"),
         "seeds": [0, 1],
         "bits": [2, 2.5, 3],

@@ -23,7 +23,7 @@ def write_grid(folder: Path, **changes: Any) -> Path:
     """A small valid grid with some keys changed; None leaves one out."""
     grid = {
         "name": "small",
-        "recipe": str(RECIPES / "tiny.yaml"),
+        "recipe": str(RECIPES / "tiny-ranges.yaml"),
         "seeds": [0, 1, 2],
         "bits": [2, 3],
         "folder": str(folder / "out"),

@@ -70,7 +70,7 @@ def test_an_oracle_is_called_not_deployable_wherever_it_is_shown_and_its_bits_ar
     given = [a.removeprefix("--").split("=", 1) for a in small_recipe(make_model(), text_file, tmp_path) if "=" in a]
     grid = {
         "name": "bound",
-        "recipe": str(ROOT / "recipes" / "tiny.yaml"),
+        "recipe": str(ROOT / "recipes" / "tiny-ranges.yaml"),
         "folder": str(tmp_path / "out"),
         "seeds": [0],
         "bits": [2.5],

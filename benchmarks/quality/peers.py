@@ -43,9 +43,15 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--eval_max_windows", default=str(default.eval_max_windows), help="a number, or null for all")
     for name, value in (("bits", "2,3,4"), ("group_sizes", "64"), ("seeds", "0")):
         parser.add_argument(f"--{name}", type=numbers, default=numbers(value), help=f"as in {value}")
-    parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS), metavar="NAME", help="only these")
-    parser.add_argument("--python", nargs="+", default=[], metavar="PACKAGE=PATH", help="peers of a package run in this Python")
-    parser.add_argument("--elastic", nargs="+", type=Path, default=[], help="run folders of our own, for table and plot")
+    parser.add_argument(
+        "--peers", nargs="+", choices=list(PEERS), default=list(PEERS), metavar="NAME", help="only these"
+    )
+    parser.add_argument(
+        "--python", nargs="+", default=[], metavar="PACKAGE=PATH", help="peers of a package run in this Python"
+    )
+    parser.add_argument(
+        "--elastic", nargs="+", type=Path, default=[], help="run folders of our own, for table and plot"
+    )
     parser.add_argument("--again", action="store_true", help="tries again what failed")
     parser.add_argument("--to", type=Path, required=True, help="folder for rows.jsonl, peers.json and peers.png")
     return parser.parse_args(given)
@@ -60,8 +66,8 @@ def protocol_of(given: argparse.Namespace) -> Protocol:
         return str(Path(name).resolve()) if Path(name).exists() else name
 
     windows = None if given.eval_max_windows in ("null", "None") else int(given.eval_max_windows)
-    texts = [absolute(text) for text in (given.model, given.source, given.eval_source)]
-    return Protocol(*texts, given.n_samples, given.seq_len, given.eval_seq_len, windows)
+    model, source, eval_source = map(absolute, (given.model, given.source, given.eval_source))
+    return Protocol(model, source, eval_source, given.n_samples, given.seq_len, given.eval_seq_len, windows)
 
 
 def measure_full(journal: Journal, protocol: Protocol) -> dict[str, Any]:
@@ -83,7 +89,11 @@ def run_peer(peer: Peer, cells: list[Cell], journal: Journal, protocol: Protocol
     left = cells
     while left:
         say(f"{peer.name}: {len(left)} rows")
-        job = {"folder": str(journal.folder.resolve()), "protocol": asdict(protocol), "cells": [asdict(c) for c in left]}
+        job = {
+            "folder": str(journal.folder.resolve()),
+            "protocol": asdict(protocol),
+            "cells": [asdict(c) for c in left],
+        }
         with log.open("a", encoding="utf-8") as file:
             done = subprocess.run(
                 [python, "-m", f"{__package__}.worker"], input=json.dumps(job), text=True, cwd=ROOT, check=False,

@@ -74,8 +74,10 @@ class Journal:
         write_json(path, protocol.as_dict())
 
     def add(self, row: dict[str, Any]) -> None:
+        """Appends a row, on a line of its own even after one that a kill cut short."""
+        cut = self.path.is_file() and self.path.stat().st_size > 0 and not self.path.read_bytes().endswith(b"\n")
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write("\n" * cut + json.dumps(row) + "\n")
 
     def rows(self) -> list[dict[str, Any]]:
         """The last row of every cell. A line that a kill cut short is left out."""

@@ -62,7 +62,11 @@ def read_elastic(folder: Path, data_hash: str | None) -> list[dict[str, Any]]:
         raise ValueError(f"--elastic {folder}: was measured on other text (hash {found}, the peers' {data_hash})")
     group_size = int(config["quantization_config"]["group_size"])
     return [
-        {"run": str(folder), "group_size": group_size, **{key: row[key] for key in ("target_bits", "used_bits", "perplexity")}}
+        {
+            "run": str(folder),
+            "group_size": group_size,
+            **{key: row[key] for key in ("target_bits", "used_bits", "perplexity")},
+        }
         for row in results["rows"]
         if row["allocation"] == "router"
     ]
@@ -85,7 +89,10 @@ def elastic_means(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def verdicts(
-    averaged: Sequence[dict[str, Any]], elastic: Sequence[dict[str, Any]], bits: Iterable[int], group_sizes: Iterable[int]
+    averaged: Sequence[dict[str, Any]],
+    elastic: Sequence[dict[str, Any]],
+    bits: Iterable[int],
+    group_sizes: Iterable[int],
 ) -> list[dict[str, Any]]:
     """For each group size and precision, the best peer, the target and, where there are elastic runs, whether it is met."""
     found = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import resource
@@ -92,10 +93,8 @@ def machine() -> dict[str, Any]:
 
 def reset_peak() -> None:
     """Lets the peak start anew, where the kernel can do that."""
-    try:
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-    except OSError:
-        pass
 
 
 def peak_mb() -> float:

@@ -23,7 +23,8 @@ def round_to_nearest(weight: torch.Tensor, bits: int, group_size: int) -> torch.
     top = 2**bits - 1
     scale = ((high - low) / top).clamp(min=1e-9)
     zero = (-low / scale).round().clamp(0, top)
-    return (((groups / scale).round() + zero).clamp(0, top) - zero).mul(scale).flatten(1)
+    rounded: torch.Tensor = (((groups / scale).round() + zero).clamp(0, top) - zero).mul(scale).flatten(1)
+    return rounded
 
 
 def run(task: Task) -> Any:

@@ -16,14 +16,25 @@ def run(task: Task, variant: str) -> Any:
     from gptqmodel import GPTQModel, QuantizeConfig
     from gptqmodel.quantization import config
 
-    settings: dict[str, Any] = {
+    variants: dict[str, dict[str, Any]] = {
         "plain": {"desc_act": False, "act_group_aware": False},
         "group aware": {"desc_act": False, "act_group_aware": True},
         "clipped": {"desc_act": False, "act_group_aware": True, "mse": 2.4},
         "gptaq": {"desc_act": False, "act_group_aware": True, "gptaq": config.GPTAQConfig()},
+        "gptaq clipped": {
+            "desc_act": False,
+            "act_group_aware": True,
+            "mse": 2.4,
+            "gptaq": config.GPTAQConfig(),
+        },
         "awq": {"method": config.METHOD.AWQ, "format": config.FORMAT.GEMM},
-    }[variant]
-    quantization = QuantizeConfig(bits=task.bits, group_size=task.group_size, sym=False, device="cpu", offload_to_disk=False, **settings)
+    }
+    settings = variants[variant]
+    if variant != "awq":
+        settings["format"] = config.FORMAT.GPTQ_V2  # the first format stores zeros less one
+    quantization = QuantizeConfig(
+        bits=task.bits, group_size=task.group_size, sym=False, device="cpu", offload_to_disk=False, **settings
+    )
     quantizer: Any = GPTQModel.load(str(task.source.folder), quantization, dtype=torch.float32)
     windows = [{"input_ids": ids.tolist(), "attention_mask": [1] * len(ids)} for ids in task.calibration]
     quantizer.quantize(windows, batch_size=8)
@@ -41,5 +52,6 @@ PEERS = [
     peer("GPTQ, group aware", "group aware", "its default: columns reordered within groups"),
     peer("GPTQ, clipped", "clipped", "group aware, ranges searched (mse 2.4)"),
     peer("GPTAQ (gptqmodel)", "gptaq", "group aware, with the asymmetric calibration of GPTAQ"),
+    peer("GPTAQ, clipped", "gptaq clipped", "the same, ranges searched (mse 2.4)"),
     peer("AWQ (gptqmodel)", "awq", "its defaults", bits=(4,)),
 ]

@@ -31,7 +31,8 @@ def run(task: Task, method: str, **settings: Any) -> Any:
 def dequantize(module: Any) -> torch.Tensor:
     """Weight (O, I) of a linear that it converted; AWQ leaves a factor on the input."""
     if type(module).__name__ == "MulLinear":
-        return dequantize(module.linear) * module.input_scale[None]
+        scaled: torch.Tensor = dequantize(module.linear) * module.input_scale[None]
+        return scaled
     weight: torch.Tensor = module.recover() if hasattr(module, "recover") else module.weight
     return weight
 

@@ -63,7 +63,9 @@ def run_bitsandbytes(task: Task, kind: str) -> Any:
 
 PEERS = [
     Peer("HQQ", run_hqq, "hqq", "groups along rows (axis 1), its defaults", calibrated=False, bits=(2, 3, 4, 8)),
-    Peer("quanto", run_quanto, "optimum-quanto", "qint2 and qint4, largest and smallest", calibrated=False, bits=(2, 4)),
+    Peer(
+        "quanto", run_quanto, "optimum-quanto", "qint2 and qint4, largest and smallest", calibrated=False, bits=(2, 4)
+    ),
     Peer("torchao intx", partial(run_torchao, ranges="affine"), "torchao", "weights only, affine", calibrated=False),
     Peer(
         "torchao intx, HQQ scales",

@@ -67,6 +67,7 @@ class Peer:
         calibrated: Whether it depends on the calibration tokens; if not, one seed stands for all.
         bits: What it offers.
         ours: Whether it is this project's.
+        on_grid: Whether a group holds at most 2^bits values; not where factors on channels are folded in afterwards.
         variables: Environment of its process.
     """
 
@@ -77,6 +78,7 @@ class Peer:
     calibrated: bool = True
     bits: tuple[int, ...] = ANY_BITS
     ours: bool = False
+    on_grid: bool = True
     variables: tuple[tuple[str, str], ...] = ()
 
 
@@ -87,7 +89,8 @@ def set_weight(linear: Any, weight: Tensor) -> None:
     linear.weight = nn.Parameter(weight.detach().clone().float(), requires_grad=False)
 
 
-def replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Puts a module in the place of another."""
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, module)
+@torch.no_grad()
+def most_levels(weight: Tensor, group_size: int) -> int:
+    """Different values in the group of a weight (O, I) that has the most of them; b bits give 2^b."""
+    ordered = weight.unflatten(1, (-1, group_size)).sort(-1).values
+    return int((ordered.diff(dim=-1) != 0).sum(-1).max()) + 1

@@ -19,7 +19,7 @@ import torch
 
 from mobiq_lightning.checkpoint.provenance import processor_name
 
-from .peer import Peer, Task
+from .peer import Peer, Task, most_levels
 from .protocol import Protocol, measure_perplexity
 from .registry import PEERS
 from .rows import DONE, FAILED, MISSING, Cell, Journal
@@ -52,6 +52,8 @@ def measure(peer: Peer, cell: Cell, protocol: Protocol) -> dict[str, Any]:
         model = peer.run(task)
         seconds = time.perf_counter() - start
     peak = peak_mb()
+    if peer.on_grid:
+        check_grid(task, model)
     start = time.perf_counter()
     perplexity = measure_perplexity(model.eval(), data)
     return {
@@ -62,6 +64,22 @@ def measure(peer: Peer, cell: Cell, protocol: Protocol) -> dict[str, Any]:
         "calibration_hash": data.calibration_digest if peer.calibrated else None,
         "data_hash": data.protocol["data_hash"],
     }
+
+
+def check_grid(task: Task, model: Any) -> None:
+    """A wrapper that hands back more than the bits it was asked for would win every table.
+
+    Raises:
+        ValueError: If a group holds more values than there are codes, or a linear was left out.
+    """
+    found = dict(task.linears(model))
+    full = dict(task.linears(task.protocol.load().model))
+    for name, linear in found.items():
+        levels = most_levels(linear.weight, task.group_size)
+        if levels > 2**task.bits:
+            raise ValueError(f"{name}: a group holds {levels} values, {task.bits} bits give {2**task.bits}")
+    if missing := full.keys() - found.keys():
+        raise ValueError(f"{sorted(missing)[0]} is no linear any more")
 
 
 def row_of(peer: Peer, cell: Cell, protocol: Protocol) -> dict[str, Any]:

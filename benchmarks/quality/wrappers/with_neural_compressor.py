@@ -48,6 +48,8 @@ def copy_norms(converted: Any, model: Any) -> None:
 
 PEERS = [
     Peer("GPTQ (INC)", partial(run, method="GPTQ"), "neural-compressor-pt", "plain, no act-order"),
-    Peer("AWQ (INC)", partial(run, method="AWQ"), "neural-compressor-pt", "scales and clipping searched"),
-    Peer("TEQ (INC)", partial(run, method="TEQ"), "neural-compressor-pt", "its defaults"),
+    Peer(
+        "AWQ (INC)", partial(run, method="AWQ"), "neural-compressor-pt", "scales and clipping searched", on_grid=False
+    ),
+    Peer("TEQ (INC)", partial(run, method="TEQ"), "neural-compressor-pt", "its defaults", on_grid=False),
 ]

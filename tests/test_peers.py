@@ -191,14 +191,21 @@ def test_table_and_plot_name_peers_targets_and_failures(tmp_path: Path, capsys: 
         {"group_size": 64, "target_bits": bits, "used_bits": bits, "perplexity": 30.0} for bits in (2.0, 2.5)
     )
     found = {
-        "model": "M", "protocol": {"n_tokens": 100}, FULL: 24.0, "rows": rows(), "means": averaged, "elastic": elastic,
+        "model": "M",
+        "protocol": {"n_tokens": 100},
+        FULL: 24.0,
+        "rows": rows(),
+        "not_offered": {"C": [4]},
+        "means": averaged,
+        "elastic": elastic,
         "verdicts": verdicts(averaged, elastic, (2, 4), (64,)),
-    }  # fmt: skip
+    }
     print_peers(found)
     printed = capsys.readouterr().out
     assert "42.00 ± 2.83 (2)" in printed
     assert "35.70 (0.85x)" in printed
     assert "met" in printed
+    assert "not offered" in printed
     assert failures(rows()) == ["D (4 bits, group 64) failed: RuntimeError: no"]
     plot(found, tmp_path / "peers.png")
     assert (tmp_path / "peers.png").stat().st_size > 10_000

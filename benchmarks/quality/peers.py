@@ -124,7 +124,9 @@ def interpreter(peer: Peer, given: Sequence[str]) -> str:
 
 def collect(given: argparse.Namespace, journal: Journal, full: dict[str, Any]) -> dict[str, Any]:
     """All that peers.json holds."""
+    order = list(PEERS)
     rows = [row for row in journal.rows() if row["peer"] in PEERS]
+    rows.sort(key=lambda row: (order.index(row["peer"]), row["group_size"], row["bits"], row["seed"] or 0))
     elastic = [row for folder in given.elastic for row in read_elastic(folder, full["protocol"]["data_hash"])]
     averaged, ours = means(rows), elastic_means(elastic)
     group_sizes = sorted({row["group_size"] for row in rows})
@@ -135,6 +137,7 @@ def collect(given: argparse.Namespace, journal: Journal, full: dict[str, Any]) -
         "environment": environment(),
         FULL: full["perplexity"],
         "verdicts": verdicts(averaged, ours, bits, group_sizes),
+        "not_offered": {name: [b for b in bits if b not in PEERS[name].bits] for name in order},
         "means": averaged,
         "elastic": ours,
         "rows": rows,

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from .rows import DONE, FAILED, FULL, MISSING
-
-_ORDER = (DONE, MISSING, FAILED)
+from .rows import DONE, FULL, NOT_OFFERED
 
 
-def cell(row: dict[str, Any] | None) -> str:
-    """Mean, spread and number of seeds."""
-    if row is None:
-        return ""
-    spread = f" ± {row['spread']:.2f} ({row['n']})" if row["n"] > 1 else ""
-    return f"{row['perplexity']:.2f}{spread}"
+def figures(found: dict[str, Any], group_size: int) -> dict[tuple[str, int], str]:
+    """What stands in the table for a peer and its bits: mean, spread and number of seeds, or why there is no figure."""
+    cells = {(peer, b): NOT_OFFERED for peer, missing in found["not_offered"].items() for b in missing}
+    cells |= {
+        (row["peer"], row["bits"]): row["status"]
+        for row in found["rows"]
+        if row["group_size"] == group_size and row["status"] != DONE
+    }
+    for row in found["means"]:
+        if row["group_size"] == group_size:
+            spread = f" ± {row['spread']:.2f} ({row['n']})" if row["n"] > 1 else ""
+            cells[row["peer"], row["bits"]] = f"{row['perplexity']:.2f}{spread}"
+    return cells
 
 
 def failures(rows: list[dict[str, Any]]) -> list[str]:
@@ -35,7 +40,7 @@ def _places(places: list[str]) -> str:
 def print_peers(found: dict[str, Any]) -> None:
     from rich.console import Console
 
-    console = Console(width=None)
+    console = Console()
     for group_size in sorted({row["group_size"] for row in found["rows"]}):
         console.print(of_group(found, group_size))
     for line in failures(found["rows"]):
@@ -51,11 +56,10 @@ def of_group(found: dict[str, Any], group_size: int) -> Any:
     table = Table(title=title)
     bits = sorted({row["bits"] for row in found["rows"]})
     for name in ("perplexity", *(f"{b} bits" for b in bits)):
-        table.add_column(name, justify="left" if name == "perplexity" else "right", no_wrap=True)
-    here = {(row["peer"], row["bits"]): row for row in found["means"] if row["group_size"] == group_size}
-    for peer in dict.fromkeys(row["peer"] for row in found["rows"]):
-        if any((peer, b) in here for b in bits):
-            table.add_row(peer, *(cell(here.get((peer, b))) for b in bits))
+        table.add_column(name, justify="left" if name == "perplexity" else "right")
+    here = figures(found, group_size)
+    for peer in dict.fromkeys(row["peer"] for row in found["rows"] if row["group_size"] == group_size):
+        table.add_row(peer, *(here.get((peer, b), "") for b in bits))
     table.add_section()
     verdicts = {v["bits"]: v for v in found["verdicts"] if v["group_size"] == group_size}
     lines = {"best peer": best, "target": target, "elastic, one checkpoint": elastic}

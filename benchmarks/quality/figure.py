@@ -19,10 +19,14 @@ def plot(found: dict[str, Any], path: Path) -> None:
     groups = sorted({row["group_size"] for row in found["means"]})
     figure = Figure(figsize=(4.2 * len(groups) + 2.6, 5.2), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
+    panels = figure.subplots(1, len(groups), sharex=True, sharey=True, squeeze=False)[0]
     for panel, group_size in zip(panels, groups, strict=True):
         draw(panel, found, group_size)
-    panels[0].set_ylabel("perplexity")
+    limits = [row["perplexity"] for row in (*found["means"], *found["elastic"]) if math.isfinite(row["perplexity"])]
+    highest = max(limits) / found[FULL] - 1
+    lowest = min(value / found[FULL] - 1 for value in limits)
+    panels[0].set_ylim(found[FULL] * (1 + max(lowest, 0.002) * 0.8), found[FULL] * (1 + max(highest, 0.1) * 1.3))
+    panels[0].set_ylabel(f"perplexity, and above full precision ({found[FULL]:.2f})")
     handles: dict[str, Any] = {}
     for panel in panels:
         handles |= {label: handle for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
@@ -51,12 +55,21 @@ def draw(panel: Any, found: dict[str, Any], group_size: int) -> None:
             [r["used_bits"] for r in ours], [r["perplexity"] for r in ours], "-o", color=_OURS, markersize=4,
             label="elastic, one checkpoint", zorder=3,
         )  # fmt: skip
-    panel.axhline(found[FULL], color="#8c8c8c", linestyle=":", label="full precision", zorder=1)
-    panel.set_yscale("log")
     panel.set_title(f"group {group_size}", fontsize=10)
     panel.set_xlabel("bits per weight, scales and zeros left out")
-    ticks = [t for t in (20, 25, 30, 40, 50, 70, 100, 150, 200, 300, 500, 1000) if t > 0.9 * found[FULL]]
-    panel.set_yticks(ticks, [str(t) for t in ticks])
-    panel.minorticks_off()
-    panel.set_ylim(0.97 * found[FULL], None)
+    scale(panel, found[FULL])
     panel.grid(alpha=0.25)
+
+
+def scale(panel: Any, full: float) -> None:
+    """Logarithm of the distance from full precision: at four bits all peers are within percents of it."""
+    import numpy as np
+
+    panel.set_yscale(
+        "function", functions=(lambda y: np.log(np.maximum(y / full - 1, 1e-4)), lambda z: full * (1 + np.exp(z)))
+    )
+    excess = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
+    panel.set_yticks(
+        [full * (1 + e) for e in excess], [f"{full * (1 + e):.3g}\n+{100 * e:g} %" for e in excess], fontsize=7
+    )
+    panel.minorticks_off()

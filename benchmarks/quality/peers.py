@@ -133,7 +133,7 @@ def collect(given: argparse.Namespace, journal: Journal, full: dict[str, Any]) -
     bits = sorted({row["bits"] for row in rows})
     return {
         "model": Path(given.model).name,
-        "protocol": full["protocol"],
+        "protocol": without_folders(full["protocol"]),
         "environment": environment(),
         FULL: full["perplexity"],
         "verdicts": verdicts(averaged, ours, bits, group_sizes),
@@ -143,6 +143,14 @@ def collect(given: argparse.Namespace, journal: Journal, full: dict[str, Any]) -
         "rows": rows,
         "elastic_rows": elastic,
     }
+
+
+def without_folders(protocol: dict[str, Any]) -> dict[str, Any]:
+    """Texts by their name: where they lie is nobody's business but this machine's."""
+    calibration = protocol["calibration"]
+    named = {**calibration, "data": Path(calibration["data"]).name}
+    del named["seed"]  # every row has its own
+    return {**protocol, "data": Path(protocol["data"]).name, "calibration": named}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

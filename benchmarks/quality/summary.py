@@ -63,7 +63,7 @@ def read_elastic(folder: Path, data_hash: str | None) -> list[dict[str, Any]]:
     group_size = int(config["quantization_config"]["group_size"])
     return [
         {
-            "run": str(folder),
+            "run": folder.name,
             "group_size": group_size,
             **{key: row[key] for key in ("target_bits", "used_bits", "perplexity")},
         }

@@ -1,0 +1,1 @@
+"""How good a checkpoint is beside other ways to the same bits."""

@@ -27,7 +27,7 @@ from mobiq_lightning.strategies import ResidualSlices, StaticRouter
 from mobiq_lightning.strategies.thresholds import Scope
 
 if TYPE_CHECKING:
-    from mobiq_lightning.module import ElasticCalibration
+    from mobiq_lightning.sliced_model import SlicedModel
 
 Allocation = Literal["full", "rtn", "router"] | Control
 RTN_BITS = (2, 3, 4, 6, 8)
@@ -105,7 +105,7 @@ class Comparison:
             self._prepare(arm)
 
     @classmethod
-    def of_run(cls, module: ElasticCalibration, folder: Path, device: torch.device) -> Comparison:
+    def of_run(cls, module: SlicedModel, folder: Path, device: torch.device) -> Comparison:
         """The comparison of a finished run.
 
         Args:
@@ -242,7 +242,7 @@ class Comparison:
         }
 
 
-def rounding_key(module: ElasticCalibration, group_size: int, device: torch.device) -> dict[str, Any]:
+def rounding_key(module: SlicedModel, group_size: int, device: torch.device) -> dict[str, Any]:
     """All that the rows of round-to-nearest depend on."""
     return {
         "weights": module.source.fingerprint,

@@ -40,8 +40,15 @@ def arguments_for(recipe_arguments: list[str], folder: Path) -> list[str]:
         ["--model.router=MLPRouter"],
         ["--model.router=RandomRouter"],
         ["--model.router=ErrorSketchRouter", "--model.transform=LearnableEquivalentTransform"],
+        [
+            "--model.slices={class_path: ProgressiveSlices, init_args: {slice_bits: [2, 1, 1, 2, 2], group_size: 16}}",
+            # Nine epochs: the first kill falls on the first slice, the second on a slice after a stage of the whole model.
+            "--model.stages=[{epochs: 2, train: [weights, ranges], depth: 2}, "
+            "{epochs: 1, train: [weights, ranges], depth: 2, scope: model}, {epochs: 1, train: [weights], depth: 8}, "
+            "{epochs: 2, train: [routers], scope: model}]",
+        ],
     ],
-    ids=["MLPRouter", "RandomRouter", "ErrorSketchRouter and LearnableEquivalentTransform"],
+    ids=["MLPRouter", "RandomRouter", "ErrorSketchRouter and LearnableEquivalentTransform", "ProgressiveSlices"],
 )
 def test_a_killed_run_goes_on_and_ends_bit_by_bit_as_if_it_had_not_been(
     recipe_arguments: list[str], tmp_path: Path, strategies: list[str]

@@ -76,6 +76,15 @@ def label(allocation: str, results: dict[str, Any]) -> str:
     return LABELS[allocation] if deployable else f"{LABELS[allocation]}, not deployable"
 
 
+def heading(results: dict[str, Any]) -> str:
+    """Model, text and protocol; of local files their name, as a path tells nobody anything."""
+    protocol = results["protocol"]
+    model, data = (
+        Path(name).name if Path(name).is_absolute() else name for name in (results["model"], protocol["data"])
+    )
+    return f"{model} on {data}, {protocol['eval_protocol']}, window {protocol['window']}"
+
+
 def print_table(results: dict[str, Any]) -> None:
     """Prints the comparison and, in words, how the router did against the controls and what guards noticed."""
     from rich.console import Console
@@ -83,8 +92,7 @@ def print_table(results: dict[str, Any]) -> None:
 
     protocol = results["protocol"]
     table = Table(
-        title=f"{results['model']} on {protocol['data']}, {protocol['eval_protocol']}, window {protocol['window']}, "
-        f"{protocol['n_tokens']} tokens",
+        title=f"{heading(results)}, {protocol['n_tokens']} tokens",
         caption=verdict(results["rows"]),
     )
     for column in ("allocation", "target bits", "used bits", "all-in bits", "perplexity", "KL (nats)"):
@@ -174,11 +182,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     axes.yaxis.set_major_formatter("{x:.4g}")
     axes.yaxis.set_minor_formatter("{x:.4g}")
     axes.grid(True, which="both", alpha=0.25)
-    protocol = results["protocol"]
-    axes.set_title(
-        f"{results['model']} on {protocol['data']} ({protocol['eval_protocol']}, window {protocol['window']})",
-        fontsize=10,
-    )
+    axes.set_title(heading(results), fontsize=10)
     axes.legend()
     figure.savefig(path, format="png")
 

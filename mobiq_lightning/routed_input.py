@@ -198,8 +198,9 @@ class RoutedInput(nn.Module):
     def _gates(self, x: Tensor) -> Tensor:
         router = self.control or self.router
         scores = router.scores(x)[..., : len(self.slice_bits) - 1]
-        if router.training and torch.is_grad_enabled():
-            scores = router.bounded(scores)
+        trained = router.training and torch.is_grad_enabled()
+        if trained and (self.common_threshold is not None or self.target_bits is not None):
+            scores = router.bounded(scores)  # these thresholds are quantiles of bounded scores
         flat = prefix_scores(scores).flatten(0, -2)
         if self.recorded_scores is not None:
             self.recorded_scores.append(flat.detach())
@@ -212,7 +213,7 @@ class RoutedInput(nn.Module):
         if self.target_bits is None:
             return router.gates(scores, self._threshold_of_rows(router, x) if self.state.per_row else router.threshold)
         threshold = threshold_for_budget(flat, self.slice_bits, [self.target_bits])[0]
-        if router.training and torch.is_grad_enabled():
+        if trained:
             threshold = with_budget_gradient(threshold, flat, self.slice_bits, router.temperature)
         return router.gates(scores, threshold)
 

@@ -89,7 +89,7 @@ class ElasticCLI(LightningCLI):
         self.resumes = False
         self.recipe: dict[str, Any] = {}
         # LightningCLI reads sys.argv, and DDP starts the other processes with it.
-        argv, sys.argv = sys.argv, [sys.argv[0], *arguments]
+        argv, sys.argv = sys.argv, [sys.argv[0], *_with_whole_stages(arguments)]
         try:
             super().__init__(
                 ElasticCalibration,
@@ -273,6 +273,15 @@ class ElasticCLI(LightningCLI):
         for block in damaged:
             say(f"The shard of block {block + 1} was damaged since it was written; it is written again.")
         say(f"Elastic checkpoint written to {folder}.")
+
+
+def _with_whole_stages(arguments: list[str]) -> list[str]:
+    """Arguments under which stages replace those of the recipe; as many as it has would be merged with them, key by key."""
+    given = [a for a in arguments if a == "--model.stages" or a.startswith("--model.stages=")]
+    if not given:
+        return arguments
+    first = arguments.index(given[0])
+    return [*arguments[:first], "--model.stages=null", *arguments[first:]]
 
 
 def _is_checkpoint(callback: Callback) -> bool:

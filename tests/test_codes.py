@@ -48,7 +48,8 @@ def calibrated(
         "--model.slices.init_args.group_size": str(SCHEMES[request.param]),
         "--model.eval_bits": "[2.5, 8]",
         "--data.eval_max_windows": "2",
-        "--trainer.callbacks": "[]",
+        # These codes hardly learn in two epochs: a guard that puts rounding in the place of a block would leave nothing to see.
+        "--trainer.callbacks": "[{class_path: mobiq_lightning.callbacks.Guards, init_args: {worse_block: record}}]",
     }
     arguments = small_recipe(make_model(), text_file, folder) + [f"{key}={value}" for key, value in settings.items()]
     found: dict[int, torch.Tensor] = {}

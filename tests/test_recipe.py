@@ -51,6 +51,22 @@ class TestShippedRecipes:
         assert RunFolder(tmp_path / "run").path.joinpath("config.yaml").is_file()
 
 
+def test_stages_of_the_command_line_replace_those_of_the_recipe_whole(tmp_path: Path) -> None:
+    from mobiq_lightning.training_cli import ElasticCLI
+
+    class BuildOnly(ElasticCLI):
+        def _run_subcommand(self, subcommand: str) -> None:
+            pass
+
+    path = next(p for p in RECIPES if p.stem == "tiny")
+    stages = "[" + ", ".join(["{train: [routers], epochs: 1}"] * 10) + "]"  # as many as the recipe has
+    folder = f"--trainer.default_root_dir={tmp_path / 'run'}"
+    for given in ([f"--model.stages={stages}"], ["--model.stages", stages]):
+        cli = BuildOnly(["fit", "--config", str(path), folder, *given])
+        assert len(cli.model.stages) == 10
+        assert all(s.depth is None and s.scope == "block" and not s.other_depths for s in cli.model.stages)
+
+
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [

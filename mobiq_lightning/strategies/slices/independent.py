@@ -80,7 +80,7 @@ class IndependentResidualSlices(GroupedSlices):
         residual, read = weight.float(), None
         for number, bits in enumerate(self.slice_bits[:n_slices]):
             scale, bias = self._range(residual, number)
-            own: Tensor = NestedCode.apply(residual, scale, bias, self.group_size, (bits,))[0]
+            own: Tensor = NestedCode.apply(residual, scale, bias, self.group_size, (bits,))[0]  # type: ignore[no-untyped-call]
             read = own if read is None else read + own
             yield read
             residual = weight.float() - read

@@ -145,7 +145,7 @@ class ProgressiveSlices(ResidualSlices):
             source, moves = weight.float(), None
         else:
             source, moves = self.target, self._moves(weight, scale, bias, depth, trained)
-        read: Tensor = TrainedCode.apply(source, scale, bias, code, depth, self.group_size, frozen == 0, moves)
+        read: Tensor = TrainedCode.apply(source, scale, bias, code, depth, self.group_size, frozen == 0, moves)  # type: ignore[no-untyped-call]
         return read
 
     @torch.no_grad()

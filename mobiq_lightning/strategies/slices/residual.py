@@ -45,12 +45,12 @@ class ResidualSlices(GroupedSlices):
         """See `SliceScheme.weight_at`."""
         scale, bias = self._range(weight)
         depths = (self.depths[n_slices - 1],)
-        return NestedCode.apply(weight, scale, bias, self.group_size, depths)[0]  # type: ignore[no-any-return]
+        return NestedCode.apply(weight, scale, bias, self.group_size, depths)[0]  # type: ignore[no-untyped-call,no-any-return]
 
     def prefixes(self, weight: Tensor) -> Tensor:
         """See `SliceScheme.prefixes`."""
         scale, bias = self._range(weight)
-        return NestedCode.apply(weight, scale, bias, self.group_size, self.depths)  # type: ignore[no-any-return]
+        return NestedCode.apply(weight, scale, bias, self.group_size, self.depths)  # type: ignore[no-untyped-call,no-any-return]
 
     @torch.no_grad()
     def pack(self, weight: Tensor) -> PackedSlices:

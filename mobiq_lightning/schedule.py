@@ -143,11 +143,6 @@ class Schedule:
         visits = [segment.visit.stop - 1 for segment in self.segments if segment.block == block]
         return max([*last, *visits[:1]], default=0)
 
-    def weight_depths(self) -> list[int]:
-        """Depths, in bits, whose slices have weights trained, in the order of training, each once."""
-        depths = [s.depth for sweep in self.sweeps for s in sweep if s.trains("weights") and s.depth is not None]
-        return list(dict.fromkeys(depths))
-
     def trains_weights_after(self, segment: Segment) -> bool:
         """Whether a later segment of the same block, or of the model, moves codes."""
         later = self.segments[self.segments.index(segment) + 1 :]

@@ -35,7 +35,6 @@ def test_a_stage_of_the_model_ends_the_sweep_before_it() -> None:
     assert places(schedule) == [*first, (2, None), (2, None), (3, 0), (3, 1), (4, None), (5, None)]
     assert [epoch for epoch in range(schedule.n_epochs) if schedule.ends_visit(epoch)] == [2, 5, 7, 8, 9, 10, 11]
     assert schedule.at(0).span == range(2)
-    assert schedule.weight_depths() == [2, 3, 4]
 
 
 def test_a_block_is_written_when_nothing_that_it_stores_changes_any_more() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 
 from mobiq_lightning.callbacks.layerwise_calibration import checked
 from mobiq_lightning.checkpoint.names import ELASTIC
@@ -15,7 +16,7 @@ from mobiq_lightning.checkpoint.write import add_results
 from mobiq_lightning.loggers import WandbLogger
 from mobiq_lightning.module import ElasticCalibration
 from mobiq_lightning.report import print_table, write_results
-from mobiq_lightning.run_folder import RESULTS
+from mobiq_lightning.run_folder import LAYER_GAINS, RESULTS
 from mobiq_lightning.strategies.base import Router
 
 
@@ -46,8 +47,7 @@ class Results(Callback):
             },
             "router": _describe_router(module.comparison.inputs[0].router),
             "collapsed": module.collapsed or known.get("collapsed", {}),
-            "layer_gains": module.layer_gains
-            or known.get("layer_gains", "not measured: the run is older than they are"),
+            "layer_gains": module.layer_gains or known.get("layer_gains") or _describe_gains(module.comparison.gains),
             "guards": module.guards or known.get("guards", []),
             "rows": rows,
         }
@@ -82,6 +82,13 @@ class Results(Callback):
 def _describe_router(router: Router) -> dict[str, Any]:
     """What results say of the routers, for tables."""
     return {"class": type(router).__name__, "deployable": router.deployable}
+
+
+def _describe_gains(gains: Tensor | None) -> str:
+    """What results say of layer gains where neither the run nor its results do."""
+    return (
+        f"in {LAYER_GAINS}" if gains is not None else f"not measured: the run folder has no {LAYER_GAINS} of its inputs"
+    )
 
 
 def _known_results(folder: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from mobiq_lightning.packing import SCALE_DTYPE, PackedSlices, dequantize, pack_planes
+from mobiq_lightning.packing import dequantize, spread
 from mobiq_lightning.strategies.slices.nested_code import cells, group_sum, unit_position
 from mobiq_lightning.strategies.slices.residual import ResidualSlices
 
@@ -87,10 +87,7 @@ class ProgressiveSlices(ResidualSlices):
         frozen, trained = self._bits()
         if trained > frozen:
             scale, _ = self._range(weight)
-            step = (
-                scale.repeat_interleave(min(self.group_size, weight.shape[1]), dim=1)[:, : weight.shape[1]]
-                * 2.0**-trained
-            )
+            step = spread(scale, self.group_size, weight.shape[1]) * 2.0**-trained
             start = self._start_of_target(weight)
             self.target.copy_(self.target.clamp(start - step / 2, start + step / 2))
 
@@ -101,20 +98,6 @@ class ProgressiveSlices(ResidualSlices):
     def prefixes(self, weight: Tensor) -> Tensor:
         """See `SliceScheme.prefixes`."""
         return self._read(weight, self.depths)
-
-    @torch.no_grad()
-    def pack(self, weight: Tensor) -> PackedSlices:
-        """See `SliceScheme.pack`."""
-        scale, bias = self._range(weight)
-        n_bits = self.depths[-1]
-        return PackedSlices(
-            planes=tuple(pack_planes(self._code(weight, scale, bias, n_bits).to(torch.uint8), n_bits)),
-            scale=scale.to(SCALE_DTYPE),
-            bias=bias.to(SCALE_DTYPE),
-            in_features=self.in_features,
-            group_size=self.group_size,
-            slice_bits=self.slice_bits,
-        )
 
     def forget(self) -> None:
         """See `SliceScheme.forget`: the codes of a finished block wait on the host."""
@@ -163,7 +146,7 @@ class ProgressiveSlices(ResidualSlices):
 
     @torch.no_grad()
     def _code(self, weight: Tensor, scale: Tensor, bias: Tensor, depth: int) -> Tensor:
-        """Codes (O, I) of `depth` bits, as floats."""
+        """See `ResidualSlices._code`."""
         frozen, trained = self._bits()
         known, bits = (self._codes_on(weight).float(), frozen) if frozen else (None, 0)
         if depth <= frozen:
@@ -186,15 +169,13 @@ class ProgressiveSlices(ResidualSlices):
         """The weight (O, I), moved into the cells of the frozen code."""
         frozen, _ = self._bits()
         scale, bias = self._range(weight)
-        if not self.bits_reached[0]:
+        if not frozen:
             return weight.detach().float().clone()
         low = self._codes_on(weight).float() * 2.0**-frozen
         unit = unit_position(weight, scale, bias, self.group_size)
         unit = torch.minimum(torch.maximum(unit, low + _INSIDE), low + 2.0**-frozen - _INSIDE)
-        columns = weight.shape[1]
-        size = min(self.group_size, columns)
-        spread = [v.repeat_interleave(size, dim=1)[:, :columns] for v in (scale, bias)]
-        return spread[1] + spread[0] * (unit - 0.5)
+        centre, width = (spread(values, self.group_size, weight.shape[1]) for values in (bias, scale))
+        return centre + width * (unit - 0.5)
 
     def _codes_on(self, weight: Tensor) -> Tensor:
         if self.codes.device != weight.device:

@@ -57,7 +57,7 @@ class ResidualSlices(GroupedSlices):
         """See `SliceScheme.pack`. One plane per bit; scale is the width of the range, bias its centre."""
         scale, bias = self._range(weight)
         n_bits = self.depths[-1]
-        codes = cells(unit_position(weight, scale, bias, self.group_size), n_bits).to(torch.uint8)
+        codes = self._code(weight, scale, bias, n_bits).to(torch.uint8)
         return PackedSlices(
             planes=tuple(pack_planes(codes, n_bits)),
             scale=scale.to(SCALE_DTYPE),
@@ -72,6 +72,10 @@ class ResidualSlices(GroupedSlices):
         """See `SliceScheme.bound_clipping`."""
         self.low_clip.clamp_(max=0.0)
         self.high_clip.clamp_(max=0.0)
+
+    def _code(self, weight: Tensor, scale: Tensor, bias: Tensor, depth: int) -> Tensor:
+        """Codes (O, I) of `depth` bits, as floats, in ranges of widths `scale` and centres `bias` (O, G)."""
+        return cells(unit_position(weight, scale, bias, self.group_size), depth)
 
     def _range(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Width and centre (O, G) of the groups' ranges."""

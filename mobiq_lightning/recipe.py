@@ -83,7 +83,11 @@ def read_recipe(path: str) -> dict[str, Any]:
 
 def check_recipe(recipe: dict[str, Any]) -> list[str]:
     """One line for every key or class name of a recipe that does not exist."""
-    return [problem for keys, value in _walk(recipe, []) for problem in (check_key(keys) or _check_class(keys, value))]
+    return [
+        problem
+        for keys, value in _walk(recipe, [])
+        for problem in (check_key(keys) or _check_class(keys, value) or _check_stages(keys, value))
+    ]
 
 
 def _strategies(recipe: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -102,6 +106,11 @@ def _class_name(value: Any) -> str:
 def _check_override(keys: list[str], value: str, classes: dict[str, str]) -> list[str]:
     """A problem if ``--model.router.init_args.x value`` names no argument of the class that the router has by now."""
     key = ".".join(keys[:2])
+    if keys == ["model", "stages"]:
+        try:
+            return _check_stages(keys, yaml.safe_load(value))
+        except yaml.YAMLError:
+            return []
     if key not in _STRATEGY_KEYS:
         return []
     if len(keys) == 2 or keys[2] == "class_path":
@@ -165,6 +174,28 @@ def _check_class(keys: list[str], value: Any) -> list[str]:
             hint = nearest(argument, known[name]) or f"It has {', '.join(known[name]) or 'none'}."
             problems.append(f"{key}.init_args.{argument}: {name} has no such argument. {hint}")
     return problems
+
+
+def _check_stages(keys: list[str], value: Any) -> list[str]:
+    """One line for every key of a stage that does not exist."""
+    if keys != ["model", "stages"] or not isinstance(value, list):
+        return []
+    known = _fields(_PACKAGE / "schedule.py", "Stage")
+    return [
+        f"model.stages[{number}].{key}: no such key. {nearest(str(key), known) or 'There are ' + ', '.join(known)}"
+        for number, stage in enumerate(value)
+        if isinstance(stage, dict)
+        for key in stage
+        if key not in known
+    ]
+
+
+@cache
+def _fields(path: Path, name: str) -> tuple[str, ...]:
+    """Fields of a dataclass in a file."""
+    classes = (n for n in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(n, ast.ClassDef))
+    body = next(node.body for node in classes if node.name == name)
+    return tuple(n.target.id for n in body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name))
 
 
 @cache

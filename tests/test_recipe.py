@@ -72,6 +72,7 @@ def test_stages_of_the_command_line_replace_those_of_the_recipe_whole(tmp_path: 
     [
         ({"modle": {}}, "modle: no such key. Did you mean 'model"),
         ({"model": {"slice": 1}}, "model.slice: no such key. Did you mean 'model.slices'"),
+        ({"model": {"stages": [{"depht": 2}]}}, "model.stages[0].depht: no such key. Did you mean 'depth'"),
         ({"data": {"n_sample": 1}}, "Did you mean 'data.n_samples'"),
         ({"trainer": {"max_epoch": 1}}, "Did you mean 'trainer.max_epochs'"),
         ({"model": {"seq_len": 1}}, "Did you mean 'data.seq_len'"),

@@ -41,7 +41,6 @@ class ProgressiveSlices(ResidualSlices):
 
     target: nn.Parameter
     codes: Tensor
-    bits_reached: Tensor
 
     def __init__(
         self,
@@ -54,7 +53,8 @@ class ProgressiveSlices(ResidualSlices):
         # Both are as large as the weight, so they exist only from when they are needed on, and the target no longer.
         self.target = nn.Parameter(torch.empty(0, 0))
         self.register_buffer("codes", torch.empty(0, 0, dtype=torch.uint8))
-        self.register_buffer("bits_reached", torch.zeros(2, dtype=torch.int64))  # by the frozen code, and by the target
+        # Plain numbers: of a tensor on a GPU, every read of the weights would wait for the device.
+        self.bits_frozen = self.bits_trained = 0
 
     def weight_parameters(self) -> list[nn.Parameter]:
         """See `SliceScheme.weight_parameters`."""
@@ -68,7 +68,7 @@ class ProgressiveSlices(ResidualSlices):
             return False
         if trained > frozen:
             self._freeze_at(weight, trained)
-        self.bits_reached[1] = n_bits
+        self.bits_trained = n_bits
         self.target.data = self._start_of_target(weight)
         self.target.grad = None
         return True
@@ -77,7 +77,7 @@ class ProgressiveSlices(ResidualSlices):
     def freeze(self, weight: Tensor) -> None:
         """See `SliceScheme.freeze`."""
         self._freeze_at(weight, self.depths[-1])
-        self.bits_reached[1] = self.depths[-1]
+        self.bits_trained = self.depths[-1]
         self.target.data = self.target.new_empty(0, 0)
         self.target.grad = None
 
@@ -107,8 +107,7 @@ class ProgressiveSlices(ResidualSlices):
 
     def _bits(self) -> tuple[int, int]:
         """Bits of the frozen code, and bits that the target reaches (as many, if there is none)."""
-        frozen, trained = self.bits_reached.tolist()
-        return frozen, max(frozen, trained)
+        return self.bits_frozen, max(self.bits_frozen, self.bits_trained)
 
     def _read(self, weight: Tensor, depths: tuple[int, ...]) -> Tensor:
         """(len(depths), O, I) float32."""
@@ -163,7 +162,7 @@ class ProgressiveSlices(ResidualSlices):
     def _freeze_at(self, weight: Tensor, n_bits: int) -> None:
         scale, bias = self._range(weight)
         self.codes = self._code(weight, scale, bias, n_bits).to(torch.uint8)
-        self.bits_reached[0] = n_bits
+        self.bits_frozen = n_bits
 
     def _start_of_target(self, weight: Tensor) -> Tensor:
         """The weight (O, I), moved into the cells of the frozen code."""
@@ -183,6 +182,14 @@ class ProgressiveSlices(ResidualSlices):
         return self.codes
 
     # ------------------------------------------------------------------ state
+
+    def get_extra_state(self) -> Tensor:
+        """(2,) int64: bits of the frozen code and bits that the target reaches, for training checkpoints."""
+        return torch.tensor([self.bits_frozen, self.bits_trained])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Takes them up again."""
+        self.bits_frozen, self.bits_trained = state.tolist()
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
         """Takes on the sizes of the saved tensors: which of them are there depends on how far the training was."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,10 @@ from mobiq_lightning.text import Protocol, Split, describe_source, digest, read_
 
 IGNORED = -100
 """Label of positions that are not predicted: padding."""
+
+
+Write = Callable[[int, int, int], list[int]]
+"""Writes text: `SourceWriter.write`."""
 
 
 class Windows(Dataset[dict[str, Tensor]]):
@@ -40,7 +45,7 @@ class TextWindows(LightningDataModule):
     Args:
         source: Calibration text: `builtin`, `wikitext2`, `c4`, or a path to a .txt, .jsonl or .parquet file.
         eval_source: Evaluation text, likewise.
-        n_samples: Calibration windows.
+        n_samples: Calibration windows of the text.
         seq_len: Tokens per window.
         batch_size: Calibration windows per step.
         eval_protocol: `packed`: the papers' windows, without overlap, the tail dropped. `documents`: every document for
@@ -48,7 +53,9 @@ class TextWindows(LightningDataModule):
         eval_seq_len: Tokens per evaluation window; by default `seq_len`.
         eval_batch_size: Evaluation windows per step; by default `batch_size`.
         eval_max_windows: Evaluate on the first so many windows only; by default on all.
-        seed: Decides which windows of the text are taken for calibration.
+        seed: Decides which windows of the text are taken for calibration, and what the model writes.
+        n_generated: Further calibration windows, which the full-precision model writes itself. Thresholds, guards and layer
+            gains look at the windows of the text first.
     """
 
     def __init__(
@@ -63,6 +70,7 @@ class TextWindows(LightningDataModule):
         eval_batch_size: int | None = None,
         eval_max_windows: int | None = None,
         seed: int = 0,
+        n_generated: int = 0,
     ) -> None:
         super().__init__()
         self.source, self.eval_source = source, eval_source
@@ -71,17 +79,26 @@ class TextWindows(LightningDataModule):
         self.eval_seq_len = eval_seq_len or seq_len
         self.eval_batch_size = eval_batch_size or batch_size
         self.eval_max_windows = eval_max_windows
-        self.seed = seed
+        self.seed, self.n_generated = seed, n_generated
         for key in ("n_samples", "seq_len", "batch_size", "eval_seq_len", "eval_batch_size"):
             if getattr(self, key) < 1:
                 raise DataError(f"data.{key} ({getattr(self, key)}) must be at least 1")
+        if n_generated < 0:
+            raise DataError(f"data.n_generated ({n_generated}) must be at least 0")
         self.calibration: Windows | None = None
         self.evaluation: Windows | None = None
         self.protocol: dict[str, Any] = {}
         self.calibration_digest = ""
         self.shared = SharedWork(None)
 
-    def read(self, tokenizer: Any, tokenizer_hash: str, stage: str, shared: SharedWork | None = None) -> None:
+    def read(
+        self,
+        tokenizer: Any,
+        tokenizer_hash: str,
+        stage: str,
+        shared: SharedWork | None = None,
+        write: Write | None = None,
+    ) -> None:
         """Reads and tokenizes the text; the model's own tokenizer is needed, so the model calls this in its `setup`.
 
         Args:
@@ -89,13 +106,14 @@ class TextWindows(LightningDataModule):
             tokenizer_hash: Identifies it in the results.
             stage: ``fit`` reads both sources, anything else the evaluation source alone.
             shared: Where runs on the same text leave its tokens for each other.
+            write: Writes the windows of `n_generated`.
 
         Raises:
             DataError: If a source cannot be read, or gives fewer windows than asked for.
         """
         self.shared = shared or self.shared
         if stage == "fit" and self.calibration is None:
-            self.calibration = self._read_calibration(tokenizer, tokenizer_hash)
+            self.calibration = self._read_calibration(tokenizer, tokenizer_hash, write)
         if self.evaluation is None:
             self.evaluation = self._read_evaluation(tokenizer, tokenizer_hash)
 
@@ -104,7 +122,7 @@ class TextWindows(LightningDataModule):
         assert self.calibration is not None, "read() comes first"
         return torch.stack(self.calibration.windows)
 
-    def _read_calibration(self, tokenizer: Any, tokenizer_hash: str) -> Windows:
+    def _read_calibration(self, tokenizer: Any, tokenizer_hash: str, write: Write | None) -> Windows:
         key = "data.source"
         streams = self._streams(self.source, "train", key, tokenizer, tokenizer_hash)
         stream = [token for ids in streams for token in ids]
@@ -117,6 +135,10 @@ class TextWindows(LightningDataModule):
         generator = torch.Generator().manual_seed(self.seed)
         chosen = torch.randperm(found, generator=generator)[: self.n_samples].tolist()
         windows = [torch.tensor(stream[i * self.seq_len : (i + 1) * self.seq_len]) for i in chosen]
+        if self.n_generated:
+            assert write is not None, "data.n_generated needs something that writes"
+            n_tokens = self.n_generated * self.seq_len
+            windows += torch.tensor(write(n_tokens, self.seq_len, self.seed)[:n_tokens]).split(self.seq_len)
         self.calibration_digest = digest([w.tolist() for w in windows])
         return Windows(windows)
 
@@ -155,6 +177,7 @@ class TextWindows(LightningDataModule):
             "calibration": {
                 "data": self.source,
                 "n_samples": self.n_samples,
+                "n_generated": self.n_generated,
                 "seq_len": self.seq_len,
                 "seed": self.seed,
             },

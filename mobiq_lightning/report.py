@@ -76,6 +76,12 @@ def label(allocation: str, results: dict[str, Any]) -> str:
     return LABELS[allocation] if deployable else f"{LABELS[allocation]}, not deployable"
 
 
+def generated_of(calibration: dict[str, Any]) -> str:
+    """What the model wrote itself of the calibration text, as a clause; checkpoints from before that say nothing of it."""
+    n_generated = calibration.get("n_generated", 0)
+    return f" and {n_generated} windows that the model wrote" if n_generated else ""
+
+
 def heading(results: dict[str, Any]) -> str:
     """Model, text and protocol; of local files their name, as a path tells nobody anything."""
     protocol = results["protocol"]
@@ -234,8 +240,8 @@ def print_summary(summary: Summary) -> None:
         table.add_row("source model", f"{source['name']}, weights {source['weights']}, tokenizer {source['tokenizer']}")
         table.add_row(
             "calibration",
-            f"{calibration['n_samples']} x {calibration['seq_len']} tokens of {calibration['data']}, data hash "
-            f"{calibration['data_hash']}, seed {origin['seed']}",
+            f"{calibration['n_samples']} x {calibration['seq_len']} tokens of {calibration['data']}"
+            f"{generated_of(calibration)}, data hash {calibration['data_hash']}, seed {origin['seed']}",
         )
         table.add_row(
             "code", f"mobiq-lightning {versions['mobiq_lightning']}, commit {origin['git_commit'] or 'unknown'}"

@@ -17,6 +17,7 @@ from mobiq_lightning.errors import RunFolderError
 from mobiq_lightning.files import sha256, write_atomically, write_json, write_text
 
 LAYER_GAINS = "layer_gains.json"
+GENERATED = "generated_text"
 CONFIG, RESULTS, DIAGNOSTICS, CHECKPOINTS, IDENTITY, RETRIES = (
     "config.yaml",
     "results.json",
@@ -26,7 +27,17 @@ CONFIG, RESULTS, DIAGNOSTICS, CHECKPOINTS, IDENTITY, RETRIES = (
     "retries.json",
 )
 _OWN: tuple[str, ...] = (CONFIG, RESULTS, ELASTIC, f"{ELASTIC}.partial", CHECKPOINTS, IDENTITY, RETRIES)
-_OWN += (DIAGNOSTICS, LAYER_GAINS, "results.csv", "results.png", "metrics.jsonl", "csv", "hidden_states", "wandb")
+_OWN += (
+    DIAGNOSTICS,
+    LAYER_GAINS,
+    "results.csv",
+    "results.png",
+    "metrics.jsonl",
+    "csv",
+    "hidden_states",
+    "wandb",
+    GENERATED,
+)
 _OWN += ("outliers.json", "outliers.csv", "outliers.png")
 _IRRELEVANT = (
     "overwrite",

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from mobiq_lightning.checks import check_strategy
 from mobiq_lightning.data import TextWindows
 from mobiq_lightning.evaluation import Comparison
+from mobiq_lightning.generated_text import SourceWriter
 from mobiq_lightning.hidden_states import BlockCaller
 from mobiq_lightning.routed_input import RoutedInput
+from mobiq_lightning.run_folder import GENERATED
 from mobiq_lightning.shared_work import SharedWork
 from mobiq_lightning.source import (
     BlockLayout,
@@ -111,9 +113,19 @@ class SlicedModel(LightningModule):
             self._backbone.append(load_source(self.pretrained, self.dtype_name))
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, TextWindows):
-            data.read(self.source.tokenizer, self.source.tokenizer_hash, stage, self.shared_work)
+            data.read(self.source.tokenizer, self.source.tokenizer_hash, stage, self.shared_work, self.write_text)
         if stage == "fit" and len(self.blocks) == 0:
             self.build_blocks()
+
+    def write_text(self, n_tokens: int, seq_len: int, seed: int) -> list[int]:
+        """Text of the source model, see `SourceWriter.write`: written by one process for all, and kept for a resume."""
+        strategy = self.trainer.strategy
+        kept = self.shared_work if self.shared_work.folder is not None else SharedWork(self.run_folder / GENERATED)
+        writer = SourceWriter(self.source, strategy.root_device, kept)
+        written: list[int] = strategy.broadcast(
+            writer.write(n_tokens, seq_len, seed) if self.trainer.is_global_zero else []
+        )
+        return written
 
     def identity(self) -> dict[str, str]:
         """What a resumed run must have in common with the interrupted one beside its recipe."""

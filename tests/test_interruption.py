@@ -46,6 +46,7 @@ def arguments_for(recipe_arguments: list[str], folder: Path) -> list[str]:
             "--model.stages=[{epochs: 2, train: [weights, ranges], depth: 2}, "
             "{epochs: 1, train: [weights, ranges], depth: 2, scope: model}, {epochs: 1, train: [weights], depth: 8}, "
             "{epochs: 2, train: [routers], scope: model}]",
+            "--data.n_generated=8",
         ],
     ],
     ids=["MLPRouter", "RandomRouter", "ErrorSketchRouter and LearnableEquivalentTransform", "ProgressiveSlices"],

@@ -12,7 +12,7 @@ from mobiq_lightning.checkpoint.names import CARD, CONFIG, PROVENANCE, RESULTS
 from mobiq_lightning.files import write_text
 from mobiq_lightning.guard_events import sentences
 from mobiq_lightning.packing import WHOLE_ROW, PackedSlices, depths_of
-from mobiq_lightning.report import bits_text, label, summarize, verdict
+from mobiq_lightning.report import bits_text, generated_of, label, summarize, verdict
 
 
 def write_card(folder: Path) -> None:
@@ -137,8 +137,8 @@ def _origin(origin: dict[str, Any]) -> str:
 | | |
 |---|---|
 | source model | {source["name"]}, weights {source["weights"]} |
-| calibration | {calibration["n_samples"]} windows of {calibration["seq_len"]} tokens of {calibration["data"]}, data hash \
-{calibration["data_hash"]} |
+| calibration | {calibration["n_samples"]} windows of {calibration["seq_len"]} tokens of {calibration["data"]}\
+{generated_of(calibration)}, data hash {calibration["data_hash"]} |
 | seed | {origin["seed"]} |
 | code | mobiq-lightning {versions["mobiq_lightning"]}, commit {origin["git_commit"] or "unknown"} |
 | versions | torch {versions["torch"]}, transformers {versions["transformers"]}, Python {versions["python"]} |

@@ -25,7 +25,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
     limits = [row["perplexity"] for row in (*found["means"], *found["elastic"]) if math.isfinite(row["perplexity"])]
     highest = max(limits) / found[FULL] - 1
     lowest = min(value / found[FULL] - 1 for value in limits)
-    panels[0].set_ylim(found[FULL] * (1 + max(lowest, 0.002) * 0.8), found[FULL] * (1 + max(highest, 0.1) * 1.3))
+    panels[0].set_ylim(found[FULL] * (1 + max(lowest, 0.0005) * 0.8), found[FULL] * (1 + max(highest, 0.1) * 1.3))
     panels[0].set_ylabel(f"perplexity, and above full precision ({found[FULL]:.2f})")
     handles: dict[str, Any] = {}
     for panel in panels:
@@ -68,8 +68,8 @@ def scale(panel: Any, full: float) -> None:
     panel.set_yscale(
         "function", functions=(lambda y: np.log(np.maximum(y / full - 1, 1e-4)), lambda z: full * (1 + np.exp(z)))
     )
-    excess = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
+    excess = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
     panel.set_yticks(
-        [full * (1 + e) for e in excess], [f"{full * (1 + e):.3g}\n+{100 * e:g} %" for e in excess], fontsize=7
+        [full * (1 + e) for e in excess], [f"{full * (1 + e):.4g}\n+{100 * e:g} %" for e in excess], fontsize=7
     )
     panel.minorticks_off()

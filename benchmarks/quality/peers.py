@@ -38,7 +38,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default=default.model, help="local folder, hub id or builtin")
     parser.add_argument("--source", default=default.source, help="calibration text, as data.source of a recipe")
     parser.add_argument("--eval_source", default=default.eval_source, help="evaluation text")
-    for name in ("n_samples", "seq_len", "eval_seq_len"):
+    for name in ("n_samples", "seq_len", "eval_seq_len", "n_generated"):
         parser.add_argument(f"--{name}", type=int, default=getattr(default, name))
     parser.add_argument("--eval_max_windows", default=str(default.eval_max_windows), help="a number, or null for all")
     for name, value in (("bits", "2,3,4"), ("group_sizes", "64"), ("seeds", "0")):
@@ -67,7 +67,8 @@ def protocol_of(given: argparse.Namespace) -> Protocol:
 
     windows = None if given.eval_max_windows in ("null", "None") else int(given.eval_max_windows)
     model, source, eval_source = map(absolute, (given.model, given.source, given.eval_source))
-    return Protocol(model, source, eval_source, given.n_samples, given.seq_len, given.eval_seq_len, windows)
+    lengths = (given.n_samples, given.seq_len, given.eval_seq_len)
+    return Protocol(model, source, eval_source, *lengths, windows, given.n_generated)
 
 
 def measure_full(journal: Journal, protocol: Protocol) -> dict[str, Any]:

@@ -9,7 +9,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from mobiq_lightning.data import IGNORED, TextWindows, pad_windows
+from mobiq_lightning.generated_text import SourceWriter
 from mobiq_lightning.metrics import Perplexity, log_probabilities
+from mobiq_lightning.shared_work import SharedWork
 from mobiq_lightning.source import Source, load_source
 
 
@@ -25,6 +27,7 @@ class Protocol:
         seq_len: Tokens per calibration window.
         eval_seq_len: Tokens per evaluation window.
         eval_max_windows: Evaluation windows; by default all.
+        n_generated: Further calibration windows, which the model writes itself.
     """
 
     model: str = "builtin"
@@ -34,6 +37,7 @@ class Protocol:
     seq_len: int = 128
     eval_seq_len: int = 256
     eval_max_windows: int | None = 128
+    n_generated: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -55,8 +59,10 @@ class Protocol:
             eval_batch_size=16,
             eval_max_windows=self.eval_max_windows,
             seed=seed,
+            n_generated=self.n_generated,
         )
-        data.read(source.tokenizer, source.tokenizer_hash, stage)
+        writer = SourceWriter(source, torch.device("cpu"), SharedWork(None))
+        data.read(source.tokenizer, source.tokenizer_hash, stage, write=writer.write)
         return data
 
 

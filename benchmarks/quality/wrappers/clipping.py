@@ -42,6 +42,7 @@ def recipe(task: Task) -> dict[str, Any]:
             "source": protocol.source,
             "eval_source": protocol.eval_source,
             "n_samples": protocol.n_samples,
+            "n_generated": protocol.n_generated,
             "seq_len": protocol.seq_len,
             "batch_size": 8,
             "eval_protocol": "documents",

@@ -216,7 +216,18 @@ def test_the_command_measures_prints_and_goes_on(
 ) -> None:
     command = ["--model", protocol.model, "--source", protocol.source, "--eval_source", protocol.eval_source]
     command += ["--n_samples", "4", "--seq_len", "32", "--eval_seq_len", "64", "--eval_max_windows", "4"]
-    command += ["--n_generated", "2", "--bits", "2", "--group_sizes", "4", "--peers", "RTN", "--to", str(tmp_path / "to")]
+    command += [
+        "--n_generated",
+        "2",
+        "--bits",
+        "2",
+        "--group_sizes",
+        "4",
+        "--peers",
+        "RTN",
+        "--to",
+        str(tmp_path / "to"),
+    ]
     peers.main(command)
     first = json.loads((tmp_path / "to" / "peers.json").read_text())
     peers.main(command)

@@ -111,7 +111,7 @@ class SourceWriter:
         return [_until(document, eos) for document in ids.tolist()]
 
     def _rows_at_once(self, length: int) -> int:
-        """How many documents' keys and values fit.
+        """How many documents' keys and values fit, at least one.
 
         Raises:
             ModelError: If not even the model does.
@@ -132,7 +132,7 @@ class SourceWriter:
                     f"writes {needed / 1e9:.1f} GB; on {self.device} {free / 1e9:.1f} GB are free. Set data.n_generated to 0, or "
                     "use a larger device"
                 )
-        return int(room // of_row)
+        return max(1, int(room // of_row))  # a large model on a CPU writes one after the other
 
 
 class _Progress(StoppingCriteria):

@@ -30,13 +30,13 @@ _OWN: tuple[str, ...] = (CONFIG, RESULTS, ELASTIC, f"{ELASTIC}.partial", CHECKPO
 _OWN += (
     DIAGNOSTICS,
     LAYER_GAINS,
+    GENERATED,
     "results.csv",
     "results.png",
     "metrics.jsonl",
     "csv",
     "hidden_states",
     "wandb",
-    GENERATED,
 )
 _OWN += ("outliers.json", "outliers.csv", "outliers.png")
 _IRRELEVANT = (

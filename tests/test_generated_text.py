@@ -91,6 +91,13 @@ def test_a_writer_that_was_interrupted_goes_on_after_the_last_batch(
     assert len(batches) == done, "nothing was left to write"
 
 
+def test_a_model_whose_cache_is_larger_than_the_limit_writes_one_document_at_a_time(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generated_text, "_CPU_CACHE_BYTES", 1)
+    assert len(writer_of(source).write(40, 16, seed=0)) >= 40
+
+
 def test_writing_leaves_random_numbers_of_the_run_alone(source: Source) -> None:
     torch.manual_seed(0)
     wanted = torch.rand(3)

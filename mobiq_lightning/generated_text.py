@@ -51,7 +51,7 @@ class SourceWriter:
             seed: Decides the text.
 
         Raises:
-            DataError: If the tokenizer has neither BOS nor EOS to begin with.
+            DataError: If the tokenizer has neither BOS nor EOS to begin with, or the model ends its texts at once.
             ModelError: If the model does not fit on the device.
         """
         model, tokenizer = self.source.model, self.source.tokenizer
@@ -70,7 +70,7 @@ class SourceWriter:
         }
         key |= {"length": length, "seed": seed}
         before = next(model.parameters()).device
-        progress = _Progress(n_tokens, length)
+        progress = _Progress(n_tokens)
         written: list[int] = []
         n_documents = 0
         try:
@@ -138,8 +138,8 @@ class SourceWriter:
 class _Progress(StoppingCriteria):
     """Stops nothing: tells the user from time to time how much is written."""
 
-    def __init__(self, n_tokens: int, length: int) -> None:
-        self.n_tokens, self.length = n_tokens, length
+    def __init__(self, n_tokens: int) -> None:
+        self.n_tokens = n_tokens
         self.begun = self.told = time.monotonic()
 
     def begin_batch(self, written: int, rows: float) -> None:

@@ -24,9 +24,10 @@ def make_checkpoint(folder: Path) -> Path:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from mobiq_lightning.checkpoint.write import CheckpointWriter, describe_factory
+    from mobiq_lightning.checkpoint import CheckpointWriter, describe_factory
+    from mobiq_lightning.nn import BlockLayout, CalibratedBlock
     from mobiq_lightning.packing import QUANT_METHOD, PackedSlices
-    from mobiq_lightning.source import BlockLayout, CalibratedBlock, Source
+    from mobiq_lightning.sources import Source
     from mobiq_lightning.strategies import MLPRouter, ResidualSlices
 
     torch.manual_seed(0)
@@ -63,7 +64,6 @@ def resident_mb() -> float:
 
 def load_once(checkpoint: str, max_bits: int, check: bool) -> dict[str, float]:
     import mobiq_lightning
-    from mobiq_lightning.checkpoint import loading  # noqa: F401 - importing is not loading
 
     before, start = resident_mb(), time.perf_counter()
     model = mobiq_lightning.load(checkpoint, max_bits=max_bits, check_hashes=check)
@@ -126,10 +126,8 @@ def main() -> None:
     if arguments.turn:
         print(json.dumps(turn_dial(arguments.turn)))
         return
-    from mobiq_lightning.checkpoint.exporting import export
-    from mobiq_lightning.checkpoint.loading import resolve
-    from mobiq_lightning.checkpoint.provenance import environment
-    from mobiq_lightning.checkpoint.summary import summarize_checkpoint
+    from mobiq_lightning.checkpoint import export, resolve, summarize_checkpoint
+    from mobiq_lightning.environment import environment
 
     def own_process(*what: str) -> dict[str, float]:
         done = subprocess.run([sys.executable, __file__, *what], check=True, capture_output=True, text=True)

@@ -16,8 +16,8 @@ from transformers import AutoTokenizer
 
 import mobiq_lightning
 from mobiq_lightning import BitsPolicy
-from mobiq_lightning.checkpoint.loading import resolve
-from mobiq_lightning.speed import measure_speed, store_speed
+from mobiq_lightning.checkpoint import resolve
+from mobiq_lightning.serving import measure_speed, store_speed
 
 ARRIVALS = [1, 1, 2, 5, 8, 6, 4, 3, 2, 1, 1, 0, 0, 0, 0, 0, 0]
 """Requests that arrive per step on average."""

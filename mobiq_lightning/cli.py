@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from mobiq_lightning.errors import MobiqError, RecipeError, nearest
+from mobiq_lightning.errors import RecipeError, nearest
+from mobiq_lightning.jobs import exit_code
 
 HELP = """\
 usage: python -m mobiq_lightning COMMAND [arguments]
@@ -48,46 +49,42 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     command, rest = given[0], given[1:]
     if command == "--version":
-        from mobiq_lightning import __version__
+        from mobiq_lightning.version import __version__
 
         print(f"mobiq-lightning {__version__}")
         return 0
-    try:
-        commands: dict[str, Callable[[str, list[str]], None]] = {"fit": _train, "validate": _train}
-        commands |= dict.fromkeys(("generate", "export", "inspect", "verify", "evaluate", "latency"), _run)
-        commands |= {"compare": _compare, "outliers": _outliers}
-        if command not in commands:
-            raise RecipeError(f"no command {command!r}. {nearest(command, commands)} Commands: {', '.join(commands)}")
-        commands[command](command, rest)
-    except MobiqError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, RecipeError) else 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last finished epoch", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(lambda: _dispatch(command, rest))
+
+
+def _dispatch(command: str, rest: list[str]) -> None:
+    commands: dict[str, Callable[[str, list[str]], None]] = {"fit": _train, "validate": _train}
+    commands |= dict.fromkeys(("generate", "export", "inspect", "verify", "evaluate", "latency"), _run)
+    commands |= {"compare": _compare, "outliers": _outliers}
+    if command not in commands:
+        raise RecipeError(f"no command {command!r}. {nearest(command, commands)} Commands: {', '.join(commands)}")
+    commands[command](command, rest)
 
 
 def _train(command: str, rest: list[str]) -> None:
-    from mobiq_lightning.recipe import check_arguments
+    from mobiq_lightning.jobs import check_arguments
 
     check_arguments(rest)
-    from mobiq_lightning.training_cli import ElasticCLI
+    from mobiq_lightning.jobs import ElasticCLI
 
     ElasticCLI([command, *rest])
 
 
 def _compare(command: str, rest: list[str]) -> None:
-    from mobiq_lightning.comparison.command import compare
+    from mobiq_lightning.comparison import compare
 
     compare(rest)
 
 
 def _outliers(command: str, rest: list[str]) -> None:
-    from mobiq_lightning.recipe import check_arguments
+    from mobiq_lightning.jobs import check_arguments
 
     check_arguments(rest, options=("bits", "share"))
-    from mobiq_lightning.outliers.command import OutliersCLI
+    from mobiq_lightning.jobs import OutliersCLI
 
     OutliersCLI(rest)
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mobiq_lightning.checkpoint.check import hash_tensor
-from mobiq_lightning.checkpoint.names import HASHES
+from mobiq_lightning.runs import HASHES
 
 IDS = torch.randint(3, 300, (2, 12), generator=torch.Generator().manual_seed(0))
 DEPTHS = (2, 3, 4, 6, 8)

@@ -14,10 +14,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mobiq_lightning import builtin, builtin_text
-from mobiq_lightning.builtin import BuiltinModelSpec, ensure_builtin_model
-from mobiq_lightning.builtin_text import builtin_documents
 from mobiq_lightning.errors import DataError, ModelError
+from mobiq_lightning.sources import builtin_model as builtin
+from mobiq_lightning.sources import builtin_text
+from mobiq_lightning.sources.builtin_model import BuiltinModelSpec, ensure_builtin_model
+from mobiq_lightning.sources.builtin_text import builtin_documents
 
 TINY = BuiltinModelSpec(
     hidden_size=32,
@@ -216,6 +217,6 @@ def test_sizes_that_do_not_fit_are_refused(changes: dict[str, int], named: str) 
 
 
 def test_importing_the_module_imports_nothing_heavy() -> None:
-    code = "import sys, mobiq_lightning.builtin; print({'torch', 'transformers', 'tokenizers'} & {*sys.modules})"
+    code = "import sys, mobiq_lightning.sources.builtin_model; print({'torch', 'transformers', 'tokenizers'} & {*sys.modules})"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown.strip() == "set()"

@@ -13,16 +13,14 @@ import pytest
 import torch
 
 import mobiq_lightning
-from mobiq_lightning.checkpoint.verification import verify
-from mobiq_lightning.checkpoint.write import CheckpointWriter, block_tensors
+from mobiq_lightning.checkpoint import CheckpointWriter, verify
+from mobiq_lightning.checkpoint.write import block_tensors
 from mobiq_lightning.cli import main
-from mobiq_lightning.codes import CODES
 from mobiq_lightning.errors import CheckpointError, KernelError
 from mobiq_lightning.kernels import relay
 from mobiq_lightning.latency.command import chosen_shapes
-from mobiq_lightning.layers import ElasticLinear, SlicedLinear, routed_inputs
-from mobiq_lightning.packing import WHOLE_ROW, pack_planes, plane_of
-from mobiq_lightning.routed_input import RoutedInput, fixed_depth
+from mobiq_lightning.nn import ElasticLinear, RoutedInput, SlicedLinear, fixed_depth, routed_inputs
+from mobiq_lightning.packing import CODES, WHOLE_ROW, pack_planes, plane_of
 from mobiq_lightning.strategies import KMeansSlices, StaticRouter
 from tests.checkpoints import DEPTHS, IDS, edit_tensors, logits, rehash, tensors_of
 from tests.conftest import small_recipe

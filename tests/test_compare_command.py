@@ -21,7 +21,7 @@ import pytest
 import yaml
 
 from mobiq_lightning.cli import main
-from mobiq_lightning.report import CONTROLS
+from mobiq_lightning.runs import CONTROLS
 from tests.conftest import small_recipe
 
 ROOT = Path(__file__).parents[1]

@@ -12,11 +12,10 @@ from typing import Any
 
 import pytest
 
-from mobiq_lightning.comparison.report_input import ReportCell, ReportInput
-from mobiq_lightning.comparison.report_page import write_report
-from mobiq_lightning.comparison.report_runs import Run, against, read_strategies
-from mobiq_lightning.comparison.report_style import Panel, as_svg
-from mobiq_lightning.comparison.report_tables import lines_of, measured_points
+from mobiq_lightning.comparison.report import ReportCell, ReportInput, lines_of, write_report
+from mobiq_lightning.comparison.report.runs import Run, against, read_strategies
+from mobiq_lightning.comparison.report.style import Panel, as_svg
+from mobiq_lightning.comparison.report.tables import measured_points
 from mobiq_lightning.comparison.table import INTERPOLATION, long_table, points_of
 
 FinishedRun = tuple[Path, list[str]]

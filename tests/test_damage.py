@@ -13,11 +13,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import mobiq_lightning
-from mobiq_lightning.checkpoint.exporting import export
-from mobiq_lightning.checkpoint.names import INDEX
-from mobiq_lightning.checkpoint.verification import verify
+from mobiq_lightning.checkpoint import export, verify
 from mobiq_lightning.cli import main
 from mobiq_lightning.errors import CheckpointError
+from mobiq_lightning.runs import INDEX
 from tests.checkpoints import PLANE, Q, edit_tensors, logits, rehash, tensors_of
 from tests.conftest import Run
 

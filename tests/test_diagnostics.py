@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from mobiq_lightning.block_errors import BlockErrors
 from mobiq_lightning.callbacks import RoutingDiagnostics
 from mobiq_lightning.cli import main
 from mobiq_lightning.errors import RecipeError
-from mobiq_lightning.routed_input import fixed_depth
-from mobiq_lightning.routing_use import RoutingUse, use_by_frequency, use_by_position
-from mobiq_lightning.run_folder import RunFolder
-from mobiq_lightning.source import load_source
+from mobiq_lightning.evaluation import BlockErrors, use_by_frequency, use_by_position
+from mobiq_lightning.evaluation.routing_use import RoutingUse
+from mobiq_lightning.nn import fixed_depth
+from mobiq_lightning.runs import RunFolder
+from mobiq_lightning.sources import load_source
 from mobiq_lightning.strategies.objectives.block_reconstruction import relative_error
 
 Run = tuple[Path, list[str]]
@@ -69,7 +69,7 @@ def test_a_blocks_error_is_that_of_the_block_alone_on_the_full_precision_input(f
         hidden = source(input_ids=ids, output_hidden_states=True).hidden_states
         positions = source.model.rotary_emb(hidden[1], torch.arange(12)[None])
         block = model.model.layers[0]  # the second block's input is the first one's output
-        from mobiq_lightning.layers import routed_inputs
+        from mobiq_lightning.nn import routed_inputs
 
         with fixed_depth(routed_inputs(block), 2):
             output = block(hidden[0], position_embeddings=positions)

@@ -10,10 +10,9 @@ import torch
 from torch import nn
 
 from mobiq_lightning.callbacks.threshold_tuning import nested_allocation
-from mobiq_lightning.dial import Dial
 from mobiq_lightning.errors import BitsError
-from mobiq_lightning.layers import ElasticLinear
-from mobiq_lightning.routed_input import RoutedInput, held_slices
+from mobiq_lightning.nn import ElasticLinear, RoutedInput, held_slices
+from mobiq_lightning.runtime import Dial
 from mobiq_lightning.strategies import MLPRouter, ResidualSlices
 from mobiq_lightning.strategies.thresholds import falling
 

@@ -17,11 +17,10 @@ from safetensors.torch import load_file
 
 from mobiq_lightning.checkpoint import load
 from mobiq_lightning.cli import main
-from mobiq_lightning.dial import Dial
 from mobiq_lightning.evaluation import RTN_BITS
-from mobiq_lightning.layers import SlicedLinear, routed_inputs
+from mobiq_lightning.nn import SlicedLinear, fixed_depth, routed_inputs
 from mobiq_lightning.packing import unpack_codes
-from mobiq_lightning.routed_input import fixed_depth
+from mobiq_lightning.runtime import Dial
 from tests.conftest import Run
 
 
@@ -131,7 +130,8 @@ class TestResults:
 class TestCheckpoint:
     def test_the_loaded_model_is_the_calibrated_one_at_every_budget_and_depth(self, finished: Run) -> None:
         """What was trained (ranges in the last training checkpoint) is what the saved planes hold, bit by bit."""
-        from mobiq_lightning.source import BlockLayout, CalibratedBlock, load_source
+        from mobiq_lightning.nn import BlockLayout, CalibratedBlock
+        from mobiq_lightning.sources import load_source
         from mobiq_lightning.strategies import MLPRouter, ResidualSlices
 
         run, _ = finished
@@ -191,7 +191,7 @@ class TestGenerate:
         assert "[2.5 bits asked for; used 2." in output.err
 
     def test_the_ends_of_the_range_use_exactly_what_is_asked(self, finished: Run) -> None:
-        from mobiq_lightning.generation import continue_prompt
+        from mobiq_lightning.serving import continue_prompt
 
         for bits in (2.0, 8.0):
             text, used = continue_prompt(str(finished[0]), "def", bits, 4, temperature=0.7, seed=1)

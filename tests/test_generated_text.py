@@ -9,12 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mobiq_lightning import generated_text
-from mobiq_lightning.data import TextWindows
 from mobiq_lightning.errors import DataError
-from mobiq_lightning.generated_text import SourceWriter
-from mobiq_lightning.shared_work import SharedWork
-from mobiq_lightning.source import Source, load_source
+from mobiq_lightning.runs import SharedWork
+from mobiq_lightning.sources import Source, SourceWriter, TextWindows, generated_text, load_source
 
 Make = Callable[..., Path]
 

@@ -14,12 +14,12 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mobiq_lightning.calibration.guarding import Measured
 from mobiq_lightning.callbacks import Guards
 from mobiq_lightning.cli import main
 from mobiq_lightning.comparison.results import _noticed
 from mobiq_lightning.errors import RecipeError
-from mobiq_lightning.guard_events import sentence
-from mobiq_lightning.probe import Measured
+from mobiq_lightning.runs import sentence
 from mobiq_lightning.strategies import ResidualSlices, Router
 from tests.conftest import Run
 

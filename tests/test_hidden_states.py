@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from mobiq_lightning.hidden_states import BlockCaller, HiddenStates
-from mobiq_lightning.source import load_source
+from mobiq_lightning.calibration.hidden_states import BlockCaller, HiddenStates
+from mobiq_lightning.sources import load_source
 
 
 def reading(block: int, batch: int) -> Any:

@@ -13,12 +13,10 @@ from torch import Tensor, nn
 
 import mobiq_lightning
 from mobiq_lightning.errors import KernelError
-from mobiq_lightning.fused_blocks import FusedMLP, FusedNorm
-from mobiq_lightning.graphed_step import GraphedStep
-from mobiq_lightning.kept_weights import KeptWeights
-from mobiq_lightning.kernel_input import fusable_router
-from mobiq_lightning.layers import ElasticLinear
-from mobiq_lightning.routed_input import fixed_depth, record_gates
+from mobiq_lightning.nn import ElasticLinear, KeptWeights, fixed_depth, record_gates
+from mobiq_lightning.runtime import GraphedStep
+from mobiq_lightning.runtime.fused_blocks import FusedMLP, FusedNorm
+from mobiq_lightning.runtime.kernel_input import fusable_router
 from mobiq_lightning.strategies import MLPRouter, RandomRouter, StaticRouter
 
 pytest.importorskip("triton")

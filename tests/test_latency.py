@@ -16,15 +16,17 @@ from mobiq_lightning import BitsPolicy, load
 from mobiq_lightning.cli import main
 from mobiq_lightning.errors import KernelError, RecipeError
 from mobiq_lightning.kernels import reference_linear
+from mobiq_lightning.latency import Clock
 from mobiq_lightning.latency.command import chosen_sections, chosen_shapes
 from mobiq_lightning.latency.journal import Candidate, Journal
 from mobiq_lightning.latency.of_model import neighbours
 from mobiq_lightning.latency.reference_products import ReferenceProducts
 from mobiq_lightning.latency.shapes import MODELS, Shape, parse_shapes, shapes_of_checkpoint, widest
 from mobiq_lightning.latency.targets import GOOD, MISSED, NOT_MEASURED, TARGETS, WORLD_CLASS, beside_targets
-from mobiq_lightning.latency.timing import Clock, copies_for, summary
-from mobiq_lightning.speed import measure_speed, random_prompt, seconds_per_step
-from mobiq_lightning.warm_up import token_counts, warm_up
+from mobiq_lightning.latency.timing import copies_for, summary
+from mobiq_lightning.runtime import warm_up
+from mobiq_lightning.runtime.warming import token_counts
+from mobiq_lightning.serving import measure_speed, random_prompt, seconds_per_step
 from tests.conftest import Run
 
 CPU = torch.device("cpu")

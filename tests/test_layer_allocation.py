@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from mobiq_lightning.controls import control_router, control_thresholds
-from mobiq_lightning.dial import Dial
+from mobiq_lightning.evaluation.controls import control_router, control_thresholds
+from mobiq_lightning.nn import RoutedInput, record_gates
 from mobiq_lightning.packing import depths_of
-from mobiq_lightning.routed_input import RoutedInput, record_gates
+from mobiq_lightning.runtime import Dial
 from mobiq_lightning.strategies import GradientLayerRouter, LearnedLayerRouter, MLPRouter, ProbedLayerRouter
 from mobiq_lightning.strategies.allocation import best_depths, concave_rates, nested_depths
 from mobiq_lightning.strategies.thresholds import threshold_for_budget

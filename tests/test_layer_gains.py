@@ -19,9 +19,9 @@ import mobiq_lightning
 from mobiq_lightning.callbacks import layer_gains as callback
 from mobiq_lightning.cli import main
 from mobiq_lightning.errors import RecipeError
-from mobiq_lightning.layer_gains import gradient_gains, read_probes, token_gains
-from mobiq_lightning.layers import SlicedLinear, routed_inputs
-from mobiq_lightning.source import BlockLayout, CalibratedBlock, load_source
+from mobiq_lightning.evaluation import gradient_gains, read_probes, token_gains
+from mobiq_lightning.nn import BlockLayout, CalibratedBlock, SlicedLinear, routed_inputs
+from mobiq_lightning.sources import load_source
 from mobiq_lightning.strategies import ResidualSlices, StaticRouter
 from tests.conftest import Run
 

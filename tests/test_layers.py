@@ -8,8 +8,16 @@ from torch import nn
 
 from mobiq_lightning.errors import BitsError
 from mobiq_lightning.kernels import sliced_linear
-from mobiq_lightning.layers import ElasticLinear, SlicedLinear, routed_inputs
-from mobiq_lightning.routed_input import RoutedInput, fixed_depth, full_precision, meet_budget, record_gates
+from mobiq_lightning.nn import (
+    ElasticLinear,
+    RoutedInput,
+    SlicedLinear,
+    fixed_depth,
+    full_precision,
+    meet_budget,
+    record_gates,
+    routed_inputs,
+)
 from mobiq_lightning.strategies import MLPRouter, ResidualSlices
 
 BITS = (2, 1, 1, 2, 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mobiq_lightning.metrics import KLDivergence, Perplexity, UsedBits, log_probabilities
+from mobiq_lightning.evaluation.metrics import KLDivergence, Perplexity, UsedBits, log_probabilities
 
 
 def test_perplexity_of_a_uniform_guess_is_the_vocabulary() -> None:

@@ -15,15 +15,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mobiq_lightning.cli import main
-from mobiq_lightning.data import IGNORED, Windows, pad_windows
 from mobiq_lightning.errors import DataError, MobiqError
-from mobiq_lightning.layers import routed_inputs
-from mobiq_lightning.outliers.findings import matrix_verdict, overlap_verdict, same_bits, summarize_tokens
-from mobiq_lightning.outliers.input_errors import InputErrors
+from mobiq_lightning.nn import routed_inputs
+from mobiq_lightning.outliers import (
+    InputErrors,
+    TokenRecord,
+    overlap_metrics,
+    print_overlaps,
+    read_uniformly,
+    same_bits,
+    spread_windows,
+    summarize_tokens,
+)
+from mobiq_lightning.outliers.findings import matrix_verdict, overlap_verdict
 from mobiq_lightning.outliers.overlap import overlaps, rank_correlations, worst_tokens
-from mobiq_lightning.outliers.tables import print_overlaps
-from mobiq_lightning.outliers.token_record import TokenRecord, read_uniformly, spread_windows
-from mobiq_lightning.outliers.writing import overlap_metrics
+from mobiq_lightning.sources import IGNORED, Windows, pad_windows
 from mobiq_lightning.strategies import BlockReconstruction, ResidualSlices
 
 BITS = (2, 4, 8)
@@ -107,7 +113,8 @@ def pair(make_model: Callable[..., Path], finished: tuple[Path, list[str]]) -> t
     """A source model, the elastic model made of it, and its routed inputs wrapped for rounding."""
     from mobiq_lightning import load
     from mobiq_lightning.evaluation import wrap_for_rounding
-    from mobiq_lightning.source import BlockLayout, load_source
+    from mobiq_lightning.nn import BlockLayout
+    from mobiq_lightning.sources import load_source
 
     full = load_source(str(make_model())).model
     return full, load(finished[0]), wrap_for_rounding(full, BlockLayout(), 16)[0]
@@ -157,7 +164,7 @@ class TestTokenErrors:
         return {name: torch.cat(parts, dim=1) for name, parts in found.items()}
 
     def input_of(self, full: Any, path: str, ids: Tensor) -> Tensor:
-        from mobiq_lightning.routed_input import full_precision
+        from mobiq_lightning.nn import full_precision
 
         caught: list[Tensor] = []
         hook = full.get_submodule(path).register_forward_pre_hook(lambda _, args: caught.append(args[0][0].double()))
@@ -167,7 +174,7 @@ class TestTokenErrors:
         return caught[0]
 
     def test_kl_and_likelihood_are_those_of_the_logits(self, pair: tuple[Any, Any, Any]) -> None:
-        from mobiq_lightning.routed_input import fixed_depth, full_precision
+        from mobiq_lightning.nn import fixed_depth, full_precision
 
         full, elastic, rounded = pair
         text = windows(6, 11)

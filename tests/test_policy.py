@@ -13,8 +13,8 @@ import pytest
 import mobiq_lightning
 from mobiq_lightning import BitsPolicy
 from mobiq_lightning.errors import CheckpointError, RecipeError
-from mobiq_lightning.policy import CurvePoint
-from mobiq_lightning.speed import measure_speed, store_speed
+from mobiq_lightning.serving import measure_speed, store_speed
+from mobiq_lightning.serving.policy import CurvePoint
 from tests.conftest import Run
 
 CURVE = [

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from mobiq_lightning.cli import main
-from mobiq_lightning.recipe import check_recipe, strategy_classes
+from mobiq_lightning.jobs import check_recipe
+from mobiq_lightning.jobs.recipe import strategy_classes
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 
@@ -35,7 +36,8 @@ class TestShippedRecipes:
         assert bare == []
 
     def test_it_parses_and_its_plug_ins_build_on_a_tiny_layer(self, path: Path, tmp_path: Path) -> None:
-        from mobiq_lightning.training_cli import ElasticCLI, RunFolder
+        from mobiq_lightning.jobs import ElasticCLI
+        from mobiq_lightning.jobs.cli import RunFolder
 
         class BuildOnly(ElasticCLI):
             def _run_subcommand(self, subcommand: str) -> None:
@@ -52,7 +54,7 @@ class TestShippedRecipes:
 
 
 def test_stages_of_the_command_line_replace_those_of_the_recipe_whole(tmp_path: Path) -> None:
-    from mobiq_lightning.training_cli import ElasticCLI
+    from mobiq_lightning.jobs import ElasticCLI
 
     class BuildOnly(ElasticCLI):
         def _run_subcommand(self, subcommand: str) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from mobiq_lightning.evaluation import print_table, write_results
 from mobiq_lightning.loggers import JsonlLogger, WandbLogger
-from mobiq_lightning.report import print_table, summarize, verdict, write_results
+from mobiq_lightning.runs import summarize, verdict
 
 
 def row(allocation: str, bits: float, perplexity: float, seed: int | None = None) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mobiq_lightning.schedule import Schedule, Stage, stage_problems
+from mobiq_lightning.calibration.schedule import Schedule, Stage, stage_problems
 
 DEPTHS = (2, 3, 4, 6, 8)
 

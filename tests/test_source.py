@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from mobiq_lightning.errors import ModelError
-from mobiq_lightning.layers import SlicedLinear
-from mobiq_lightning.source import BlockLayout, CalibratedBlock, check_finite, fingerprint, load_source
+from mobiq_lightning.nn import BlockLayout, CalibratedBlock, SlicedLinear
+from mobiq_lightning.sources import check_finite, load_source
+from mobiq_lightning.sources.model import fingerprint
 from mobiq_lightning.strategies import MLPRouter, ResidualSlices
 
 Maker = Callable[..., Path]

@@ -13,9 +13,8 @@ import pytest
 import torch
 
 from mobiq_lightning import strategies
-from mobiq_lightning.codes import CODES
-from mobiq_lightning.packing import WHOLE_ROW, PackedWeight
-from mobiq_lightning.recipe import strategy_classes
+from mobiq_lightning.jobs.recipe import strategy_classes
+from mobiq_lightning.packing import CODES, WHOLE_ROW, PackedWeight
 from mobiq_lightning.strategies.base import BudgetSchedule, Objective, Router, SliceScheme
 from mobiq_lightning.strategies.transform_base import Transform
 

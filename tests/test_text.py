@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mobiq_lightning.data import IGNORED, TextWindows, pad_windows
 from mobiq_lightning.errors import DataError
-from mobiq_lightning.text import read_documents, tokenize
+from mobiq_lightning.sources import IGNORED, TextWindows, pad_windows
+from mobiq_lightning.sources.text import read_documents, tokenize
 from tests.conftest import make_tokenizer
 
 ROWS = ["", " = A title = ", "First row, long enough to be tokenized.", "", "Second row with other words in it."]

@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 
-from mobiq_lightning.token_gains import TokenView, rank_correlation, token_rows, token_summary
+from mobiq_lightning.evaluation import TokenView, token_rows, token_summary
+from mobiq_lightning.evaluation.gains_by_token import rank_correlation
 from tests.conftest import Run
 
 

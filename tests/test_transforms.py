@@ -16,16 +16,17 @@ import yaml
 from torch import nn
 
 from mobiq_lightning import load
+from mobiq_lightning.calibration import initialize_transforms
+from mobiq_lightning.calibration.apply_transform import fold_into_source
+from mobiq_lightning.calibration.hidden_states import BlockCaller, HiddenStates
 from mobiq_lightning.checkpoint import verify
 from mobiq_lightning.checkpoint.quantizer import build_transform
 from mobiq_lightning.cli import main
-from mobiq_lightning.dial import Dial
 from mobiq_lightning.errors import CheckpointError, ModelError
-from mobiq_lightning.hidden_states import BlockCaller, HiddenStates
-from mobiq_lightning.layers import ElasticLinear, routed_inputs
+from mobiq_lightning.nn import BlockLayout, CalibratedBlock, ElasticLinear, fixed_depth, full_precision, routed_inputs
 from mobiq_lightning.packing import PackedSlices
-from mobiq_lightning.routed_input import fixed_depth, full_precision
-from mobiq_lightning.source import BlockLayout, CalibratedBlock, Source, load_source
+from mobiq_lightning.runtime import Dial
+from mobiq_lightning.sources import Source, load_source
 from mobiq_lightning.strategies import (
     HadamardRotation,
     LearnableEquivalentTransform,
@@ -35,7 +36,6 @@ from mobiq_lightning.strategies import (
     Transform,
 )
 from mobiq_lightning.strategies.transforms.hadamard import random_signs, rotate
-from mobiq_lightning.transforming import fold_into_source, initialize_transforms
 from tests.checkpoints import IDS, Q, edit_tensors, generate, logits, rehash, tensors_of
 from tests.conftest import Run, small_recipe
 from tests.test_strategies import subclasses
@@ -513,7 +513,7 @@ def test_the_errors_of_blocks_are_those_of_the_sources_own_stream(which: str, re
 
 
 def test_the_errors_of_a_transformed_input_are_those_of_its_products(equivalent: Run) -> None:
-    from mobiq_lightning.outliers.input_errors import InputErrors
+    from mobiq_lightning.outliers import InputErrors
 
     recipe = yaml.safe_load((equivalent[0] / "config.yaml").read_text())
     full, elastic = load_source(recipe["model"]["pretrained"]).model, load(equivalent[0])

@@ -13,10 +13,10 @@ import yaml
 from safetensors.torch import load_file
 
 from mobiq_lightning import load
+from mobiq_lightning.calibration import ElasticCalibration
 from mobiq_lightning.callbacks import ThresholdTuning
 from mobiq_lightning.cli import main
-from mobiq_lightning.layers import ElasticLinear
-from mobiq_lightning.module import ElasticCalibration
+from mobiq_lightning.nn import ElasticLinear
 from mobiq_lightning.strategies import ErrorSketchRouter
 from tests.conftest import small_recipe
 

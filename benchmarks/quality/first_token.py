@@ -16,10 +16,9 @@ import torch
 import yaml
 
 from mobiq_lightning.checkpoint import load
-from mobiq_lightning.data import IGNORED, TextWindows
-from mobiq_lightning.layers import routed_inputs
-from mobiq_lightning.metrics import Perplexity, log_probabilities
-from mobiq_lightning.source import load_source
+from mobiq_lightning.evaluation.metrics import Perplexity, log_probabilities
+from mobiq_lightning.nn import routed_inputs
+from mobiq_lightning.sources import IGNORED, TextWindows, load_source
 
 
 @contextmanager

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mobiq_lightning.source import BlockLayout, Source
+from mobiq_lightning.nn import BlockLayout
+from mobiq_lightning.sources import Source
 
 from .protocol import Protocol
 

@@ -17,8 +17,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mobiq_lightning.checkpoint.provenance import environment
 from mobiq_lightning.console import say
+from mobiq_lightning.environment import environment
 from mobiq_lightning.files import write_atomically, write_json
 
 from .figure import plot

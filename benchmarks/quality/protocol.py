@@ -8,11 +8,9 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from mobiq_lightning.data import IGNORED, TextWindows, pad_windows
-from mobiq_lightning.generated_text import SourceWriter
-from mobiq_lightning.metrics import Perplexity, log_probabilities
-from mobiq_lightning.shared_work import SharedWork
-from mobiq_lightning.source import Source, load_source
+from mobiq_lightning.evaluation.metrics import Perplexity, log_probabilities
+from mobiq_lightning.runs import SharedWork
+from mobiq_lightning.sources import IGNORED, Source, SourceWriter, TextWindows, load_source, pad_windows
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from mobiq_lightning.checkpoint.provenance import processor_name
+from mobiq_lightning.environment import processor_name
 
 from .peer import Peer, Task, most_levels
 from .protocol import Protocol, measure_perplexity

@@ -8,13 +8,11 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from mobiq_lightning.calibration import ElasticCalibration
 from mobiq_lightning.callbacks.layerwise_calibration import checked
-from mobiq_lightning.checkpoint.names import ELASTIC, PROVENANCE, RECIPE
-from mobiq_lightning.checkpoint.provenance import provenance
-from mobiq_lightning.checkpoint.write import CheckpointWriter, describe_factory
-from mobiq_lightning.codes import CODES
-from mobiq_lightning.module import ElasticCalibration
-from mobiq_lightning.packing import FORMAT_VERSION, QUANT_METHOD, PackedSlices
+from mobiq_lightning.checkpoint import CheckpointWriter, describe_factory, describe_provenance
+from mobiq_lightning.packing import CODES, FORMAT_VERSION, QUANT_METHOD, PackedSlices
+from mobiq_lightning.runs import ELASTIC, PROVENANCE, RECIPE
 
 
 class BlockExport(Callback):
@@ -61,7 +59,10 @@ def finish_checkpoint(module: ElasticCalibration, recipe: str) -> list[int]:
     }
     if scheme.code != PackedSlices.code:
         quantization["code"] = scheme.code
-    extra = {RECIPE: recipe, PROVENANCE: json.dumps(provenance(module), indent=2) + "\n"}
+    data = module.trainer.datamodule  # type: ignore[attr-defined]
+    calibration = {**data.protocol["calibration"], "data_hash": data.calibration_digest}
+    origin = describe_provenance(module.source, calibration, module.transform)
+    extra = {RECIPE: recipe, PROVENANCE: json.dumps(origin, indent=2) + "\n"}
     return _writer(module).finish(blocks, quantization, extra)
 
 

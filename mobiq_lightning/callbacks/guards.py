@@ -8,17 +8,22 @@ from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from mobiq_lightning.block_batch import ROUTED
+from mobiq_lightning.calibration import ROUTED, ElasticCalibration, block_scores_of, eval_mode
+from mobiq_lightning.calibration.guarding import (
+    COLLAPSE_SHARE,
+    Measured,
+    Probe,
+    State,
+    restore,
+    round_block,
+    state_of,
+    worst_share,
+)
 from mobiq_lightning.callbacks.layerwise_calibration import checked
 from mobiq_lightning.console import say
 from mobiq_lightning.errors import GuardError, RecipeError
-from mobiq_lightning.falling_back import State, restore, round_block, state_of
-from mobiq_lightning.guard_events import sentence
-from mobiq_lightning.hidden_states import eval_mode
-from mobiq_lightning.module import ElasticCalibration
-from mobiq_lightning.probe import Measured, Probe
-from mobiq_lightning.routed_input import meet_budget
-from mobiq_lightning.router_collapse import COLLAPSE_SHARE, block_scores_of, worst_share
+from mobiq_lightning.nn import meet_budget
+from mobiq_lightning.runs import sentence
 
 Action = Literal["stop", "repair", "record", "off"]
 

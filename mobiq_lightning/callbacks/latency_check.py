@@ -9,17 +9,14 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from mobiq_lightning.calibration import ElasticCalibration
 from mobiq_lightning.callbacks.layerwise_calibration import checked
-from mobiq_lightning.checkpoint.names import ELASTIC
-from mobiq_lightning.checkpoint.write import add_results
+from mobiq_lightning.checkpoint import add_results
 from mobiq_lightning.errors import RecipeError
 from mobiq_lightning.files import write_json
-from mobiq_lightning.latency.of_model import time_linears
-from mobiq_lightning.latency.report import print_budgets
-from mobiq_lightning.latency.timing import Clock
-from mobiq_lightning.module import ElasticCalibration
-from mobiq_lightning.run_folder import RESULTS
-from mobiq_lightning.speed import measure_speed, store_speed
+from mobiq_lightning.latency import Clock, print_budgets, time_linears
+from mobiq_lightning.runs import ELASTIC, RESULTS
+from mobiq_lightning.serving import measure_speed, store_speed
 
 LINEARS_SHARE = 0.4
 """Of the time, for the linears; the rest decodes."""

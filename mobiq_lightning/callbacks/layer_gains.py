@@ -10,17 +10,22 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from mobiq_lightning.calibration import ElasticCalibration, eval_mode, measuring_bytes, whole_model_on_device
 from mobiq_lightning.callbacks.layerwise_calibration import checked
 from mobiq_lightning.console import say
 from mobiq_lightning.errors import ModelError, RecipeError
+from mobiq_lightning.evaluation import (
+    TokenView,
+    gradient_gains,
+    rows_of,
+    token_gains,
+    token_rows,
+    token_summary,
+    token_views,
+)
 from mobiq_lightning.files import write_json
-from mobiq_lightning.hidden_states import eval_mode
-from mobiq_lightning.layer_gains import gradient_gains, rows_of, token_gains
-from mobiq_lightning.module import ElasticCalibration
-from mobiq_lightning.run_folder import LAYER_GAINS
+from mobiq_lightning.runs import LAYER_GAINS
 from mobiq_lightning.strategies.base import GainMethod
-from mobiq_lightning.token_gains import TokenView, token_rows, token_summary, token_views
-from mobiq_lightning.whole_model import measuring_bytes, whole_model_on_device
 
 
 class LayerGains(Callback):

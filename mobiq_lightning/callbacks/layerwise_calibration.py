@@ -8,13 +8,11 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from mobiq_lightning.calibration import ElasticCalibration, initialize_transforms, move_model
 from mobiq_lightning.console import say
 from mobiq_lightning.errors import MobiqError
-from mobiq_lightning.module import ElasticCalibration
-from mobiq_lightning.run_folder import check_identity
+from mobiq_lightning.runs import check_identity
 from mobiq_lightning.strategies.base import SliceScheme
-from mobiq_lightning.transforming import initialize_transforms
-from mobiq_lightning.whole_model import move_model
 
 
 class LayerwiseCalibration(Callback):

@@ -7,16 +7,22 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from mobiq_lightning.calibration import ElasticCalibration
 from mobiq_lightning.callbacks.layerwise_calibration import checked
-from mobiq_lightning.checkpoint.provenance import environment
+from mobiq_lightning.environment import environment
 from mobiq_lightning.errors import RecipeError
-from mobiq_lightning.module import ElasticCalibration
-from mobiq_lightning.outliers.findings import summarize_tokens
-from mobiq_lightning.outliers.input_errors import InputErrors
-from mobiq_lightning.outliers.overlap import check_precisions, check_share
-from mobiq_lightning.outliers.tables import print_overlaps
-from mobiq_lightning.outliers.token_record import TokenRecord, read_uniformly, spread_windows
-from mobiq_lightning.outliers.writing import overlap_metrics, write_outliers
+from mobiq_lightning.outliers import (
+    InputErrors,
+    TokenRecord,
+    check_precisions,
+    check_share,
+    overlap_metrics,
+    print_overlaps,
+    read_uniformly,
+    spread_windows,
+    summarize_tokens,
+    write_outliers,
+)
 
 
 class OutlierMigration(Callback):

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
+from mobiq_lightning.calibration import ElasticCalibration
 from mobiq_lightning.callbacks.layerwise_calibration import checked
-from mobiq_lightning.module import ElasticCalibration
+from mobiq_lightning.environment import format_seconds, peak_memory_gb
 
 
 class CalibrationProgress(ProgressBar):
@@ -122,18 +121,3 @@ class CalibrationProgress(ProgressBar):
         depth = module.stage.depth
         shown = f"{bits:.2f} bits" if bits is not None else "fixed depths" if depth is None else f"{depth} bits"
         return f"loss {loss:.4g}, {shown}, peak {peak_memory_gb():.1f} GB"
-
-
-def peak_memory_gb() -> float:
-    """Peak memory of this process in GB: of the GPU where there is one, else of the host."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
-def format_seconds(seconds: float) -> str:
-    """``75.2 -> "1:15"``, ``4000 -> "1:06:40"``."""
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

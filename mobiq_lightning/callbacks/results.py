@@ -9,14 +9,13 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from mobiq_lightning.calibration import ElasticCalibration
 from mobiq_lightning.callbacks.layerwise_calibration import checked
-from mobiq_lightning.checkpoint.names import ELASTIC
-from mobiq_lightning.checkpoint.provenance import environment
-from mobiq_lightning.checkpoint.write import add_results
+from mobiq_lightning.checkpoint import add_results
+from mobiq_lightning.environment import environment
+from mobiq_lightning.evaluation import print_table, write_results
 from mobiq_lightning.loggers import WandbLogger
-from mobiq_lightning.module import ElasticCalibration
-from mobiq_lightning.report import print_table, write_results
-from mobiq_lightning.run_folder import LAYER_GAINS, RESULTS
+from mobiq_lightning.runs import ELASTIC, LAYER_GAINS, RESULTS
 from mobiq_lightning.strategies.base import Router
 
 

@@ -9,16 +9,14 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from mobiq_lightning.block_errors import BlockErrors, residual_basis
+from mobiq_lightning.calibration import ElasticCalibration
 from mobiq_lightning.callbacks.layerwise_calibration import checked
-from mobiq_lightning.data import IGNORED
 from mobiq_lightning.errors import RecipeError
-from mobiq_lightning.evaluation import Comparison
+from mobiq_lightning.evaluation import BlockErrors, Comparison, residual_basis, use_by_frequency, use_by_position
 from mobiq_lightning.files import write_json
-from mobiq_lightning.module import ElasticCalibration
-from mobiq_lightning.routed_input import full_precision
-from mobiq_lightning.routing_use import use_by_frequency, use_by_position
-from mobiq_lightning.run_folder import DIAGNOSTICS
+from mobiq_lightning.nn import full_precision
+from mobiq_lightning.runs import DIAGNOSTICS
+from mobiq_lightning.sources import IGNORED
 
 
 class RoutingDiagnostics(Callback):

@@ -8,16 +8,15 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from mobiq_lightning.calibration import ElasticCalibration, eval_mode, scores_of
+from mobiq_lightning.calibration.guarding import COLLAPSE_SHARE, mixes_depths, most_common_share
 from mobiq_lightning.callbacks.guards import guards_of
 from mobiq_lightning.callbacks.layerwise_calibration import checked
-from mobiq_lightning.dial import Dial
-from mobiq_lightning.hidden_states import eval_mode
-from mobiq_lightning.module import ElasticCalibration
+from mobiq_lightning.nn import meet_budget
 from mobiq_lightning.packing import depths_of
-from mobiq_lightning.routed_input import meet_budget
-from mobiq_lightning.router_collapse import COLLAPSE_SHARE, mixes_depths, most_common_share, scores_of
+from mobiq_lightning.runtime import Dial
+from mobiq_lightning.strategies.allocation import split_budget
 from mobiq_lightning.strategies.base import Router
-from mobiq_lightning.strategies.routers.static import split_budget
 from mobiq_lightning.strategies.thresholds import Scope, falling
 
 

@@ -1,24 +1,5 @@
 """The elastic checkpoint: writing it block by block, reading it through transformers, checking and describing it."""
 
-from __future__ import annotations
+import lazy_loader
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from mobiq_lightning.checkpoint.loading import load
-    from mobiq_lightning.checkpoint.verification import verify
-
-__all__ = ["load", "verify"]
-
-
-def __getattr__(name: str) -> Any:
-    # On demand: the quantizer beside them is imported while transformers itself still is.
-    if name == "load":
-        from mobiq_lightning.checkpoint.loading import load
-
-        return load
-    if name == "verify":
-        from mobiq_lightning.checkpoint.verification import verify
-
-        return verify
-    raise AttributeError(name)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -8,11 +8,20 @@ from typing import Any
 
 import yaml
 
-from mobiq_lightning.checkpoint.names import CARD, CONFIG, PROVENANCE, RESULTS
 from mobiq_lightning.files import write_text
-from mobiq_lightning.guard_events import sentences
 from mobiq_lightning.packing import WHOLE_ROW, PackedSlices, depths_of
-from mobiq_lightning.report import bits_text, generated_of, label, summarize, verdict
+from mobiq_lightning.runs import (
+    CARD,
+    CONFIG,
+    PROVENANCE,
+    RESULTS,
+    bits_text,
+    generated_of,
+    label,
+    sentences,
+    summarize,
+    verdict,
+)
 
 
 def write_card(folder: Path) -> None:

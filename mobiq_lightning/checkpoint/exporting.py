@@ -12,12 +12,12 @@ from safetensors import safe_open
 from mobiq_lightning.checkpoint.card import write_card
 from mobiq_lightning.checkpoint.check import describe_problems, hash_tensor
 from mobiq_lightning.checkpoint.loading import resolve
-from mobiq_lightning.checkpoint.names import CARD, CONFIG, HASHES, INDEX
 from mobiq_lightning.checkpoint.write import seal, write_shard
 from mobiq_lightning.errors import BitsError, CheckpointError
 from mobiq_lightning.files import folder_replaced_atomically, write_json
+from mobiq_lightning.nn import held_slices
 from mobiq_lightning.packing import plane_of
-from mobiq_lightning.routed_input import held_slices
+from mobiq_lightning.runs import CARD, CONFIG, HASHES, INDEX
 
 
 def export(source: str | Path, to: str | Path, max_bits: int | None = None, overwrite: bool = False) -> Path:

@@ -9,10 +9,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mobiq_lightning.checkpoint.check import describe_problems
-from mobiq_lightning.checkpoint.names import CONFIG, ELASTIC
 from mobiq_lightning.checkpoint.quantizer import ElasticConfig
 from mobiq_lightning.errors import CheckpointError, MobiqError
 from mobiq_lightning.packing import QUANT_METHOD
+from mobiq_lightning.runs import CONFIG, ELASTIC
 
 
 def load(
@@ -36,7 +36,7 @@ def load(
         device: Where to; not together with `device_map`.
         check_hashes: Compare every tensor that is read with hashes.json; costs one pass over the bytes.
         warm_up: Compile every kernel that the model can need, and unpack what the reference keeps, now instead of at the
-            first requests; see `mobiq_lightning.warm_up`.
+            first requests; see `mobiq_lightning.runtime.warm_up`.
         **kwargs: As `AutoModelForCausalLM.from_pretrained` takes them, such as ``device_map``.
 
     Returns:
@@ -75,7 +75,7 @@ def load(
         model.set_bits(bits)
     model.eval()
     if warm_up:
-        from mobiq_lightning.warm_up import warm_up as run_once
+        from mobiq_lightning.runtime import warm_up as run_once
 
         run_once(model)
     return model

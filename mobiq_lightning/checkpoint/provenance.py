@@ -3,54 +3,18 @@
 from __future__ import annotations
 
 import os
-import platform
 import subprocess
-import sys
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-
-import mobiq_lightning
-
-if TYPE_CHECKING:
-    from mobiq_lightning.module import ElasticCalibration
-
-_PACKAGES = ("torch", "lightning", "transformers")
-
-
-def environment() -> dict[str, str]:
-    """Versions and machine that something is measured with."""
-    return {
-        "mobiq_lightning": mobiq_lightning.__version__,
-        **{name: version(name) for name in _PACKAGES},
-        "python": sys.version.split()[0],
-        "platform": platform.platform(terse=True),
-        "device": device_name(),
-        "threads": str(torch.get_num_threads()),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def device_name() -> str:
-    """Of what models run on here: the GPU, or the processor."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name()
-
-
-def processor_name() -> str:
-    """Of this machine."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+from mobiq_lightning.environment import environment
+from mobiq_lightning.sources import Source
+from mobiq_lightning.strategies.transform_base import Transform
 
 
 def git_commit() -> str | None:
     """Commit of this package's code, with ``-dirty`` if it was changed since; None if it was installed without git."""
-    package = Path(mobiq_lightning.__file__).parent
+    package = Path(__file__).parents[1]
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(package), *arguments]
@@ -64,22 +28,19 @@ def git_commit() -> str | None:
         return None
 
 
-def provenance(module: ElasticCalibration) -> dict[str, Any]:
-    """Of a calibrated model.
+def describe_provenance(source: Source, calibration: dict[str, Any], transform: Transform) -> dict[str, Any]:
+    """What a checkpoint says of its making.
 
     Args:
-        module: At the end of its fit.
+        source: The model that was sliced.
+        calibration: The calibration text: its protocol, and its hash as ``data_hash``.
+        transform: What was done to weights before they were sliced.
     """
-    data = module.trainer.datamodule  # type: ignore[attr-defined]
     seed = os.environ.get("PL_GLOBAL_SEED")
     return {
-        "source": {
-            "name": module.pretrained,
-            "weights": module.source.fingerprint,
-            "tokenizer": module.source.tokenizer_hash,
-        },
-        "calibration": {**data.protocol["calibration"], "data_hash": data.calibration_digest},
-        "transform": module.transform.describe(),
+        "source": {"name": source.name, "weights": source.fingerprint, "tokenizer": source.tokenizer_hash},
+        "calibration": calibration,
+        "transform": transform.describe(),
         "seed": None if seed is None else int(seed),
         "git_commit": git_commit(),
         "environment": environment(),

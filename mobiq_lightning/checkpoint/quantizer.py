@@ -22,14 +22,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mobiq_lightning.checkpoint.check import Expected, check_tensors
-from mobiq_lightning.checkpoint.elastic_model import make_elastic
-from mobiq_lightning.checkpoint.names import HASHES
-from mobiq_lightning.codes import CODES
 from mobiq_lightning.errors import CheckpointError
-from mobiq_lightning.layers import ElasticLinear, routed_inputs
-from mobiq_lightning.packing import FORMAT_VERSION, QUANT_METHOD, PackedSlices
-from mobiq_lightning.routed_input import RoutedInput
-from mobiq_lightning.source import BlockLayout, Share
+from mobiq_lightning.nn import BlockLayout, ElasticLinear, RoutedInput, Share, routed_inputs
+from mobiq_lightning.packing import CODES, FORMAT_VERSION, QUANT_METHOD, PackedSlices
+from mobiq_lightning.runs import HASHES
+from mobiq_lightning.runtime import make_elastic
 from mobiq_lightning.strategies.base import Router
 from mobiq_lightning.strategies.thresholds import Scope
 from mobiq_lightning.strategies.transform_base import StoredTransform

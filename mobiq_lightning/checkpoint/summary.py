@@ -13,12 +13,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mobiq_lightning.checkpoint.check import read_header
 from mobiq_lightning.checkpoint.loading import resolve
-from mobiq_lightning.checkpoint.names import CONFIG, PROVENANCE, RESULTS
 from mobiq_lightning.checkpoint.quantizer import ElasticConfig, insert_elastic_linears
 from mobiq_lightning.errors import CheckpointError
-from mobiq_lightning.layers import ElasticLinear, routed_inputs
+from mobiq_lightning.nn import BlockLayout, ElasticLinear, routed_inputs
 from mobiq_lightning.packing import QUANT_METHOD, depths_of
-from mobiq_lightning.source import BlockLayout
+from mobiq_lightning.runs import CONFIG, PROVENANCE, RESULTS
 
 SCALES, VALUE_TABLES = "scales and biases", "value tables"
 """Kinds of tensors that turn codes into weights."""

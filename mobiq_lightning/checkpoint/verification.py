@@ -12,9 +12,9 @@ import torch
 from safetensors import safe_open
 
 from mobiq_lightning.checkpoint.check import differing_tensors, read_header
-from mobiq_lightning.checkpoint.names import CONFIG, HASHES, INDEX
 from mobiq_lightning.errors import CheckpointError, MobiqError
 from mobiq_lightning.files import sha256
+from mobiq_lightning.runs import CONFIG, HASHES, INDEX
 
 PROBE_TOKENS = 16
 """Tokens that go through the model."""
@@ -153,7 +153,7 @@ def _thresholds_fall(folder: Path) -> bool:
 def _check_model(folder: Path) -> list[str]:
     """The model loads, and gives finite logits at every depth and at budgets between them, using what was asked."""
     from mobiq_lightning.checkpoint.loading import load
-    from mobiq_lightning.layers import ElasticLinear
+    from mobiq_lightning.nn import ElasticLinear
 
     try:
         model = load(folder, check_hashes=False)

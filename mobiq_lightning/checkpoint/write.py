@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from mobiq_lightning.checkpoint.card import write_card
 from mobiq_lightning.checkpoint.check import differing_tensors, hash_tensor, read_header
-from mobiq_lightning.checkpoint.names import COMPANIONS, CONFIG, HASHES, INDEX, LATER, RESULTS, shard_name
 from mobiq_lightning.errors import CheckpointError
 from mobiq_lightning.files import replace_folder, sha256, write_atomically, write_json
-from mobiq_lightning.layers import SlicedLinear
-from mobiq_lightning.source import BlockLayout, CalibratedBlock, Source
+from mobiq_lightning.nn import BlockLayout, CalibratedBlock, SlicedLinear
+from mobiq_lightning.runs import COMPANIONS, CONFIG, HASHES, INDEX, LATER, RESULTS, shard_name
+from mobiq_lightning.sources import Source
 
 
 class CheckpointWriter:

@@ -1,1 +1,5 @@
-"""Comparisons: a grid of strategies and seeds, each cell a run of its own, at equal used bits in one table."""
+"""Grids of strategies and seeds: run, resumed, compared at equal bits, reported."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -10,7 +10,7 @@ import yaml
 
 from mobiq_lightning.comparison.grid import Cell
 from mobiq_lightning.errors import MobiqError, RecipeError
-from mobiq_lightning.training_cli import ElasticCLI
+from mobiq_lightning.jobs import ElasticCLI
 
 
 class BuildOnly(ElasticCLI):

@@ -13,7 +13,7 @@ from mobiq_lightning.comparison.cell import CELL
 from mobiq_lightning.comparison.grid import Cell, Grid
 from mobiq_lightning.errors import RunFolderError
 from mobiq_lightning.files import write_json, write_text
-from mobiq_lightning.run_folder import RESULTS, RunFolder, differing_keys
+from mobiq_lightning.runs import RESULTS, RunFolder, differing_keys
 
 COMPARISON, ROWS, LOCK = "comparison.json", "results.jsonl", ".lock"
 _OWN = (COMPARISON, ROWS, "table.csv", "table.json", "report.html", "cells", "recipes", "logs", "shared", "wandb")

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from mobiq_lightning.errors import RecipeError, nearest
-from mobiq_lightning.recipe import check_key, check_recipe, read_recipe
+from mobiq_lightning.jobs import check_key, check_recipe, read_recipe
 
 RULES_SEEDS = 3
 """Seeds below which a comparison says that its spreads mean little."""

@@ -14,9 +14,7 @@ from typing import Any
 
 from mobiq_lightning.comparison.folder import ComparisonFolder
 from mobiq_lightning.comparison.grid import Cell, Grid
-from mobiq_lightning.comparison.report_input import ReportCell, ReportInput
-from mobiq_lightning.comparison.report_page import write_report
-from mobiq_lightning.comparison.report_tables import Value, columns_of, lines_of
+from mobiq_lightning.comparison.report import ReportCell, ReportInput, Value, columns_of, lines_of, write_report
 from mobiq_lightning.comparison.table import INTERPOLATION, long_table, points_of
 from mobiq_lightning.comparison.tracking import log_comparison
 from mobiq_lightning.comparison.verdicts import storage_verdict, verdicts

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mobiq_lightning.report import CONTROLS, TIE
+from mobiq_lightning.runs import CONTROLS, TIE
 
 INTERPOLATION = (
     "Between two measured points of a curve, the logarithms of perplexity and of KL are taken to be straight lines in the "

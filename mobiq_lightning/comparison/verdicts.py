@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from mobiq_lightning.comparison.grid import RULES_SEEDS
 from mobiq_lightning.comparison.table import Lead, Points, Rows, lead
-from mobiq_lightning.report import CONTROLS, SHORT, TIE
+from mobiq_lightning.runs import CONTROLS, SHORT, TIE
 
 _SAME = 1e-6  # relative; at the ends of the range, and on whole slices, all allocations read the same weights
 

@@ -14,9 +14,9 @@ from typing import IO, Any
 
 import yaml
 
-from mobiq_lightning.callbacks.progress import format_seconds
 from mobiq_lightning.comparison.grid import Cell
 from mobiq_lightning.console import say
+from mobiq_lightning.environment import format_seconds
 from mobiq_lightning.files import write_text
 
 _POLL_SECONDS = 0.2

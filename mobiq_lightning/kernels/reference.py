@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mobiq_lightning.codes import CODES
-from mobiq_lightning.packing import PackedWeight, depths_of
+from mobiq_lightning.packing import CODES, PackedWeight, depths_of
 
 _FEW_ROWS = 4  # CPU libraries multiply two or three float32 rows slower than four
 

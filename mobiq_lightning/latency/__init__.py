@@ -1,5 +1,5 @@
-"""How long products with sliced weights take on this machine, beside plain weights and beside what memory allows.
+"""How fast products with sliced weights are on this machine."""
 
-`command` is what ``python -m mobiq_lightning latency`` runs; `sections` and `gpu_sections` hold what it measures. The products
-come from `kernel_products` on CUDA and from `reference_products` on a CPU; every figure says which of the two it is of.
-"""
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

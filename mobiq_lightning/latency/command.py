@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from mobiq_lightning.checkpoint.provenance import environment
 from mobiq_lightning.console import say
+from mobiq_lightning.environment import environment
 from mobiq_lightning.errors import KernelError, RecipeError, nearest
 from mobiq_lightning.files import write_atomically
 from mobiq_lightning.kernels import missing_for_code, missing_for_kernels

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mobiq_lightning.checkpoint.provenance import processor_name
+from mobiq_lightning.environment import processor_name
 from mobiq_lightning.latency.journal import Candidate
 from mobiq_lightning.latency.reference_products import plain_product
 from mobiq_lightning.latency.shapes import Shape, groups_of
 from mobiq_lightning.latency.timing import Clock, Timing, cache_bytes, copies_for, copy_bandwidth
-from mobiq_lightning.layers import ElasticLinear
+from mobiq_lightning.nn import ElasticLinear
+from mobiq_lightning.runtime import KernelInput
 
 WHAT = {
     "kernels": "the Triton kernels, 1 token",
@@ -94,7 +95,7 @@ def _candidate(shape: Shape, groups: Sequence[list[ElasticLinear]], x: Tensor, d
         from mobiq_lightning.latency.kernel_products import elastic_product
 
         held = [linears[0].kernel for linears in groups]
-        return elastic_product(x, [kernel.weights for kernel in held if kernel is not None], [depth])
+        return elastic_product(x, [kernel.weights for kernel in held if isinstance(kernel, KernelInput)], [depth])
     bits = torch.full((1,), depth, device=x.device)
     calls: list[Callable[[], object]] = [partial(_reference, linears, x, bits) for linears in groups]
     products = 1 if x.device.type == "cpu" else len(shape.depths)  # elsewhere the reference multiplies at every depth

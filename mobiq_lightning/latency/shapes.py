@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from mobiq_lightning.errors import RecipeError, nearest
-from mobiq_lightning.layers import ElasticLinear
+from mobiq_lightning.nn import ElasticLinear
 from mobiq_lightning.packing import PackedSlices, depths_of
 
 SLICE_BITS = (2, 1, 1, 2, 2)
@@ -145,7 +145,7 @@ def shapes_of_checkpoint(run: str) -> list[Shape]:
     Raises:
         CheckpointError: If there is none.
     """
-    from mobiq_lightning.checkpoint.summary import skeleton, summarize_checkpoint
+    from mobiq_lightning.checkpoint import skeleton, summarize_checkpoint
 
     summary = summarize_checkpoint(run)
     model: Any = skeleton(summary.folder, summary.config)

@@ -12,8 +12,8 @@ from mobiq_lightning.latency.journal import Candidate, Journal
 from mobiq_lightning.latency.reference_products import random_slices
 from mobiq_lightning.latency.shapes import GROUP_SIZE, SLICE_BITS, Shape
 from mobiq_lightning.latency.timing import summary
-from mobiq_lightning.layers import ElasticLinear
-from mobiq_lightning.speed import random_prompt, seconds_per_step
+from mobiq_lightning.nn import ElasticLinear
+from mobiq_lightning.serving import random_prompt, seconds_per_step
 
 BUDGETS = (2.0, 4.0, 8.0)
 _ROUTER = {"class_path": "mobiq_lightning.strategies.MLPRouter", "init_args": {"hidden_features": 16}}
@@ -116,9 +116,9 @@ def cut(network: Any) -> None:
     Its routers give every token the same scores, and its thresholds are such that at the budget of a depth all tokens read
     that depth: what a budget costs does not depend on random weights. Routers are computed as always.
     """
-    from mobiq_lightning.checkpoint.elastic_model import make_elastic
-    from mobiq_lightning.checkpoint.quantizer import ElasticConfig, insert_elastic_linears
-    from mobiq_lightning.source import BlockLayout
+    from mobiq_lightning.checkpoint import ElasticConfig, insert_elastic_linears
+    from mobiq_lightning.nn import BlockLayout
+    from mobiq_lightning.runtime import make_elastic
 
     device = network.device
     layout = BlockLayout()

@@ -1,4 +1,5 @@
-"""Outlier migration: which tokens suffer most from quantization changes with the precision.
+"""Which tokens suffer at which precision: measuring and tables."""
 
-The motivating study of MoBiQuant (arXiv 2602.20191): what is calibrated for one precision does not fit another.
-"""
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mobiq_lightning.outliers.overlap import count_worst, overlaps, rank_correlations, worst_tokens
 from mobiq_lightning.outliers.token_record import TokenRecord
-from mobiq_lightning.report import TIE
+from mobiq_lightning.runs import TIE
 
 ALL, NONE = "all", "none"
 """Calibrated by the recipe as it is, for all depths at once; and not calibrated."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mobiq_lightning.layers import ElasticLinear
+from mobiq_lightning.nn import ElasticLinear
 
 
 class InputErrors:

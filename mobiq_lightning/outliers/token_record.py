@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from mobiq_lightning.data import IGNORED, Windows, pad_windows
+from mobiq_lightning.nn import RoutedInput, fixed_depth, full_precision
 from mobiq_lightning.outliers.input_errors import InputErrors
-from mobiq_lightning.routed_input import RoutedInput, fixed_depth, full_precision
+from mobiq_lightning.sources import IGNORED, Windows, pad_windows
 
 _CHUNK = 1024  # tokens whose next-token distributions are held in float64 at once
 

@@ -125,3 +125,24 @@ def nested_depths(
         for row, n_open in enumerate(found[bits]):
             possible[row, :n_open] = False
     return [found[bits] for bits in budgets]
+
+
+def level_scores(n_slices: int, device: torch.device) -> Tensor:
+    """Scores 0, -1, -2, ... (S - 1,) of slices that open one after the other, whatever the token."""
+    return -torch.arange(n_slices - 1.0, device=device)
+
+
+def split_budget(slice_bits: tuple[int, ...], target_bits: float) -> tuple[int, float]:
+    """The two neighbouring depths that average to a budget.
+
+    Args:
+        slice_bits: Bits of each slice.
+        target_bits: Average bits per weight, clamped to what the slices can give.
+
+    Returns:
+        Slices after the base that everyone reads, and the share in [0, 1) that reads one more.
+    """
+    depths = depths_of(slice_bits)
+    target = min(max(target_bits, depths[0]), depths[-1])
+    lower = max(i for i, depth in enumerate(depths) if depth <= target)
+    return lower, 0.0 if lower + 1 == len(depths) else (target - depths[lower]) / slice_bits[lower + 1]

@@ -61,7 +61,7 @@ def recipe(task: Task) -> dict[str, Any]:
 
 def run(task: Task) -> Any:
     import mobiq_lightning
-    from mobiq_lightning.training_cli import ElasticCLI
+    from mobiq_lightning.jobs import ElasticCLI
 
     path = task.scratch / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe(task), sort_keys=False), encoding="utf-8")

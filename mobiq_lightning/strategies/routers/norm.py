@@ -6,9 +6,9 @@ import math
 
 from torch import Tensor
 
+from mobiq_lightning.strategies.allocation import level_scores
 from mobiq_lightning.strategies.base import Router
 from mobiq_lightning.strategies.routers.features import root_mean_square
-from mobiq_lightning.strategies.routers.static import level_scores
 
 
 class NormRouter(Router):

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mobiq_lightning.strategies.allocation import level_scores, split_budget
 from mobiq_lightning.strategies.base import Router
-from mobiq_lightning.strategies.routers.static import level_scores, split_budget
 from mobiq_lightning.strategies.thresholds import Scope
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mobiq_lightning.packing import depths_of
+from mobiq_lightning.strategies.allocation import level_scores, split_budget
 from mobiq_lightning.strategies.base import Router
 from mobiq_lightning.strategies.thresholds import Scope
 
@@ -80,27 +80,6 @@ class StaticRouter(Router):
         return n_open
 
 
-def level_scores(n_slices: int, device: torch.device) -> Tensor:
-    """Scores 0, -1, -2, ... (S - 1,) of slices that open one after the other, whatever the token."""
-    return -torch.arange(n_slices - 1.0, device=device)
-
-
 def _flip(upper: bool, size: int) -> int:
     """What the sum of upper inputs gains if one goes over to the other depth."""
     return -size if upper else size
-
-
-def split_budget(slice_bits: tuple[int, ...], target_bits: float) -> tuple[int, float]:
-    """The two neighbouring depths that average to a budget.
-
-    Args:
-        slice_bits: Bits of each slice.
-        target_bits: Average bits per weight, clamped to what the slices can give.
-
-    Returns:
-        Slices after the base that everyone reads, and the share in [0, 1) that reads one more.
-    """
-    depths = depths_of(slice_bits)
-    target = min(max(target_bits, depths[0]), depths[-1])
-    lower = max(i for i, depth in enumerate(depths) if depth <= target)
-    return lower, 0.0 if lower + 1 == len(depths) else (target - depths[lower]) / slice_bits[lower + 1]

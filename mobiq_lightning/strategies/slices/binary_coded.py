@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mobiq_lightning.codes import PackedBinary, binary_prefixes
-from mobiq_lightning.packing import SCALE_DTYPE, pack_planes
+from mobiq_lightning.packing import SCALE_DTYPE, PackedBinary, binary_prefixes, pack_planes
 from mobiq_lightning.strategies.slices.binary_fit import fit_binary
 from mobiq_lightning.strategies.slices.fixed_codes import FixedCodeSlices, follow
 from mobiq_lightning.strategies.slices.ranges import round_as_stored

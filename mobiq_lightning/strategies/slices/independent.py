@@ -7,8 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from mobiq_lightning.codes import PackedResiduals
-from mobiq_lightning.packing import SCALE_DTYPE, pack_planes
+from mobiq_lightning.packing import SCALE_DTYPE, PackedResiduals, pack_planes
 from mobiq_lightning.strategies.slices.grouped import GroupedSlices
 from mobiq_lightning.strategies.slices.nested_code import NestedCode, cells, unit_position
 from mobiq_lightning.strategies.slices.ranges import learned_range

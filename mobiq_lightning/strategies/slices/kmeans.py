@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mobiq_lightning.codes import PackedTables, look_up
-from mobiq_lightning.packing import SCALE_DTYPE, WHOLE_ROW, pack_planes
+from mobiq_lightning.packing import SCALE_DTYPE, WHOLE_ROW, PackedTables, look_up, pack_planes
 from mobiq_lightning.strategies.slices.fixed_codes import FixedCodeSlices, follow
 from mobiq_lightning.strategies.slices.kmeans_fit import fit_clusters
 from mobiq_lightning.strategies.slices.ranges import extremes, round_as_stored

@@ -1,0 +1,70 @@
+"""The block being calibrated, on one batch, as objectives see it."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor
+
+from mobiq_lightning.calibration.hidden_states import BlockCaller, HiddenStates
+from mobiq_lightning.nn import CalibratedBlock, fixed_depth, full_precision, meet_budget, record_gates
+
+ROUTED = "routed"
+"""Name of the input stream that goes through routed blocks; the others are named by their depth."""
+
+
+class BlockBatch:
+    """`BlockRun` of the block being calibrated.
+
+    Args:
+        calibrated: What is learned of the block.
+        block: Its index.
+        caller: Calls it.
+        hidden: Its inputs and targets.
+        index: (B,) calibration windows of the batch.
+        depths: Fixed depths in the loss, in bits, with their weights; None: those of the objective.
+    """
+
+    def __init__(
+        self,
+        calibrated: CalibratedBlock,
+        block: int,
+        caller: BlockCaller,
+        hidden: HiddenStates,
+        index: Tensor,
+        depths: dict[int, float] | None = None,
+    ) -> None:
+        self.depths = depths
+        self.input_ids: Tensor | None = None
+        self.routed_inputs = calibrated.routed_inputs()
+        self.block, self.caller, self.hidden, self.index = block, caller, hidden, index
+        self.target = hidden.target_batch(index)
+        self._auxiliary: dict[int, Tensor] = {}
+
+    def inputs(self, name: str) -> Tensor:
+        """(B, T, H) inputs of a stream."""
+        return self.hidden.batch(name, self.index)
+
+    def at_depth(self, bits: int) -> Tensor:
+        """See `BlockRun.at_depth`."""
+        with fixed_depth(self.routed_inputs, bits):
+            return self.caller.call(self.block, self.inputs(str(bits)))
+
+    def routed(self, target_bits: float, meet_exactly: bool) -> tuple[Tensor, Tensor]:
+        """See `BlockRun.routed`."""
+        with ExitStack() as stack:
+            if meet_exactly:
+                stack.enter_context(meet_budget(self.routed_inputs, target_bits))
+            records = stack.enter_context(record_gates(self.routed_inputs))
+            output = self.caller.call(self.block, self.inputs(ROUTED))
+        sizes = torch.tensor([float(routed.n_weights) for routed in self.routed_inputs], device=output.device)
+        used = torch.stack([record[-1].float().mean() for record in records])
+        return output, (used * sizes).sum() / sizes.sum()
+
+    def auxiliary_target(self, bits: int) -> Tensor:
+        """See `BlockRun.auxiliary_target`."""
+        if bits not in self._auxiliary:
+            with torch.no_grad(), full_precision(self.routed_inputs):
+                self._auxiliary[bits] = self.caller.call(self.block, self.inputs(str(bits)))
+        return self._auxiliary[bits]

@@ -1,0 +1,58 @@
+"""The comparison of a finished run: what it compares, and with what, follows from the run's recipe."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mobiq_lightning.checkpoint import load
+from mobiq_lightning.evaluation import RTN_BITS, Comparison, read_probes
+from mobiq_lightning.nn import ElasticLinear
+from mobiq_lightning.runs import LAYER_GAINS
+
+if TYPE_CHECKING:
+    from mobiq_lightning.calibration.sliced_model import SlicedModel
+
+
+def comparison_of_run(module: SlicedModel, folder: Path, device: torch.device) -> Comparison:
+    """Loads the checkpoint of a run beside its source model.
+
+    Args:
+        module: Holds the loaded source model and what the recipe says.
+        folder: The run folder.
+        device: Where to run.
+    """
+    elastic = load(folder, dtype=module.source.model.dtype, device=device)
+    seed = os.environ.get("PL_GLOBAL_SEED")
+    linear = next(m for m in elastic.modules() if isinstance(m, ElasticLinear))
+    key = rounding_key(module, linear.group_size, device)
+    comparison = Comparison(
+        module.source.model,
+        elastic,
+        module.layout,
+        module.eval_bits,
+        module.random_seeds,
+        module.threshold_scope,
+        device,
+        None if seed is None else int(seed),
+        module.shared_work.rows(key),
+    )
+    comparison.rounded_key = key
+    comparison.gains = read_probes(folder / LAYER_GAINS, comparison.names, comparison.slice_bits)
+    return comparison
+
+
+def rounding_key(module: SlicedModel, group_size: int, device: torch.device) -> dict[str, Any]:
+    """All that the rows of round-to-nearest depend on."""
+    return {
+        "weights": module.source.fingerprint,
+        "dtype": str(module.source.model.dtype),
+        "group_size": group_size,
+        "protocol": module.trainer.datamodule.protocol["data_hash"],  # type: ignore[attr-defined]
+        "batch": module.trainer.datamodule.eval_batch_size,  # type: ignore[attr-defined]
+        "bits": RTN_BITS,
+        "device": device.type,
+    }

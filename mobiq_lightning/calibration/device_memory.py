@@ -1,0 +1,107 @@
+"""Brings the whole sliced model to the device, for stages that train it end to end and for measuring it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mobiq_lightning.errors import ModelError
+
+if TYPE_CHECKING:
+    from mobiq_lightning.calibration.module import ElasticCalibration
+
+
+def move_model(module: ElasticCalibration) -> None:
+    """Moves the source model to the device of the module.
+
+    Raises:
+        ModelError: If it does not fit there with what training it takes.
+    """
+    device = module.device
+    if device.type == "cuda":
+        needed, (free, _) = needed_bytes(module), torch.cuda.mem_get_info(device)
+        if needed > free:
+            raise ModelError(too_large(module, needed, free))
+    module.source.model.to(device)
+
+
+@contextmanager
+def whole_model_on_device(module: ElasticCalibration, needed: int) -> Iterator[str | None]:
+    """Within it, the source model is on the device of the module, and no block is thought to be there alone.
+
+    Args:
+        module: Holds the source model.
+        needed: Bytes that whoever asks will need on the device, the model included.
+
+    Yields:
+        None; or, if they are not there, a clause that says so, with the figures, and the model stays where it is.
+    """
+    model, device = module.source.model, module.device
+    module.caller.release()
+    before = next(model.parameters()).device
+    if device.type == "cuda" and before.type != "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        if needed > free:
+            yield (
+                f"the whole model would take about {needed / 1e9:.1f} GB on {device}, of which {free / 1e9:.1f} GB are free"
+            )
+            return
+    model.to(device)
+    try:
+        yield None
+    finally:
+        model.to(before)
+
+
+def measuring_bytes(module: ElasticCalibration, seq_len: int, batch_size: int, gradients: bool) -> int:
+    """About what measuring layer gains needs on the device: frozen weights, codes, the logits and activations of a batch of
+    windows, all depths of one linear; for gradients those of one block with their squares, and the activations of a window.
+    """
+    model: Any = module.source.model
+    frozen = sum(p.numel() * p.element_size() for p in model.parameters())
+    sizes = [routed.n_weights for routed in module.all_inputs()]
+    slices = len(module.all_inputs()[0].slice_bits)
+    width, vocabulary = model.config.hidden_size, model.config.vocab_size
+    needed = (
+        frozen + sum(sizes) + 8 * (slices + 2) * max(sizes) + 4 * batch_size * seq_len * (4 * vocabulary + 16 * width)
+    )
+    if gradients:
+        needed += 12 * sum(sizes) // len(module.blocks) + 4 * seq_len * (
+            4 * vocabulary + 40 * width * len(module.blocks)
+        )
+    return int(needed)
+
+
+def too_large(module: ElasticCalibration, needed: int, free: int) -> str:
+    """What the user reads if the model does not fit."""
+    number, trained = module.segment.number, " + ".join(module.stage.train)
+    return (
+        f"model.stages[{number}] (scope model, {trained}) needs about {needed / 1e9:.1f} GB on {module.device} for the whole "
+        f"model; {free / 1e9:.1f} GB are free. Everything before is kept: take this stage out, train less in it (routers and "
+        "ranges need far less than weights), set model.recompute_blocks, lower data.batch_size, or use a larger device"
+    )
+
+
+def needed_bytes(module: ElasticCalibration) -> int:
+    """About what a model stage needs on the device: frozen weights, what is learned with AdamW's two averages and the
+    gradient, codes, one dequantized copy of the weights in training, and activations.
+    """
+    model: Any = module.source.model
+    frozen = sum(p.numel() * p.element_size() for p in model.parameters())
+    sliced = sum(routed.n_weights for routed in module.all_inputs())
+    learned = sum(p.numel() for kind in module.rates if module.stage.trains(kind) for p in _learned(module, kind))
+    learned = max(learned, sliced) if module.stage.trains("weights") else learned
+    of_blocks = sliced if not module.recompute_blocks else sliced // len(module.blocks)
+    data: Any = getattr(module.trainer, "datamodule", None)
+    tokens = data.batch_size * data.seq_len if data is not None else 0
+    kept = 40 if not module.recompute_blocks else 2  # tensors of the width of the model that a block keeps per token
+    width, vocabulary = model.config.hidden_size, model.config.vocab_size
+    activations = tokens * (kept * width * len(module.blocks) + 4 * vocabulary) * 4
+    return int(frozen + 16 * learned + sliced + 4 * of_blocks + activations)
+
+
+def _learned(module: ElasticCalibration, kind: Any) -> list[Any]:
+    return [p for block in module.blocks_in_training() for p in block.parameters_of(kind)]

@@ -1,0 +1,105 @@
+"""Checks of what a recipe puts together, made before a model is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+
+from mobiq_lightning.calibration.schedule import Stage, stage_problems
+from mobiq_lightning.errors import RecipeError
+from mobiq_lightning.nn import RouterFactory, SliceFactory
+from mobiq_lightning.strategies import LearnedLayerRouter
+from mobiq_lightning.strategies.base import BudgetSchedule, Objective
+from mobiq_lightning.strategies.transform_base import Transform
+
+
+def check_plugins(
+    slices: SliceFactory,
+    router: RouterFactory,
+    budget: BudgetSchedule,
+    objectives: tuple[Objective, Objective],
+    epochs_per_block: int,
+    stages: Sequence[Stage],
+    eval_bits: Sequence[float],
+    transform: Transform,
+) -> None:
+    """Builds every plug-in once on a tiny layer and checks that they fit together.
+
+    Args:
+        slices: Makes slice schemes.
+        router: Makes routers.
+        budget: The budget schedule.
+        objectives: What a block is trained to match, and what the whole model.
+        epochs_per_block: Epochs of each block.
+        stages: What is trained when.
+        eval_bits: Budgets of the comparison, in bits.
+        transform: What is done before slicing.
+
+    Raises:
+        RecipeError: Naming everything that does not fit.
+    """
+    scheme = slices(8, 16)
+    built = router(16, len(scheme.slice_bits))
+    depths = scheme.depths
+    lowest, highest = depths[0], depths[-1]
+    problems = list(_transform_problems(transform))
+    if epochs_per_block < 1:
+        problems.append(f"model.epochs_per_block ({epochs_per_block}) must be at least 1")
+    problems += stage_problems(stages, depths, scheme.learns_weights)
+    for key, objective in zip(("objective", "model_objective"), objectives, strict=True):
+        missing = [depth for depth in objective.depths if depth not in depths]
+        if missing:
+            problems.append(f"model.{key}: depths {missing} are no prefix of the slices; depths are {list(depths)}")
+    for number, stage in enumerate(stages):
+        if stage.scope == "model" and stage.depth is None and not stage.trains("routers") and not objectives[1].depths:
+            problems.append(
+                f"model.stages[{number}]: trains no depth; give one, or depth_weights in model.model_objective"
+            )
+    end_to_end = any(stage.scope == "model" and stage.trains("routers") for stage in stages)
+    if isinstance(built, LearnedLayerRouter) and not end_to_end:
+        problems.append(
+            "model.stages: LearnedLayerRouter learns end to end, and no stage with scope model trains routers; add one"
+        )
+    if any(stage.trains("weights") for stage in stages) and any("slices" in stage.train for stage in stages):
+        problems.append("model.stages: with stages that train weights or rounding, name ranges instead of slices")
+    low, high = budget.bounds
+    if low < lowest or high > highest:
+        given = f"the slices {list(scheme.slice_bits)} give {lowest} to {highest}"
+        problems.append(f"model.budget: asks for {low:g} to {high:g} bits; {given}")
+    outside = [bits for bits in eval_bits if not lowest <= bits <= highest]
+    if outside:
+        problems.append(f"model.eval_bits: {outside} lie outside of what the slices give, {lowest} to {highest}")
+    if problems:
+        raise RecipeError("\n".join(problems))
+
+
+def _transform_problems(transform: Transform) -> Iterator[str]:
+    """What keeps a transform from being recorded in a checkpoint, which would else be found at the end of a run."""
+    transform.for_input(16)
+    try:
+        json.dumps(transform.describe())
+    except (AttributeError, TypeError) as error:
+        yield (
+            f"model.transform: {type(transform).__name__} must keep the arguments of its __init__ as attributes of the same "
+            f"names, and they must be plain values, so that a checkpoint can record them ({error})"
+        )
+
+
+def check_strategy(strategy: Strategy) -> None:
+    """Refuses trainer strategies under which block by block calibration would go wrong.
+
+    Raises:
+        RecipeError: Saying why, and what to use.
+    """
+    if isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get("find_unused_parameters"):
+        raise RecipeError(
+            "trainer.strategy: only the current block has gradients, so DDP must look for unused parameters; "
+            "use ddp_find_unused_parameters_true"
+        )
+    if isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
+        raise RecipeError(
+            f"trainer.strategy: {type(strategy).__name__} shards parameters, which block by block calibration cannot "
+            "use, as it holds one block on the device anyway; use auto or ddp_find_unused_parameters_true"
+        )

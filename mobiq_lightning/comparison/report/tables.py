@@ -1,0 +1,179 @@
+"""Tables of a report: figures at equal used bits beside each other, points as measured, strategies, runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from mobiq_lightning.comparison.report.input import ReportCell
+from mobiq_lightning.comparison.report.runs import Run, Strategy, spread_of
+from mobiq_lightning.comparison.report.style import color_of
+from mobiq_lightning.runs import LABELS
+
+_DIGITS = {"perplexity": 2, "kl": 4}
+_SHARED = ("full", "rtn")  # the same for all strategies that share model, text and groups
+NOTHING = "–"
+
+
+@dataclass(frozen=True)
+class Value:
+    """A figure in a table.
+
+    Args:
+        text: The mean.
+        spread: ``± 0.12``, or empty.
+        n: Runs that it is a mean of.
+        best: Whether no other strategy or allocation is better in its column.
+    """
+
+    text: str
+    spread: str = ""
+    n: int = 0
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row: who, and a figure for every column of used bits, None where there is none."""
+
+    strategy: str
+    allocation: str
+    values: Sequence[Value | None]
+
+
+def columns_of(table: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Used bits of a long table, without those of full precision."""
+    return sorted({row["used_bits"] for row in table if row["allocation"] != "full"})
+
+
+def lines_of(table: Sequence[Mapping[str, Any]], metric: str) -> list[list[Line]]:
+    """A long table as one line per strategy and allocation, grouped by strategy.
+
+    Full precision and rounding come first, once for all strategies that share them, with an empty name if these are all.
+    """
+    columns = columns_of(table)
+    best = _best(table, metric)
+    found: dict[tuple[str, str], list[Value | None]] = {}
+    for row in table:
+        values = found.setdefault((row["strategy"], row["allocation"]), [None] * len(columns))
+        value = _value(row, metric, best)
+        if row["allocation"] == "full":
+            values[:] = [value] * len(columns)
+        else:
+            values[columns.index(row["used_bits"])] = value
+    names, allocations = list(dict.fromkeys(strategy for strategy, _ in found)), list(LABELS)
+    ordered = sorted(found.items(), key=lambda item: (names.index(item[0][0]), allocations.index(item[0][1])))
+    shared = list(_merged([item for item in ordered if item[0][1] in _SHARED], set(names)))
+    own = [Line(s, LABELS[allocation], values) for (s, allocation), values in ordered if allocation not in _SHARED]
+    groups = [shared, *([line for line in own if line.strategy == name] for name in names)]
+    return [group for group in groups if group]
+
+
+def _merged(found: Sequence[tuple[tuple[str, str], Sequence[Value | None]]], strategies: set[str]) -> Iterator[Line]:
+    """Lines that several strategies share, once."""
+    for (strategy, allocation), values in found:
+        owners = [s for (s, a), other in found if a == allocation and _texts(other) == _texts(values)]
+        if owners[0] == strategy:
+            yield Line("" if set(owners) == strategies else ", ".join(owners), LABELS[allocation], values)
+
+
+def _texts(values: Sequence[Value | None]) -> list[str]:
+    return ["" if value is None else value.text for value in values]
+
+
+def _best(table: Sequence[Mapping[str, Any]], metric: str) -> dict[float, float]:
+    best: dict[float, float] = {}
+    for row in table:
+        mean = row[f"{metric}_mean"]
+        if row["allocation"] not in _SHARED and mean is not None:
+            best[row["used_bits"]] = min(mean, best.get(row["used_bits"], math.inf))
+    return best
+
+
+def _value(row: Mapping[str, Any], metric: str, best: Mapping[float, float]) -> Value | None:
+    mean, spread = row[f"{metric}_mean"], row[f"{metric}_spread"]
+    if mean is None:
+        return None
+    wins = row["allocation"] not in _SHARED and mean == best.get(row["used_bits"])
+    spread_text = "" if spread is None or row["allocation"] in _SHARED else f"± {_number(spread, metric)}"
+    return Value(_number(mean, metric), spread_text, row["n"], wins)
+
+
+def _number(value: float, metric: str) -> str:
+    return f"{value:.{_DIGITS[metric]}f}" if value < 1e5 else f"{value:.3g}"  # also says nan
+
+
+def measured_points(strategies: Sequence[Strategy]) -> list[dict[str, Any]]:
+    """Every allocation at every budget asked for, as measured: means over runs and draws, with spreads."""
+    found: list[dict[str, Any]] = []
+    for strategy in strategies:
+        for (allocation, target), rows in _by_budget(strategy.runs).items():
+            point = {
+                "strategy": strategy.name,
+                "allocation": LABELS[allocation],
+                "target": f"{target:g}",
+                "n": len(rows),
+            }
+            for name, digits in (("used_bits", 3), ("all_in_bits", 3)):
+                point[name] = f"{sum(row[name] for row in rows) / len(rows):.{digits}f}"
+            for name in _DIGITS:
+                values = [row[name] for row in rows]
+                spread = f"± {_number(spread_of(values), name)}" if len(values) > 1 else ""
+                point[name] = Value(_number(sum(values) / len(values), name), spread)
+            found.append(point)
+    return found
+
+
+def _by_budget(runs: Sequence[Run]) -> dict[tuple[str, float], list[Mapping[str, Any]]]:
+    found: dict[tuple[str, float], list[Mapping[str, Any]]] = {}
+    for row in (row for run in runs for row in run.rows):
+        found.setdefault((row["allocation"], row["target_bits"]), []).append(row)
+    return found
+
+
+def strategy_rows(cells: Sequence[ReportCell], strategies: Sequence[Strategy]) -> list[dict[str, Any]]:
+    """Each strategy, its colour and what it changes in the recipe."""
+    changes = {cell.strategy: cell.changes for cell in cells}
+    return [
+        {"name": s.name, "color": color_of(s), "changes": [(k, _as_yaml(v)) for k, v in changes[s.name].items()]}
+        for s in strategies
+    ]
+
+
+def run_rows(cells: Sequence[ReportCell]) -> list[dict[str, Any]]:
+    """Each run with its time and memory."""
+    return [
+        {
+            "strategy": cell.strategy,
+            "seed": cell.seed,
+            "status": cell.status,
+            "time": NOTHING if cell.seconds is None else _time(cell.seconds),
+            "memory": NOTHING if cell.peak_memory_gb is None else f"{cell.peak_memory_gb:.2f}",
+            "folder": str(cell.folder),
+        }
+        for cell in cells
+    ]
+
+
+def _time(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
+
+
+def _as_yaml(value: Any) -> str:
+    text: str = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10_000)
+    return text.removesuffix("\n").removesuffix("\n...").strip()
+
+
+def facts_of(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Names and values of a nested mapping, nested names joined by a space."""
+    for name, value in values.items():
+        label = f"{prefix}{name}".replace("_", " ")
+        if isinstance(value, Mapping):
+            yield from facts_of(value, f"{label} ")
+        else:
+            yield label, _as_yaml(value) if isinstance(value, (list, bool)) or value is None else str(value)

@@ -1,0 +1,62 @@
+"""What something is measured with: versions, machine, memory, time."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from mobiq_lightning.version import __version__
+
+if TYPE_CHECKING:
+    pass
+import resource
+
+_PACKAGES = ("torch", "lightning", "transformers")
+
+
+def environment() -> dict[str, str]:
+    """Versions and machine that something is measured with."""
+    return {
+        "mobiq_lightning": __version__,
+        **{name: version(name) for name in _PACKAGES},
+        "python": sys.version.split()[0],
+        "platform": platform.platform(terse=True),
+        "device": device_name(),
+        "threads": str(torch.get_num_threads()),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def device_name() -> str:
+    """Of what models run on here: the GPU, or the processor."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name()
+
+
+def processor_name() -> str:
+    """Of this machine."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def peak_memory_gb() -> float:
+    """Peak memory of this process in GB: of the GPU where there is one, else of the host."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def format_seconds(seconds: float) -> str:
+    """``75.2 -> "1:15"``, ``4000 -> "1:06:40"``."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,5 @@
+"""Measuring a checkpoint: perplexity and divergence beside controls, what layers and tokens gain, tables and plots."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,20 @@
+# What others may use of this package; `__init__.py` loads it when it is asked for.
+from .block_errors import BlockErrors as BlockErrors
+from .block_errors import residual_basis as residual_basis
+from .comparison import RTN_BITS as RTN_BITS
+from .comparison import Comparison as Comparison
+from .comparison import wrap_for_rounding as wrap_for_rounding
+from .gains_by_token import TokenView as TokenView
+from .gains_by_token import token_rows as token_rows
+from .gains_by_token import token_summary as token_summary
+from .gains_by_token import token_views as token_views
+from .harness import evaluate_checkpoint as evaluate_checkpoint
+from .layer_gains import gradient_gains as gradient_gains
+from .layer_gains import read_probes as read_probes
+from .layer_gains import rows_of as rows_of
+from .layer_gains import token_gains as token_gains
+from .report import print_harness as print_harness
+from .report import print_table as print_table
+from .report import write_results as write_results
+from .routing_use import use_by_frequency as use_by_frequency
+from .routing_use import use_by_position as use_by_position

@@ -1,0 +1,242 @@
+"""The comparison: one checkpoint at every budget, beside full precision, round-to-nearest and the controls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mobiq_lightning.evaluation.controls import control_router, control_thresholds
+from mobiq_lightning.evaluation.metrics import KLDivergence, Perplexity, UsedBits, log_probabilities
+from mobiq_lightning.evaluation.routing_use import RoutingUse
+from mobiq_lightning.nn import (
+    BlockLayout,
+    ElasticLinear,
+    RoutedInput,
+    SlicedLinear,
+    fixed_depth,
+    full_precision,
+    record_gates,
+    routed_inputs,
+    stored_bits,
+)
+from mobiq_lightning.packing import n_groups
+from mobiq_lightning.runs import CONTROLS, Control
+from mobiq_lightning.sources import IGNORED
+from mobiq_lightning.strategies import ResidualSlices, StaticRouter
+from mobiq_lightning.strategies.thresholds import Scope
+
+Allocation = Literal["full", "rtn", "router"] | Control
+RTN_BITS = (2, 3, 4, 6, 8)
+
+
+@dataclass
+class Arm:
+    """One row of the comparison.
+
+    Args:
+        allocation: Who decides how deep tokens read.
+        target_bits: The budget asked for.
+        seed: Of what is drawn in it: the order of layers, or tokens; the run's for the router and best layers, else None.
+        thresholds: (inputs,) at which a control spends the bits that the router used at `target_bits`.
+    """
+
+    allocation: Allocation
+    target_bits: float
+    seed: int | None = None
+    thresholds: Tensor | None = None
+    perplexity: Perplexity = field(default_factory=Perplexity)
+    kl: KLDivergence = field(default_factory=KLDivergence)
+    used: UsedBits | None = None
+    routing: RoutingUse | None = None
+
+
+class Comparison:
+    """Runs batches through every arm and turns what was measured into rows.
+
+    The first pass measures full precision, round-to-nearest and the router; the second gives the controls the very bits
+    that the router used.
+
+    Args:
+        full: The source model; its decoder linears are wrapped, for round-to-nearest.
+        elastic: The elastic model.
+        layout: Where the decoder blocks are.
+        eval_bits: Budgets.
+        random_seeds: Seeds of the allocations with random tokens.
+        scope: Which threshold table the router uses.
+        device: Where both models run.
+        seed: That the run was calibrated with.
+        rounded_rows: Rows of round-to-nearest if another run has measured them on this model and text.
+        gains: (inputs, S - 1) what slices gain, nats per token; without them there are no best layers.
+    """
+
+    def __init__(
+        self,
+        full: nn.Module,
+        elastic: Any,
+        layout: BlockLayout,
+        eval_bits: Sequence[float],
+        random_seeds: Sequence[int],
+        scope: Scope,
+        device: torch.device,
+        seed: int | None = None,
+        rounded_rows: Sequence[dict[str, Any]] | None = None,
+        gains: Tensor | None = None,
+    ) -> None:
+        self.full, self.elastic, self.device, self.scope = full.to(device), elastic.to(device), device, scope
+        self.inputs = routed_inputs(elastic)
+        self.names = [n.removesuffix(".input") for n, m in elastic.named_modules() if isinstance(m, RoutedInput)]
+        self.sizes = [routed.n_weights for routed in self.inputs]
+        self.slice_bits = self.inputs[0].slice_bits
+        linears = [m for m in elastic.modules() if isinstance(m, ElasticLinear)]
+        self.rounded, self.rounded_overhead = wrap_for_rounding(full, layout, linears[0].group_size)
+        self.full_bits = 8 * next(full.parameters()).element_size()
+        self.overhead_bits, self.router_bits = stored_bits(elastic)
+        self.first = [Arm("full", self.full_bits)]
+        self.rounded_rows, self.rounded_key = rounded_rows, dict[str, Any]()
+        self.first += [Arm("rtn", bits) for bits in RTN_BITS] if rounded_rows is None else []
+        self.first += [Arm("router", bits, seed) for bits in eval_bits]
+        self.second: list[Arm] = []
+        self.random_seeds, self.seed, self.gains = random_seeds, seed or 0, gains
+        for arm in self.first:
+            self._prepare(arm)
+
+    def start_second_pass(self) -> None:
+        """Sets up the controls, each given the bits that the router used."""
+        for arm in [a for a in self.first if a.allocation == "router"]:
+            assert arm.used is not None
+            spent = arm.used.per_input_everywhere()
+            for control in CONTROLS:
+                if control == "layers" and self.gains is None:
+                    continue
+                seeds = [self.seed] if control in ("static", "layers") else self.random_seeds
+                for seed in seeds:
+                    found = control_thresholds(control, self.sizes, self.slice_bits, spent, seed, self.gains)
+                    self.second.append(Arm(control, arm.target_bits, seed, found))
+        for arm in self.second:
+            self._prepare(arm)
+
+    @torch.no_grad()
+    def step(self, batch: dict[str, Tensor], number: int, batch_idx: int) -> None:
+        """Measures one batch.
+
+        Args:
+            batch: ``input_ids`` (B, T) and ``labels`` (B, T), `IGNORED` where padded.
+            number: 0 for the first pass, 1 for the second.
+            batch_idx: Number of the batch; with the seed it decides what is random.
+        """
+        ids, labels = batch["input_ids"].to(self.device), batch["labels"].to(self.device)
+        scored, wanted = labels[:, 1:] != IGNORED, labels[:, 1:]
+        with full_precision(self.rounded):
+            reference = log_probabilities(self.full(input_ids=ids, use_cache=False).logits[:, :-1][scored])
+        reference_probs, wanted = reference.exp(), wanted[scored]
+        for arm in self.first if number == 0 else self.second:
+            log_probs = reference
+            if arm.allocation != "full":
+                logits, bits = self._run(arm, ids, batch_idx)
+                if arm.used is not None:
+                    arm.used.update(bits, labels != IGNORED)
+                if arm.routing is not None:
+                    arm.routing.update(bits, ids, labels != IGNORED)
+                log_probs = log_probabilities(logits[:, :-1][scored])
+            arm.perplexity.update(log_probs, wanted)
+            arm.kl.update(log_probs, reference, reference_probs)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One dict per arm: allocation, target_bits, used_bits, all_in_bits, perplexity, kl, seed."""
+        first = [self._row(arm) for arm in self.first]
+        return [first[0], *(self.rounded_rows or []), *first[1:], *map(self._row, self.second)]
+
+    def bits_per_input(self) -> dict[float, list[float]]:
+        """For each budget, the mean bits that the router read of each input's weights, in the order of the model."""
+        arms = [arm for arm in self.first if arm.allocation == "router"]
+        return {arm.target_bits: arm.used.per_input_everywhere() for arm in arms if arm.used is not None}
+
+    def routing_uses(self) -> list[tuple[float, dict[str, Tensor]]]:
+        """For each budget, what the routers did with the text, see `RoutingUse.compute`."""
+        return [(arm.target_bits, arm.routing.compute()) for arm in self.first if arm.routing is not None]
+
+    def _prepare(self, arm: Arm) -> None:
+        for metric in (arm.perplexity, arm.kl):
+            metric.to(self.device)
+        if arm.allocation == "router" or arm.thresholds is not None:
+            arm.used = UsedBits(self.sizes).to(self.device)
+        if arm.allocation == "router":
+            vocabulary = self.full.get_input_embeddings().num_embeddings  # type: ignore[operator]
+            arm.routing = RoutingUse(self.sizes, self.inputs[0].depths, vocabulary).to(self.device)
+
+    def _run(self, arm: Arm, ids: Tensor, batch_idx: int) -> tuple[Tensor, list[Tensor]]:
+        """Logits (B, T, V), and for each input the bits (B, T) of its tokens."""
+        if arm.allocation == "rtn":
+            with fixed_depth(self.rounded, int(arm.target_bits)):
+                return self.full(input_ids=ids, use_cache=False).logits, []
+        if arm.allocation == "router":
+            self.elastic.set_bits(arm.target_bits, self.scope)
+        with self._controls(arm, batch_idx), record_gates(self.inputs) as records:
+            logits = self.elastic(input_ids=ids, use_cache=False).logits
+        return logits, [record[0] for record in records]
+
+    @contextmanager
+    def _controls(self, arm: Arm, batch_idx: int) -> Iterator[None]:
+        """Within it, the inputs are allocated by the arm's control instead of their own router."""
+        if arm.thresholds is None:
+            yield
+            return
+        assert arm.seed is not None
+        for position, (routed, threshold) in enumerate(zip(self.inputs, arm.thresholds, strict=True)):
+            control = control_router(arm.allocation, routed, arm.seed, threshold)  # type: ignore[arg-type]
+            control.place(position, len(self.inputs))
+            control.reseed(batch_idx)
+            routed.control = control.to(self.device)
+        try:
+            yield
+        finally:
+            for routed in self.inputs:
+                routed.control = None
+
+    def _row(self, arm: Arm) -> dict[str, Any]:
+        used = float(arm.target_bits) if arm.used is None else float(arm.used.compute())
+        extra = {"full": 0.0, "rtn": self.rounded_overhead}.get(arm.allocation, self.overhead_bits)
+        extra += self.router_bits if arm.allocation == "router" else 0.0
+        return {
+            "allocation": arm.allocation,
+            "target_bits": float(arm.target_bits),
+            "used_bits": used,
+            "all_in_bits": used + extra,
+            "perplexity": float(arm.perplexity.compute()),
+            "kl": float(arm.kl.compute()),
+            "seed": arm.seed,
+        }
+
+
+def wrap_for_rounding(
+    model: nn.Module, layout: BlockLayout, group_size: int, bits: tuple[int, ...] = (2, 1, 1, 2, 2)
+) -> tuple[list[RoutedInput], float]:
+    """Lets the decoder linears of a model be read as uncalibrated nested codes.
+
+    Args:
+        model: Whose linears are replaced.
+        layout: Where its blocks are.
+        group_size: Columns per range.
+        bits: Of the slices; they decide which depths can be read, not the codes.
+
+    Returns:
+        The inputs to set the depth of, or to set to full precision; bits per weight spent on scales and biases.
+    """
+    spent = n_weights = 0.0
+    routed = RoutedInput(StaticRouter(1, len(bits)), bits, 0)
+    for block in layout.find(model):
+        names = [n for n, m in block.named_modules() if isinstance(m, (nn.Linear, SlicedLinear))]
+        for name in names:
+            linear: Any = block.get_submodule(name)
+            columns = min(group_size, linear.in_features)  # other codes' groups may be whole rows
+            scheme = ResidualSlices(linear.out_features, linear.in_features, bits, columns).to(linear.weight.device)
+            spent += 32 * linear.out_features * n_groups(linear.in_features, columns)
+            n_weights += linear.weight.numel()
+            parent, _, last = name.rpartition(".")
+            setattr(block.get_submodule(parent), last, SlicedLinear(linear, scheme, routed))
+    return [routed], spent / n_weights

@@ -1,0 +1,136 @@
+"""What there is for a router to gain: how what a slice saves differs from token to token, and who could know.
+
+Layer gains say what a slice of an input is worth on average. A router is worth its bits only as far as that differs between
+tokens, and as far as it can be told from the token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mobiq_lightning.nn import CalibratedBlock, RoutedInput, fixed_depth
+from mobiq_lightning.strategies.routers.features import root_mean_square
+from mobiq_lightning.strategies.thresholds import prefix_scores
+
+
+@dataclass
+class TokenView:
+    """What a router could know of the tokens of one input, I.
+
+    Args:
+        log_norm: (T,) logarithm of their RMS.
+        scores: (T, S - 1) of its router, under the prefix rule.
+    """
+
+    log_norm: Tensor
+    scores: Tensor
+
+
+@torch.no_grad()
+def token_views(
+    model: Any, blocks: Sequence[CalibratedBlock], input_ids: Tensor, reference_bits: int, batch_size: int
+) -> list[TokenView]:
+    """What each input's router sees of the tokens of windows (N, T), all weights being read at one depth.
+
+    Returns:
+        One for each input, in order; tokens are those of the windows, one after the other.
+    """
+    readers = [(routed, linears[0]) for block in blocks for routed, linears in block.readers]
+    seen: list[list[TokenView]] = [[] for _ in readers]
+
+    def look(row: int, routed: RoutedInput) -> Any:
+        def hook(_: Any, args: tuple[Tensor, ...]) -> None:
+            x = args[0]
+            scores = prefix_scores(routed.router.scores(x)).flatten(0, -2)
+            seen[row].append(TokenView(root_mean_square(x.float()).log().flatten().cpu(), scores.float().cpu()))
+
+        return hook
+
+    hooks = [linear.register_forward_pre_hook(look(row, routed)) for row, (routed, linear) in enumerate(readers)]
+    try:
+        with fixed_depth([routed for routed, _ in readers], reference_bits):
+            for ids in input_ids.split(batch_size):
+                model(input_ids=ids, use_cache=False)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return [TokenView(torch.cat([v.log_norm for v in views]), torch.cat([v.scores for v in views])) for views in seen]
+
+
+def token_rows(gains: Tensor, views: Sequence[TokenView], seq_len: int) -> list[dict[str, float]]:
+    """How the gains of each input and slice spread over tokens.
+
+    Args:
+        gains: (I, S - 1, T) nats, of tokens that are windows of `seq_len` one after the other.
+        views: Of each input.
+        seq_len: Tokens per window.
+
+    Returns:
+        For each input and slice after the first: ``token_std`` over tokens, ``first_token`` the mean of the first tokens of
+        windows, ``norm_rank`` and ``router_rank`` the rank correlations (Spearman) of the gain with the norm of the token
+        and with the score of the router; 0 where all are alike.
+    """
+    first = torch.arange(gains.shape[-1]) % seq_len == 0
+    return [
+        {
+            "token_std": float(saved.std()),
+            "first_token": float(saved[first].mean()),
+            "norm_rank": rank_correlation(saved, view.log_norm),
+            "router_rank": rank_correlation(saved, view.scores[:, number]),
+        }
+        for of_input, view in zip(gains.double(), views, strict=True)
+        for number, saved in enumerate(of_input)
+    ]
+
+
+def token_summary(gains: Tensor, rows: Sequence[dict[str, float]], sizes: Sequence[float]) -> dict[str, float]:
+    """Where the variance of what a bit saves lies.
+
+    Args:
+        gains: (I, S - 1, T) nats.
+        rows: Of `token_rows`.
+        sizes: Bits times weights of each input and slice, in the order of the rows.
+
+    Returns:
+        ``between_layers`` and ``between_tokens``: standard deviations of the gain per bit, relative to its mean, over inputs
+        and slices and, within these, over tokens. ``shared``: share of the variance between tokens that all inputs and
+        slices have in common. ``first_token``: gain of the first token relative to the mean. ``norm_rank``,
+        ``router_rank``: mean rank correlations, weighted by the variance between tokens.
+    """
+    flat, weights = gains.double().flatten(0, 1), torch.tensor(list(sizes), dtype=torch.float64)
+    per_bit, share = flat / weights[:, None], weights / weights.sum()
+    means, spreads = per_bit.mean(1), per_bit.var(1)
+    overall = float((share * means).sum())
+    within = float((share * spreads).sum())
+    importance = share * spreads / max(within, 1e-300)
+    relative = 1 / abs(overall) if overall else 0.0
+    first = torch.tensor([row["first_token"] for row in rows], dtype=torch.float64)
+    found = {
+        "between_layers": float((share * (means - overall).square()).sum().sqrt()) * relative,
+        "between_tokens": within**0.5 * relative,
+        "shared": float((share[:, None] * per_bit).sum(0).var()) / within if within else 0.0,
+        "first_token": float((share * first / weights).sum()) / overall if overall else 0.0,
+    }
+    for key in ("norm_rank", "router_rank"):
+        found[key] = float((importance * torch.tensor([row[key] for row in rows], dtype=torch.float64)).sum())
+    return found
+
+
+def rank_correlation(one: Tensor, other: Tensor) -> float:
+    """Spearman's correlation of two (T,), in [-1, 1]; 0 if one of them is constant."""
+    ranks = [_ranks(values.double()) for values in (one, other)]
+    ranks = [rank - rank.mean() for rank in ranks]
+    product = float(ranks[0].norm() * ranks[1].norm())
+    return float(ranks[0] @ ranks[1]) / product if product else 0.0
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """Ranks (T,) as floats; values that are equal share the mean of theirs."""
+    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
+    middles: Tensor = counts.cumsum(0).double() - (counts.double() - 1) / 2
+    return middles[inverse]

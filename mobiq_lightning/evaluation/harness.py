@@ -1,0 +1,213 @@
+"""Tasks of lm-evaluation-harness on one loaded model, its dial turned between them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from mobiq_lightning.checkpoint import add_results, load, resolve
+from mobiq_lightning.console import say
+from mobiq_lightning.environment import environment
+from mobiq_lightning.errors import DataError, RecipeError, nearest
+from mobiq_lightning.files import write_json
+from mobiq_lightning.runs import ELASTIC, RESULTS
+
+
+def evaluate_checkpoint(
+    run: str,
+    tasks: Sequence[str],
+    budgets: Sequence[float],
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    batch_size: int = 8,
+    include_path: Path | None = None,
+    source: str | None = None,
+    max_bits: int | None = None,
+) -> list[dict[str, Any]]:
+    """Runs tasks at several budgets and appends what they give to results.json of the checkpoint and of its run.
+
+    Args:
+        run: Run folder or elastic checkpoint.
+        tasks: Names of tasks, or paths of task YAML files.
+        budgets: Bits per weight.
+        limit: Examples per task at most.
+        num_fewshot: Examples in the prompt; by default what the task says.
+        batch_size: Requests that go through the model at once.
+        include_path: Folder with further task YAML files.
+        source: Full-precision model to evaluate beside.
+        max_bits: Load only the planes up to this depth.
+
+    Returns:
+        One dict per task, metric and budget: task, metric, bits (or "full"), used_bits, value, stderr, n_examples.
+
+    Raises:
+        RecipeError: If the harness is not installed, or a task is not known.
+        BitsError: If a budget is out of range.
+    """
+    folder = resolve(run)
+    names, manager = _known_tasks(tasks, include_path)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load(folder, max_bits=max_bits, device=device)
+    for bits in budgets:  # before hours are spent on the first
+        model.set_bits(bits)
+    runner = _Runner(names, manager, limit, num_fewshot, batch_size, folder)
+    entries: list[dict[str, Any]] = []
+    for bits in budgets:
+        say(f"{', '.join(names)} at {bits:g} bits")
+        with model.bits(bits):
+            found = runner.run(model)
+        used = model.bits_used()
+        measured = {"used_bits": used.code_bits, "all_in_bits": used.all_in_bits}
+        found = [{**entry, "bits": bits, **measured} for entry in found]
+        _append(folder, found)  # at once: nothing finished is lost
+        entries += found
+    if source is not None:
+        from mobiq_lightning.sources import load_source
+
+        say(f"{', '.join(names)} in full precision")
+        full = load_source(source).model.to(device)
+        found = [{**e, "bits": "full", "used_bits": None, "all_in_bits": None} for e in runner.run(full)]
+        _append(folder, found)
+        entries += found
+    return entries
+
+
+class _Runner:
+    """Runs the same tasks on a model."""
+
+    def __init__(
+        self,
+        names: list[str],
+        manager: Any,
+        limit: int | None,
+        num_fewshot: int | None,
+        batch_size: int,
+        folder: Path,
+    ) -> None:
+        from transformers import AutoTokenizer
+
+        self.names, self.manager, self.limit = names, manager, limit
+        self.num_fewshot, self.batch_size = num_fewshot, batch_size
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    def run(self, model: Any) -> list[dict[str, Any]]:
+        """One dict per task and metric."""
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+
+        with _global_seeds_kept():
+            wrapped = HFLM(pretrained=model, tokenizer=self.tokenizer, batch_size=self.batch_size)
+            try:
+                results = simple_evaluate(
+                    model=wrapped,
+                    tasks=self.names,
+                    num_fewshot=self.num_fewshot,
+                    limit=self.limit,
+                    task_manager=self.manager,
+                    log_samples=False,
+                )
+            except (OSError, ValueError, ConnectionError) as error:
+                raise DataError(
+                    f"evaluate: {', '.join(self.names)} cannot be run ({type(error).__name__}: {str(error)[:300]}). "
+                    "Tasks of the harness load their data from the Hugging Face hub; offline give a task YAML whose "
+                    "dataset_path is json and whose data_files is a local file"
+                ) from error
+        assert results is not None
+        return list(self._entries(results))
+
+    def _entries(self, results: Any) -> Iterator[dict[str, Any]]:
+        for task, metrics in results["results"].items():
+            for key, value in metrics.items():
+                metric, _, _ = key.partition(",")
+                if not isinstance(value, float) or metric.endswith("_stderr"):
+                    continue
+                error = metrics.get(key.replace(metric, f"{metric}_stderr", 1))
+                yield {
+                    "task": task,
+                    "metric": metric,
+                    "value": value,
+                    "stderr": error if isinstance(error, float) else None,
+                    "n_examples": results["n-samples"][task]["effective"] if task in results["n-samples"] else None,
+                    "num_fewshot": results["n-shot"].get(task),
+                    "limit": self.limit,
+                    "lm_eval": version("lm_eval"),
+                    "environment": environment(),
+                }
+
+
+def _known_tasks(tasks: Sequence[str], include_path: Path | None) -> tuple[list[str], Any]:
+    """Names of the tasks and the harness's index that knows them.
+
+    Raises:
+        RecipeError: If the harness is not installed, or does not know a task.
+    """
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise RecipeError(
+            'evaluate needs lm-evaluation-harness: pip install "mobiq-lightning[evaluate]" (or lm-eval[hf])'
+        ) from error
+    for name in ("lm_eval", "lm-eval", "evaluate"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    names: list[str] = []
+    folders = [include_path] if include_path else []
+    for task in tasks:
+        path = Path(task)
+        if path.suffix in (".yaml", ".yml"):
+            if not path.is_file():
+                raise RecipeError(f"evaluate: there is no task file {path}")
+            text = path.read_text(encoding="utf-8")
+            names.append(str(yaml.load(text, _TaskLoader)["task"]))
+            folders.append(path.parent)
+        else:
+            names.append(task)
+    # Reading the thousands of tasks that the harness ships takes 15 seconds; not if all that is asked for is here.
+    manager = TaskManager(include_path=folders, include_defaults=False) if folders else None
+    if manager is None or any(name not in manager.all_tasks for name in names):
+        manager = TaskManager(include_path=folders or None)
+    unknown = [name for name in names if name not in manager.all_tasks]
+    if unknown:
+        raise RecipeError(f"evaluate: no task {unknown[0]!r}. {nearest(unknown[0], manager.all_tasks)}")
+    return names, manager
+
+
+class _TaskLoader(yaml.SafeLoader):
+    """Reads task files; the harness's own tags, such as ``!function``, are left alone."""
+
+
+_TaskLoader.add_multi_constructor("!", lambda loader, suffix, node: None)
+
+
+def _append(folder: Path, entries: list[dict[str, Any]]) -> None:
+    """Appends to results.json of the checkpoint, and of the run that it lies in."""
+    path = folder / RESULTS
+    results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    results["lm_eval"] = [*results.get("lm_eval", []), *entries]
+    add_results(folder, results)
+    of_run = folder.parent / RESULTS
+    if folder.name == ELASTIC and of_run.is_file():  # not whatever lies beside an exported copy
+        stored = json.loads(of_run.read_text(encoding="utf-8"))
+        write_json(of_run, {**stored, "lm_eval": [*stored.get("lm_eval", []), *entries]})
+
+
+@contextmanager
+def _global_seeds_kept() -> Iterator[None]:
+    """Within it, what seeds the global generators does so for itself alone: the harness seeds them all."""
+    import numpy as np
+
+    before, numpy_before = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(before)
+            np.random.set_state(numpy_before)

@@ -1,0 +1,147 @@
+"""What each slice of each input gains the whole model, measured on calibration windows; and the file that keeps it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mobiq_lightning.nn import RoutedInput, SlicedLinear, fixed_depth, full_precision
+from mobiq_lightning.strategies.base import GainMethod
+from mobiq_lightning.strategies.objectives.logit_distillation import divergences_of_tokens
+
+Readers = Sequence[tuple[RoutedInput, Sequence[SlicedLinear]]]
+"""The inputs of a block, each with the linears that read it."""
+
+
+@torch.no_grad()
+def token_gains(
+    model: Any, inputs: Sequence[RoutedInput], input_ids: Tensor, reference_bits: int, batch_size: int = 4
+) -> Tensor:
+    """What each slice takes from the KL divergence to full precision at each token, while all other inputs read one depth.
+
+    One forward pass for each input and each depth but the reference, and two for all of them together. Gains of inputs are
+    measured alone: that they add up is an approximation.
+
+    Args:
+        model: The model with sliced linears, on one device.
+        inputs: Its routed inputs, I.
+        input_ids: (N, T) windows on that device.
+        reference_bits: The depth, in bits, that all other inputs read.
+        batch_size: Windows per forward pass.
+
+    Returns:
+        (I, S - 1, N * T) float32, nats, on the host: KL with k slices less KL with k + 1. Negative where a slice does harm.
+        The mean over tokens is what a slice gains the whole model.
+    """
+    depths, batches = inputs[0].depths, []
+    for ids in input_ids.split(batch_size):
+        divergences = torch.zeros(len(inputs), len(depths), ids.numel())
+        with full_precision(inputs):
+            reference = F.log_softmax(_logits(model, ids).float(), dim=-1)
+        with fixed_depth(inputs, reference_bits):
+            at_reference = divergences_of_tokens(_logits(model, ids), reference)
+            for row, routed in enumerate(inputs):
+                for column, bits in enumerate(depths):
+                    found = at_reference
+                    if bits != reference_bits:
+                        with fixed_depth([routed], bits):
+                            found = divergences_of_tokens(_logits(model, ids), reference)
+                    divergences[row, column] = found.flatten()
+        batches.append(divergences[:, :-1] - divergences[:, 1:])
+    return torch.cat(batches, dim=-1)
+
+
+def gradient_gains(model: Any, blocks: Sequence[Readers], input_ids: Tensor) -> Tensor:
+    """What each slice takes from the KL divergence to full precision, to second order, weights taken one by one.
+
+    ``KL = 1/2 sum_w F_w (W_k - W)_w^2`` with F the mean over tokens of the squared gradient of the negative log-likelihood at
+    full precision (an empirical Fisher diagonal; the gradients of the tokens of one window are summed before they are
+    squared). Biases that a transform changes are left out.
+
+    Args:
+        model: The model with sliced linears, on one device.
+        blocks: Of each block, the inputs with their linears, I in all. One block at a time has gradients.
+        input_ids: (N, T) windows on that device, one forward and one backward pass for each window and block.
+
+    Returns:
+        (I, S - 1) float64, nats per token.
+    """
+    inputs = [routed for block in blocks for routed, _ in block]
+    n_tokens = input_ids.shape[0] * (input_ids.shape[1] - 1)
+    gains = []
+    for block in blocks:
+        weights = [linear.weight for _, linears in block for linear in linears]
+        squares = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
+        for weight in weights:
+            weight.requires_grad_(True)
+        try:
+            for ids in input_ids.split(1):
+                with torch.enable_grad(), full_precision(inputs):
+                    logits = _logits(model, ids)[:, :-1].float()
+                    loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+                    for square, gradient in zip(squares, torch.autograd.grad(loss, weights), strict=True):
+                        square += gradient.float().square()
+        finally:
+            for weight in weights:
+                weight.requires_grad_(False)
+        left = iter(squares)
+        gains += [sum(_second_order(linear, next(left) / n_tokens) for linear in linears) for _, linears in block]
+    return torch.stack([torch.as_tensor(gain) for gain in gains])
+
+
+@torch.no_grad()
+def _second_order(linear: SlicedLinear, fisher: Tensor) -> Tensor:
+    """(S - 1,) gains of the slices of one linear, float64 on the host."""
+    weight = linear.weight.float()
+    errors = torch.stack(
+        [(fisher * (prefix - weight).square()).double().sum() for prefix in linear.prefixes_on_input()]
+    )
+    return (errors[:-1] - errors[1:]).cpu() / 2
+
+
+def _logits(model: Any, ids: Tensor) -> Tensor:
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits
+
+
+def rows_of(
+    gains: Mapping[GainMethod, Tensor], names: Sequence[str], sizes: Sequence[int], slice_bits: Sequence[int]
+) -> list[dict[str, Any]]:
+    """One row for each input and slice after the first: input, weights, slice (from 2), bits, and a gain by each method."""
+    return [
+        {
+            "input": name,
+            "weights": size,
+            "slice": number,
+            "bits": bits,
+            **{method: float(values[row, number - 2]) for method, values in gains.items()},
+        }
+        for row, (name, size) in enumerate(zip(names, sizes, strict=True))
+        for number, bits in enumerate(slice_bits[1:], 2)
+    ]
+
+
+def read_probes(path: Path, names: Sequence[str], slice_bits: Sequence[int]) -> Tensor | None:
+    """Probed gains (I, S - 1) of a run, nats per token, from its layer_gains.json.
+
+    Args:
+        path: The file.
+        names: Of the inputs, in order.
+        slice_bits: Bits of the S slices.
+
+    Returns:
+        None if there is no such file, or it holds no probes of these inputs and slices.
+    """
+    if not path.is_file():
+        return None
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    expected = [(name, number, bits) for name in names for number, bits in enumerate(slice_bits[1:], 2)]
+    if [(row["input"], row["slice"], row["bits"]) for row in rows] != expected or any("probes" not in r for r in rows):
+        return None
+    return torch.tensor([row["probes"] for row in rows], dtype=torch.float64).reshape(len(names), len(slice_bits) - 1)

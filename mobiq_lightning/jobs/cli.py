@@ -1,0 +1,303 @@
+"""``fit`` and ``validate``: LightningCLI with our defaults, run folders, resume and retries."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+from mobiq_lightning.calibration import ElasticCalibration, SafeCheckpointIO
+from mobiq_lightning.callbacks import (
+    BlockExport,
+    CalibrationProgress,
+    Guards,
+    LatencyCheck,
+    LayerGains,
+    LayerwiseCalibration,
+    OutlierMigration,
+    Results,
+    RoutingDiagnostics,
+    ThresholdTuning,
+)
+from mobiq_lightning.callbacks.block_export import finish_checkpoint
+from mobiq_lightning.callbacks.visit_checkpoint import VisitCheckpoint
+from mobiq_lightning.console import say
+from mobiq_lightning.errors import MobiqError, NonFiniteError, RecipeError, RunFolderError
+from mobiq_lightning.evaluation import print_table
+from mobiq_lightning.latency import print_budgets
+from mobiq_lightning.loggers import JsonlLogger, WandbLogger
+from mobiq_lightning.runs import CHECKPOINTS, ELASTIC, RESULTS, RunFolder
+from mobiq_lightning.sources import TextWindows
+
+MAX_RETRIES = 2
+RETRY_FACTOR = 0.2
+"""What a block's learning rates are multiplied with each time it is started anew."""
+
+_TRAINER_DEFAULTS: dict[str, Any] = {
+    "default_root_dir": "runs/elastic",
+    "devices": 1,
+    "max_epochs": 1,  # LayerwiseCalibration sets it to blocks times epochs per block
+    "log_every_n_steps": 10,
+    "num_sanity_val_steps": 0,
+    "enable_model_summary": False,
+    "use_distributed_sampler": False,  # the data module shares windows out among ranks itself
+}
+
+
+class RecipeParser(LightningArgumentParser):
+    """Says what is wrong in a few lines instead of a page of usage, and takes no abbreviated keys."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(*args, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Turns whatever the parser finds into a `RecipeError`."""
+        if "are required" in message:
+            message += ". Give a recipe, as in --config recipes/tiny.yaml"
+        raise RecipeError(message) from ex
+
+
+class ElasticCLI(LightningCLI):
+    """Parses a command line and runs ``fit`` or ``validate``.
+
+    Args:
+        arguments: The command and what follows it.
+    """
+
+    datamodule: TextWindows
+    model: ElasticCalibration
+    trainer: Trainer
+    own_keys: tuple[str, ...] = ("overwrite", "config")
+    """Keys of the command line that are no part of the recipe."""
+
+    def __init__(self, arguments: list[str]) -> None:
+        _quiet_libraries()
+        self.run_folder = RunFolder(".")
+        self.resumes = False
+        self.recipe: dict[str, Any] = {}
+        # LightningCLI reads sys.argv, and DDP starts the other processes with it.
+        argv, sys.argv = sys.argv, [sys.argv[0], *_with_whole_stages(arguments)]
+        try:
+            super().__init__(
+                ElasticCalibration,
+                TextWindows,
+                seed_everything_default=0,
+                trainer_defaults=_TRAINER_DEFAULTS,
+                save_config_callback=None,
+                auto_configure_optimizers=False,
+                parser_class=RecipeParser,
+                run=True,
+            )
+        finally:
+            sys.argv = argv
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Both commands take the recipe's keys alone: one recipe fits both, and a run resumes by itself."""
+        skipped = {"model", "datamodule", "ckpt_path", "weights_only"}
+        return {
+            "fit": skipped | {"train_dataloaders", "val_dataloaders"},
+            "validate": skipped | {"dataloaders", "verbose"},
+        }
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the one key that is no part of a recipe."""
+        parser.add_argument("--overwrite", action="store_true", help="Remove the run that the run folder holds.")
+
+    def before_instantiate_classes(self) -> None:
+        """Claims the run folder before anything is built."""
+        self.expand_run_folder()
+        self._dump_config()
+        recipe = {k: v for k, v in self.config_dump.items() if k not in self.own_keys}
+        self.recipe = json.loads(json.dumps(recipe))
+        self.run_folder = RunFolder(self.recipe["trainer"]["default_root_dir"])
+        if self.subcommand == "fit":
+            self.resumes = self.run_folder.claim(self.recipe, bool(self._get(self.config, "overwrite")))
+        elif not (self.run_folder.path / ELASTIC / "config.json").is_file():
+            raise RunFolderError(
+                f"{self.run_folder.path} holds no finished run (no {ELASTIC}/config.json). Run `fit` with this recipe "
+                "first, or give the run's folder as --trainer.default_root_dir"
+            )
+
+    def expand_run_folder(self) -> None:
+        """Puts environment variables into the run folder's name: in a sweep, $WANDB_RUN_ID tells runs apart.
+
+        Raises:
+            RecipeError: If one of them is not set.
+        """
+        trainer = self._get(self.config, "trainer")
+        folder = os.path.expandvars(str(trainer.default_root_dir))
+        if "$" in folder:
+            raise RecipeError(f"trainer.default_root_dir: {folder} names an environment variable that is not set")
+        trainer.default_root_dir = folder
+
+    def instantiate_classes(self) -> None:
+        """Builds model, data and trainer."""
+        try:
+            super().instantiate_classes()
+        except (ValueError, TypeError) as error:  # raised by the constructor of a plug-in
+            raise RecipeError(str(error)) from error
+        self.model.lr_scales = {block: RETRY_FACTOR**n for block, n in self.run_folder.retries().items()}
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Adds the callbacks, loggers and checkpoint writer that every run has."""
+        config = self._get(self.config_init, "trainer")
+        given: list[Callback] = list(config.get("callbacks") or [])
+        own: list[Callback] = [
+            LayerwiseCalibration(),
+            Guards(),
+            LayerGains(),
+            ThresholdTuning(),
+            BlockExport(),
+            CalibrationProgress(),
+        ]
+        # A run with results counts as finished, so they are written when all else is.
+        own += [RoutingDiagnostics(), Results(), LatencyCheck(), *self._checkpoints()]
+        callbacks = given + [c for c in own if not any(type(c) is type(g) for g in given) or _is_checkpoint(c)]
+        # Those that the recipe gives come first, but none before the current block is in place and its routers have seen its
+        # weights, guards have looked at it and gains are measured; the last ones add to what Results writes and log after it,
+        # in this order.
+        first, last = (LayerwiseCalibration, Guards, LayerGains), (OutlierMigration, LatencyCheck)
+        config["callbacks"] = sorted(
+            callbacks,
+            key=lambda c: [
+                *(isinstance(c, kind) for kind in reversed(last)),
+                *(not isinstance(c, kind) for kind in first),
+            ],
+        )
+        config["logger"] = self._loggers(config.get("logger"))
+        plugins = config.get("plugins") or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        config["plugins"] = [*plugins, SafeCheckpointIO()]
+        return super().instantiate_trainer(**kwargs)
+
+    def _checkpoints(self) -> list[ModelCheckpoint]:
+        """The last two epochs, and the last finished block, from which a block that fails is started anew."""
+        folder = self.run_folder.path / CHECKPOINTS
+        common: dict[str, Any] = {
+            "dirpath": folder,
+            "monitor": "step",
+            "mode": "max",
+            "auto_insert_metric_name": False,
+            "save_on_train_epoch_end": True,
+        }
+        last = ModelCheckpoint(filename="epoch-{epoch:06d}", save_top_k=2, **common)
+        return [last, VisitCheckpoint(filename="block-epoch-{epoch:06d}", **common)]
+
+    def _loggers(self, given: Any) -> list[Logger]:
+        """CSV first, then the journal, then what the recipe asks for."""
+        folder = self.run_folder.path
+        more = [] if given in (None, True, False) else (given if isinstance(given, list) else [given])
+        for logger in more:
+            if isinstance(logger, WandbLogger):
+                logger.use_folder(folder)
+                logger.log_recipe(self.config_dump)
+        return [CSVLogger(folder, name="csv"), JsonlLogger(folder), *more]
+
+    def fit(self, model: LightningModule, datamodule: LightningDataModule) -> None:
+        """Calibrates, or goes on calibrating; then exports and compares."""
+        if self.resumes and self.run_folder.finished:
+            say(
+                f"{self.run_folder.path} holds this run, finished; --overwrite starts it again, `validate` compares it again."
+            )
+            results = json.loads((self.run_folder.path / RESULTS).read_text(encoding="utf-8"))
+            print_table(results)
+            if "latency" in results:
+                print_budgets(results["latency"])
+            return
+        while True:
+            try:
+                self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self._newest_checkpoint())
+                break
+            except NonFiniteError as error:
+                self._prepare_retry(error)
+        self._export()
+        self.trainer.strategy.barrier()  # the other ranks load what the first one has written
+        self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+
+    def validate(self, model: LightningModule, datamodule: LightningDataModule) -> None:
+        """Compares the run's checkpoint again and replaces its results."""
+        self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+
+    def _newest_checkpoint(self) -> Path | None:
+        checkpoint, damaged = self.run_folder.newest_checkpoint()
+        for path in damaged:
+            say(f"{path.name} is damaged or was not finished; it is not used.")
+            path.unlink()
+            path.with_suffix(".sha256").unlink(missing_ok=True)
+        if checkpoint is not None:
+            say(f"Resuming from {checkpoint.name} in {self.run_folder.path}.")
+        return checkpoint
+
+    def _prepare_retry(self, error: NonFiniteError) -> None:
+        """Goes back to the start of the block that failed, with lower learning rates and in float32.
+
+        Raises:
+            MobiqError: If the block has failed before, too often.
+        """
+        if self.trainer.world_size > 1:
+            raise MobiqError(
+                f"{error}\nFinished blocks are kept: run the same command on one device to retry."
+            ) from error
+        retry = self.run_folder.note_retry(error.block)
+        place = "the whole model" if error.block is None else f"block {error.block + 1}"
+        if retry > MAX_RETRIES:
+            raise MobiqError(
+                f"{error}\nThis was try {retry} of {place}, at {RETRY_FACTOR ** (retry - 1):g} of the learning rates. "
+                "Finished blocks are kept. Lower model.slices_lr, model.weights_lr and model.router_lr, or look at the "
+                "weights there; then start again with --overwrite"
+            ) from error
+        place = place[0].upper() + place[1:]
+        precision = "" if error.block is None else ", in float32"
+        say(f"{error}\n{place} starts anew at {RETRY_FACTOR**retry:g} of the learning rates{precision}.")
+        self.run_folder.drop_checkpoints_after(self.model.segment.visit.start)
+        self.instantiate_classes()
+
+    @rank_zero_only
+    def _export(self) -> None:
+        folder = self.run_folder.path / ELASTIC
+        damaged = finish_checkpoint(self.model, yaml.safe_dump(self.config_dump, sort_keys=False))
+        for block in damaged:
+            say(f"The shard of block {block + 1} was damaged since it was written; it is written again.")
+        say(f"Elastic checkpoint written to {folder}.")
+
+
+def _with_whole_stages(arguments: list[str]) -> list[str]:
+    """Arguments under which stages replace those of the recipe; as many as it has would be merged with them, key by key."""
+    given = [a for a in arguments if a == "--model.stages" or a.startswith("--model.stages=")]
+    if not given:
+        return arguments
+    first = arguments.index(given[0])
+    return [*arguments[:first], "--model.stages=null", *arguments[first:]]
+
+
+def _is_checkpoint(callback: Callback) -> bool:
+    return isinstance(callback, ModelCheckpoint)
+
+
+def _quiet_libraries() -> None:
+    """Leaves out what Lightning says about hardware that is not there and about loaders that need no workers."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
+    warnings.filterwarnings("ignore", message=".*Total length of `list` across ranks is zero.*")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*The dirpath has changed.*")  # a run folder may be moved
+    warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
+    warnings.filterwarnings("ignore", message=".*`instantiate_classes` was deprecated.*")
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()

@@ -1,0 +1,28 @@
+"""How a job ends: its errors as lines on the terminal, and the exit code."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from mobiq_lightning.errors import MobiqError, RecipeError
+
+
+def exit_code(job: Callable[[], None]) -> int:
+    """Runs a job, and says in a line what went wrong.
+
+    Args:
+        job: What to run.
+
+    Returns:
+        0 done, 1 failed, 2 asked for something that does not exist, 130 interrupted.
+    """
+    try:
+        job()
+    except MobiqError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, RecipeError) else 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last finished epoch", file=sys.stderr)
+        return 130
+    return 0

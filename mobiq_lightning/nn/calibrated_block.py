@@ -1,0 +1,106 @@
+"""What is learned of one decoder block: schemes, routers and transforms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from mobiq_lightning.nn.routed_input import RoutedInput
+from mobiq_lightning.nn.sliced_linear import SlicedLinear
+from mobiq_lightning.strategies.base import Router, SliceScheme
+from mobiq_lightning.strategies.transform_base import InputTransform, Transform
+
+SliceFactory = Callable[[int, int], SliceScheme]
+
+
+RouterFactory = Callable[[int, int], Router]
+
+
+Learned = Literal["slices", "weights", "transforms", "routers"]
+
+
+class CalibratedBlock(nn.Module):
+    """What is learned of one decoder block: the schemes of its linears, the routers and transforms of its inputs.
+
+    Args:
+        block: The decoder block; its linears are replaced by `SlicedLinear`.
+        groups: Names of the linears of each input.
+        slices: Makes the scheme of a linear from (out_features, in_features).
+        router: Makes the router of an input from (in_features, n_slices).
+        transform: Makes the transforms of inputs; by default there are none.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        groups: Sequence[Sequence[str]],
+        slices: SliceFactory,
+        router: RouterFactory,
+        transform: Transform | None = None,
+    ) -> None:
+        super().__init__()
+        self.schemes = nn.ModuleDict()
+        self.inputs = nn.ModuleDict()
+        # Not registered, like the block itself: for each input, the linears that read it.
+        self.readers: list[tuple[RoutedInput, list[SlicedLinear]]] = []
+        for names in groups:
+            linears: list[Any] = [block.get_submodule(name) for name in names]
+            schemes = [slices(linear.out_features, linear.in_features) for linear in linears]
+            slice_bits = schemes[0].slice_bits
+            n_weights = sum(linear.weight.numel() for linear in linears)
+            in_features = linears[0].in_features
+            of_input = None if transform is None else transform.for_input(in_features)
+            routed = RoutedInput(
+                router(in_features, len(slice_bits)), slice_bits, n_weights, max_bits=None, transform=of_input
+            )
+            self.inputs[_key(names[0])] = routed
+            readers: list[SlicedLinear] = []
+            self.readers.append((routed, readers))
+            for name, linear, scheme in zip(names, linears, schemes, strict=True):
+                self.schemes[_key(name)] = scheme
+                parent, _, last = name.rpartition(".")
+                readers.append(SlicedLinear(linear, scheme, routed))
+                setattr(block.get_submodule(parent), last, readers[-1])
+
+    def routed_inputs(self) -> list[RoutedInput]:
+        """The inputs of this block, in the order of its modules."""
+        return [module for module in self.inputs.values() if isinstance(module, RoutedInput)]
+
+    @torch.no_grad()
+    def show_weights_to_routers(self) -> None:
+        """Lets routers that look at weights see them as the slices give them now; see `Router.observe_weights`."""
+        for routed, readers in self.readers:
+            if type(routed.router).observe_weights is not Router.observe_weights:
+                weights = [linear.weight.float() for linear in readers]
+                prefixes = [linear.prefixes_on_input() for linear in readers]
+                routed.router.observe_weights(
+                    torch.cat(weights), torch.cat(prefixes, dim=1), readers[0].scheme.slice_bits
+                )
+
+    def routers(self) -> list[Router]:
+        """Their routers."""
+        return [routed.router for routed in self.routed_inputs()]
+
+    def transforms(self) -> list[InputTransform]:
+        """Transforms of those that have one."""
+        return [routed.transform for routed in self.routed_inputs() if routed.transform is not None]
+
+    def sliced_linears(self) -> list[SlicedLinear]:
+        """The linears of this block, in the order of their inputs."""
+        return [linear for _, readers in self.readers for linear in readers]
+
+    def parameters_of(self, kind: Learned) -> list[nn.Parameter]:
+        """What is learned: by schemes, of ranges (`slices`) or codes (`weights`), by transforms or routers."""
+        codes = [p for linear in self.sliced_linears() for p in linear.scheme.weight_parameters()]
+        if kind == "weights":
+            return codes
+        modules = {"slices": self.schemes.values(), "transforms": self.transforms(), "routers": self.routers()}[kind]
+        known = {id(parameter) for parameter in codes}
+        return [p for module in modules for p in module.parameters() if id(p) not in known]
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "-")  # keys of a ModuleDict must not contain dots

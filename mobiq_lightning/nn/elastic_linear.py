@@ -1,0 +1,216 @@
+"""Linear layers that are read slice by slice, in two forms.
+
+`SlicedLinear` is the form that is calibrated: a frozen float weight and a slice scheme. `ElasticLinear` is the form that
+is saved and run: bit planes. Both ask the `RoutedInput` of the linears that share their input how deep each token reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mobiq_lightning.kernels import mixed_depth_product, sliced_linear
+from mobiq_lightning.nn.kept_weights import KeptWeights
+from mobiq_lightning.nn.routed_input import RoutedInput, held_slices, without_casts
+from mobiq_lightning.nn.sliced_linear import SlicedLinear
+from mobiq_lightning.packing import CODES, SCALE_DTYPE, PackedSlices, PackedWeight
+
+if TYPE_CHECKING:
+    from mobiq_lightning.nn.fused_products import FusedProducts
+
+
+class ElasticLinear(nn.Module):
+    """A linear stored as bit planes: the form that is saved and run.
+
+    Each plane is a tensor of its own, (O, ceil(I / 8)) uint8, so that loaders may shard them by rows.
+
+    Args:
+        in_features: I.
+        out_features: O.
+        slice_bits: Bits of each slice.
+        group_size: Columns per group.
+        bias: Whether the layer adds a bias.
+        max_bits: The depth up to which planes are held; by default all that `slice_bits` add up to.
+        dtype: Of the bias term.
+        code: How codes become weights, one of `CODES`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        slice_bits: tuple[int, ...],
+        group_size: int,
+        bias: bool,
+        max_bits: int | None = None,
+        dtype: torch.dtype | None = None,
+        code: str = PackedSlices.code,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.slice_bits, self.group_size = held_slices(slice_bits, max_bits), group_size
+        self.n_planes, self.code = sum(self.slice_bits), code
+        row = -(-in_features // 8)
+        for plane in range(self.n_planes):
+            self.register_buffer(f"plane_{plane}", torch.zeros(out_features, row, dtype=torch.uint8))
+        shapes = CODES[code].value_shapes(out_features, in_features, group_size, self.slice_bits)
+        for name, shape in shapes.items():
+            self.register_buffer(name, torch.zeros(shape, dtype=SCALE_DTYPE))
+        self._value_names = tuple(shapes)
+        self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype), requires_grad=False) if bias else None
+        self.kept: KeptWeights | None = None
+        self._unregistered: tuple[RoutedInput, ...] = ()
+
+    @property
+    def routed(self) -> RoutedInput:
+        """The input of this layer."""
+        return self._unregistered[0]
+
+    @property
+    def kernel(self) -> FusedProducts | None:
+        """What holds the weights in the kernels' order, if they are multiplied by kernels."""
+        return self._unregistered[0].kernel if self._unregistered else None
+
+    def attach(self, routed: RoutedInput) -> None:
+        """Sets the input of this layer."""
+        self._unregistered = (routed,)
+
+    @property
+    def packed(self) -> PackedWeight:
+        """The stored weight."""
+        if self.kernel is not None:
+            return self.kernel.packed(self)
+        return CODES[self.code].of(
+            tuple(self.get_buffer(f"plane_{p}") for p in range(self.n_planes)),
+            [self.get_buffer(name) for name in self._value_names],
+            self.in_features,
+            self.group_size,
+            self.slice_bits,
+        )
+
+    @property
+    def n_weights(self) -> int:
+        """Weights of the matrix, O x I."""
+        return self.out_features * self.in_features
+
+    @property
+    def overhead_bits(self) -> float:
+        """Bits per weight spent on the values of the code: scales and biases, or tables."""
+        return sum(self.get_buffer(name).numel() for name in self._value_names) * 16 / self.n_weights
+
+    def give_up_planes(self) -> None:
+        """Drops the planes, which `RoutedInput.kernel` holds in the kernels' order from now on."""
+        for plane in range(self.n_planes):
+            setattr(self, f"plane_{plane}", None)
+
+    def take_planes(self, planes: Sequence[Tensor]) -> None:
+        """Takes planes back, each (O, ceil(I / 8)) uint8."""
+        for number, plane in enumerate(planes):
+            setattr(self, f"plane_{number}", plane)
+
+    def weight_at(self, n_bits: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight read to a depth of `n_bits`, (O, I); unpacked once if it can be `kept`."""
+
+        def make() -> Tensor:
+            return self.packed.weight_at(n_bits).to(dtype)
+
+        return make() if self.kept is None else self.kept.get((id(self), n_bits, dtype), make)
+
+    def multiply(self, x: Tensor, bits: Tensor) -> Tensor:
+        """Tokens (T, I), each read to its own of `bits` (T,), times the weight, by the reference: (T, O)."""
+        weight_at = partial(self.weight_at, dtype=x.dtype)
+        if (
+            x.device.type == "cpu" and not torch.compiler.is_compiling()
+        ):  # as the reference does, but planes are not gathered
+            return mixed_depth_product(x, bits, weight_at, self.out_features)
+        return sliced_linear(x, self.packed, bits, weight_at)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., I) -> (..., O) in the dtype of `x`."""
+        routed = self.routed
+        if routed.kernel is not None:
+            y = routed.kernel.product(x, self)
+        elif routed.fixed_slices is not None:
+            y = F.linear(routed.read(x), self.weight_at(routed.depths[routed.fixed_slices - 1], x.dtype))
+        else:
+            bits = routed.bits_of(routed.gates(x)).long()
+            if "input" in self._modules:  # the first of the linears that share the input
+                routed.count(bits)
+            product = self.multiply(routed.read(x).flatten(0, -2), bits.flatten())
+            y = product.unflatten(0, x.shape[:-1])
+        return y if self.bias is None else y + self.bias
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self._changes()
+        moved_only = without_casts(fn)
+        # Only the bias, a parameter, takes part in the computation in the model's dtype.
+        return super()._apply(  # type: ignore[no-untyped-call]
+            lambda t: fn(t) if isinstance(t, nn.Parameter) else moved_only(t), recurse
+        )
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.kernel is not None:
+            for number, plane in enumerate(self.packed.planes):
+                destination[f"{prefix}plane_{number}"] = plane
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._changes()
+        super()._load_from_state_dict(*args)
+
+    def _changes(self) -> None:
+        """Before the planes are moved or replaced: what was made of them is given up."""
+        if self.kernel is not None:
+            self.kernel.release()
+        if self.kept is not None:
+            self.kept.clear()
+
+    def extra_repr(self) -> str:
+        """Shown by `print(module)`."""
+        bits, code = list(self.slice_bits), "" if self.code == PackedSlices.code else f", {self.code} code"
+        size = f"{self.out_features}x{self.in_features}, {bits} bits, {self.n_planes} planes"
+        return f"{size}, groups of {self.group_size}{code}"
+
+
+def routed_inputs(model: nn.Module) -> list[RoutedInput]:
+    """The routed inputs that the linears of a model ask, in the order of its modules, each once."""
+    found: dict[int, RoutedInput] = {}
+    for module in model.modules():
+        if isinstance(module, (SlicedLinear, ElasticLinear)):
+            found.setdefault(id(module.routed), module.routed)
+    return list(found.values())
+
+
+def stored_bits(model: nn.Module) -> tuple[float, float]:
+    """Bits per linear weight that an elastic model spends beside its codes.
+
+    Returns:
+        Scales and biases, or tables, with what is stored of transformed inputs; routers.
+    """
+    linears = [m for m in model.modules() if isinstance(m, ElasticLinear)]
+    n_weights = sum(linear.n_weights for linear in linears)
+    overhead = sum(linear.overhead_bits * linear.n_weights for linear in linears) / n_weights
+    overhead += sum(_transform_bits(linear) for linear in linears) / n_weights
+    stored = [value for routed in routed_inputs(model) for value in routed.router.state_dict().values()]
+    routers = sum(8 * value.element_size() * value.numel() for value in stored) / n_weights
+    return overhead, routers
+
+
+def _transform_bits(linear: ElasticLinear) -> int:
+    """Bits that the transform of its input takes: scale and shift once, and the bias that a shift needs of every linear."""
+    transform = linear.routed.transform
+    if transform is None:
+        return 0
+    stored = transform.stored()
+    shared = sum(32 * value.numel() for value in stored.values()) if "input" in linear._modules else 0
+    own = (
+        torch.finfo(linear.bias.dtype).bits * linear.out_features
+        if "shift" in stored and linear.bias is not None
+        else 0
+    )
+    return shared + own

@@ -1,0 +1,25 @@
+"""What may multiply the linears of one input in their place: the kernels, which the layers know by this protocol alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from torch import Tensor
+
+from mobiq_lightning.packing import PackedSlices
+
+if TYPE_CHECKING:
+    from mobiq_lightning.nn.elastic_linear import ElasticLinear
+
+
+class FusedProducts(Protocol):
+    """Holds the weights of all linears of one input together, and multiplies them at once."""
+
+    def product(self, x: Tensor, linear: ElasticLinear) -> Tensor:
+        """What `linear` makes of tokens (..., I), without its bias: (..., O)."""
+
+    def packed(self, linear: ElasticLinear) -> PackedSlices:
+        """The saved form of one of the linears."""
+
+    def release(self) -> None:
+        """Gives the planes back to the linears, which then are multiplied by the reference."""

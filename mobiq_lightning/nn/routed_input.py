@@ -1,0 +1,254 @@
+"""The routed input: what the linears that read one input share, and who decides how deep its tokens are read."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mobiq_lightning.errors import BitsError
+from mobiq_lightning.packing import depths_of
+from mobiq_lightning.strategies.base import Router
+from mobiq_lightning.strategies.thresholds import prefix_scores, threshold_for_budget, with_budget_gradient
+from mobiq_lightning.strategies.transform_base import InputTransform
+
+if TYPE_CHECKING:
+    from mobiq_lightning.nn.fused_products import FusedProducts
+
+TABLE_STEP = 0.25
+"""Distance in bits between the budgets whose thresholds are stored."""
+
+
+def held_slices(slice_bits: tuple[int, ...], max_bits: int | None) -> tuple[int, ...]:
+    """The slices that a model reads which holds only the first `max_bits` bits.
+
+    Raises:
+        BitsError: If no prefix of the slices has `max_bits` bits.
+    """
+    depths = depths_of(slice_bits)
+    if max_bits is None:
+        return slice_bits
+    if max_bits not in depths:
+        raise BitsError(f"max_bits ({max_bits:g}) is no prefix of the slices; give one of {list(depths)}")
+    return slice_bits[: depths.index(max_bits) + 1]
+
+
+def without_casts(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """What `nn.Module.to` does to a tensor, leaving its dtype: scales are exact in bfloat16 alone, and scores that tell
+    tokens apart in float32 are equal in half precision.
+    """
+
+    def move(tensor: Tensor) -> Tensor:
+        moved = fn(tensor)
+        return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+    return move
+
+
+@dataclass
+class ReadState:
+    """What the inputs of one model share while it runs.
+
+    Args:
+        per_row: Whether every row of a batch has a threshold of its own.
+        expanded: Whether a batch may hold each row several times in a row, as beam search makes them.
+        mask: (B, T) which tokens of the current forward pass are no padding; None if all count.
+    """
+
+    per_row: bool = False
+    expanded: bool = False
+    mask: Tensor | None = None
+
+
+class RoutedInput(nn.Module):
+    """One distinct input of a block: its router, and how deep its tokens are read at present.
+
+    At present means, first match counts: full precision if `full_precision`; the first `fixed_slices` slices for all
+    tokens if that is set; else the gates of `control` if that is set, else those of `router`.
+
+    Args:
+        router: Scores the tokens of this input; built for all of `slice_bits`.
+        slice_bits: Bits of each slice.
+        n_weights: Weights that read this input.
+        max_bits: The depth up to which slices are held; by default all.
+        transform: What the linears read instead of the tokens that the router sees; by default the same.
+    """
+
+    budgets: Tensor
+    layer_thresholds: Tensor
+    global_thresholds: Tensor
+    bits_read: Tensor
+    tokens_read: Tensor
+
+    def __init__(
+        self,
+        router: Router,
+        slice_bits: tuple[int, ...],
+        n_weights: int,
+        max_bits: int | None = None,
+        transform: InputTransform | None = None,
+    ) -> None:
+        super().__init__()
+        self.router = router
+        self.transform = transform
+        self.slice_bits = held_slices(slice_bits, max_bits)
+        self.n_weights = n_weights
+        lowest, highest = slice_bits[0], sum(slice_bits)
+        budgets = torch.linspace(lowest, highest, round((highest - lowest) / TABLE_STEP) + 1)
+        self.register_buffer("budgets", budgets)
+        # Row k: thresholds for a model that holds only the first k + 1 slices.
+        self.register_buffer("layer_thresholds", torch.zeros(len(slice_bits), len(budgets)))
+        self.register_buffer("global_thresholds", torch.zeros(len(slice_bits), len(budgets)))
+        self.register_buffer("bits_read", torch.zeros(1, dtype=torch.int64), persistent=False)
+        self.register_buffer("tokens_read", torch.zeros(1, dtype=torch.int64), persistent=False)
+        self.full_precision = False
+        self.fixed_slices: int | None = None
+        self.control: Router | None = None
+        self.target_bits: float | None = None
+        self.common_threshold: Tensor | None = None
+        self.opened: Tensor | None = None
+        self.state = ReadState()
+        self.kernel: FusedProducts | None = None
+        self.recorded: list[Tensor] | None = None
+        self.recorded_scores: list[Tensor] | None = None
+        self.live_scores: list[Tensor] | None = None
+        self._last: tuple[weakref.ref[Tensor], Tensor] | None = None
+        self._last_gated: Tensor | None = None
+        self._last_read: tuple[weakref.ref[Tensor], Tensor] | None = None
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Bits read by the first 1, 2, ... slices that are held."""
+        return depths_of(self.slice_bits)
+
+    def gates(self, x: Tensor) -> Tensor:
+        """Gates (..., S) of tokens (..., I), computed once for all linears that are given the same tensor."""
+        if torch.compiler.is_compiling():  # the compiler finds the common part by itself and cannot hold references
+            return self._gates(x)
+        if self._last is None or self._last[0]() is not x:
+            self._last, self._last_gated = (weakref.ref(x), self._gates(x)), None
+            if self.recorded is not None:
+                self.recorded.append(self.bits_of(self._last[1]))
+        return self._last[1]
+
+    def read(self, x: Tensor) -> Tensor:
+        """What linears multiply instead of tokens (..., I): transformed, once for all that are given the same tensor."""
+        if self.transform is None:
+            return x
+        if torch.compiler.is_compiling():
+            return self.transform.to_input(x)
+        if self._last_read is None or self._last_read[0]() is not x:
+            self._last_read = (weakref.ref(x, self._drop_read), self.transform.to_input(x))
+        return self._last_read[1]
+
+    def _drop_read(self, tokens: weakref.ref[Tensor]) -> None:
+        """Once tokens are gone, nobody reads them again; all inputs of a model together would hold on to a lot."""
+        if self._last_read is not None and self._last_read[0] is tokens:
+            self._last_read = None
+
+    def gated(self, x: Tensor) -> Tensor:
+        """What is read of tokens (..., I) beside itself once per slice, closed slices as zeros: (..., S * I).
+
+        One product of this with the slices beside each other is the sum over slices, and serves all linears of the input.
+        """
+        gates = self.gates(x).to(x.dtype)
+        if self._last_gated is None:
+            self._last_gated = (gates.unsqueeze(-1) * self.read(x).unsqueeze(-2)).flatten(-2)
+        return self._last_gated
+
+    def forget(self) -> None:
+        """Drops what is kept for the last tensor; needed whenever the way to depths changes."""
+        self._last = self._last_gated = self._last_read = None
+
+    def set_tables(self, layer: Tensor, pooled: Tensor) -> None:
+        """Stores thresholds (S, budgets) of both scopes; row k is for a model that holds the first k + 1 slices."""
+        self.layer_thresholds.copy_(layer)
+        self.global_thresholds.copy_(pooled)
+
+    def reset_count(self, rows: int) -> bool:
+        """Begins to count what is read anew, for each of `rows` rows of the batches to come.
+
+        Returns:
+            Whether the counters were replaced by others.
+        """
+        if len(self.bits_read) == rows:
+            self.bits_read.zero_()
+            self.tokens_read.zero_()
+            return False
+        with torch.inference_mode(False):  # or they could not be counted up outside of it
+            self.bits_read = self.bits_read.new_zeros(rows)
+            self.tokens_read = self.tokens_read.new_zeros(rows)
+        return True
+
+    def count(self, bits: Tensor) -> None:
+        """Adds tokens that read `bits` (..., ) code bits of each weight, int64."""
+        tokens, mask = torch.ones_like(bits), self.state.mask
+        if mask is not None and mask.shape == bits.shape:
+            tokens = mask.to(bits.dtype)
+            bits = bits * tokens
+        rows = len(self.bits_read)
+        self.bits_read += bits.reshape(rows, -1).sum(1)
+        self.tokens_read += tokens.reshape(rows, -1).sum(1)
+
+    def _gates(self, x: Tensor) -> Tensor:
+        router = self.control or self.router
+        scores = router.scores(x)[..., : len(self.slice_bits) - 1]
+        trained = router.training and torch.is_grad_enabled()
+        if trained and (self.common_threshold is not None or self.target_bits is not None):
+            scores = router.bounded(scores)  # these thresholds are quantiles of bounded scores
+        flat = prefix_scores(scores).flatten(0, -2)
+        if self.recorded_scores is not None:
+            self.recorded_scores.append(flat.detach())
+        if self.live_scores is not None:
+            with torch.enable_grad():
+                live = router.scores(x.detach())[..., : len(self.slice_bits) - 1]
+                self.live_scores.append(prefix_scores(live).flatten(0, -2))
+        if self.common_threshold is not None:
+            return router.gates(scores, self.common_threshold, self.opened)
+        if self.target_bits is None:
+            return router.gates(scores, self._threshold_of_rows(router, x) if self.state.per_row else router.threshold)
+        threshold = threshold_for_budget(flat, self.slice_bits, [self.target_bits])[0]
+        if trained:
+            threshold = with_budget_gradient(threshold, flat, self.slice_bits, router.temperature)
+        return router.gates(scores, threshold)
+
+    def _threshold_of_rows(self, router: Router, x: Tensor) -> Tensor:
+        """Thresholds that fit tokens (B, T, I), one for each row: (B, 1, 1)."""
+        threshold = router.threshold
+        if threshold.ndim == 0:  # a control spends the same on all rows
+            return threshold
+        self.check_rows(x)
+        rows, batch = len(threshold), x.shape[0]
+        return threshold if rows == batch else threshold.repeat_interleave(batch // rows, dim=0)
+
+    def check_rows(self, x: Tensor) -> None:
+        """Raises `BitsError` if budgets were set for another number of rows than tokens (B, T, I) have."""
+        rows, batch = len(self.router.threshold), x.shape[0]
+        if x.ndim != 3 or (rows != batch and not (self.state.expanded and batch % rows == 0)):
+            raise BitsError(
+                f"{rows} budgets were set, one for each row, but the input is of shape {tuple(x.shape)}, not "
+                f"({rows}, tokens, {x.shape[-1]}); give as many budgets as rows, or one for all"
+            )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        if self.kernel is not None:
+            self.kernel.release()
+        return super()._apply(without_casts(fn), recurse)  # type: ignore[no-untyped-call]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is kept for the last tensor, which cannot be pickled and is of no use elsewhere."""
+        return {**self.__dict__, "_last": None, "_last_gated": None, "_last_read": None}
+
+    def bits_of(self, gates: Tensor) -> Tensor:
+        """Code bits (...) that gates (..., S) read."""
+        # Not a product with a tensor of slice bits: copying that to a device would make the host wait for it.
+        terms = [gate * bits for gate, bits in zip(gates.unbind(-1), self.slice_bits, strict=True)]
+        return torch.stack(terms).sum(0)
+
+    def extra_repr(self) -> str:
+        """Shown by `print(module)`."""
+        return f"{list(self.slice_bits)} bits, {self.n_weights} weights"

@@ -1,0 +1,87 @@
+"""The linear that is calibrated: a frozen float weight and a slice scheme."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mobiq_lightning.kernels import mixed_depth_product
+from mobiq_lightning.nn.routed_input import RoutedInput
+from mobiq_lightning.strategies.base import SliceScheme
+
+if TYPE_CHECKING:
+    pass
+
+
+class SlicedLinear(nn.Module):
+    """A frozen linear whose weight is sliced on the fly: the form that is calibrated.
+
+    The scheme and the routed input are not registered here: they are trained, kept on the trainer's device and saved by
+    their own owner, while the frozen weights come and go with their block.
+
+    Args:
+        linear: The source layer; its weight and bias are taken over, not copied.
+        scheme: How the weight is sliced.
+        routed: The input of this layer.
+    """
+
+    def __init__(self, linear: nn.Linear, scheme: SliceScheme, routed: RoutedInput) -> None:
+        super().__init__()
+        self.weight = linear.weight
+        self.bias = linear.bias
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self._unregistered: tuple[SliceScheme, RoutedInput] = (scheme, routed)
+
+    @property
+    def scheme(self) -> SliceScheme:
+        """How the weight is sliced."""
+        return self._unregistered[0]
+
+    @property
+    def routed(self) -> RoutedInput:
+        """The input of this layer."""
+        return self._unregistered[1]
+
+    def slice_by(self, scheme: SliceScheme) -> None:
+        """Slices the weight by another scheme from now on."""
+        self._unregistered = (scheme, self._unregistered[1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., I) -> (..., O) in the dtype of `x`."""
+        routed = self.routed
+        if routed.full_precision:
+            return F.linear(x, self.weight, self.bias)
+        if routed.fixed_slices is not None:
+            y = F.linear(routed.read(x), self.scheme.weight_at(self.sliced_weight(), routed.fixed_slices).to(x.dtype))
+        elif torch.is_grad_enabled():
+            slices = self.scheme(self.sliced_weight()).to(x.dtype)
+            y = F.linear(routed.gated(x), slices.transpose(0, 1).flatten(1))
+        else:  # the way of ElasticLinear, so that the saved model computes what the calibrated one did, bit by bit
+            weights = dict(zip(routed.depths, self.scheme.prefixes(self.sliced_weight()), strict=True))
+            bits = routed.bits_of(routed.gates(x)).long().flatten()
+            y = mixed_depth_product(routed.read(x).flatten(0, -2), bits, weights.__getitem__, self.out_features)
+            y = y.unflatten(0, x.shape[:-1])
+        bias = self.sliced_bias()
+        return y if bias is None else y + bias
+
+    def sliced_weight(self) -> Tensor:
+        """(O, I) what the scheme slices: the weight as the transform of the input wants it."""
+        transform = self.routed.transform
+        return self.weight if transform is None else transform.to_weight(self.weight)
+
+    def prefixes_on_input(self) -> Tensor:
+        """(S, O, I) the weight at 1, 2, ... slices, as it acts on the input in front of the transform's scale."""
+        prefixes, transform = self.scheme.prefixes(self.sliced_weight()), self.routed.transform
+        return prefixes if transform is None else prefixes / transform.channel_scale()
+
+    def sliced_bias(self) -> Tensor | None:
+        """(O,) what is added to products with slices; None if nothing is."""
+        transform = self.routed.transform
+        return self.bias if transform is None else transform.to_bias(self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        """Shown by `print(module)`."""
+        return f"{self.out_features}x{self.in_features}, bias={self.bias is not None}"

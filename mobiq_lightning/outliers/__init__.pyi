@@ -1,0 +1,21 @@
+# What others may use of this package; `__init__.py` loads it when it is asked for.
+from .findings import ALL as ALL
+from .findings import NONE as NONE
+from .findings import full_perplexity as full_perplexity
+from .findings import matrix_rows as matrix_rows
+from .findings import own_calibration as own_calibration
+from .findings import same_bits as same_bits
+from .findings import summarize_tokens as summarize_tokens
+from .input_errors import InputErrors as InputErrors
+from .overlap import check_precisions as check_precisions
+from .overlap import check_share as check_share
+from .single_depth import SHARED as SHARED
+from .single_depth import derive_recipes as derive_recipes
+from .tables import print_matrix as print_matrix
+from .tables import print_overlaps as print_overlaps
+from .token_record import TokenRecord as TokenRecord
+from .token_record import read_uniformly as read_uniformly
+from .token_record import spread_windows as spread_windows
+from .writing import FILES as FILES
+from .writing import overlap_metrics as overlap_metrics
+from .writing import write_outliers as write_outliers

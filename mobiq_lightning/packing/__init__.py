@@ -1,0 +1,5 @@
+"""The stored form of a weight: bit planes, and what codes mean."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,20 @@
+# What others may use of this package; `__init__.py` loads it when it is asked for.
+from .nested import FORMAT_VERSION as FORMAT_VERSION
+from .nested import QUANT_METHOD as QUANT_METHOD
+from .nested import SCALE_DTYPE as SCALE_DTYPE
+from .nested import WHOLE_ROW as WHOLE_ROW
+from .nested import PackedSlices as PackedSlices
+from .nested import PackedWeight as PackedWeight
+from .nested import depths_of as depths_of
+from .nested import dequantize as dequantize
+from .nested import n_groups as n_groups
+from .nested import pack_planes as pack_planes
+from .nested import plane_of as plane_of
+from .nested import spread as spread
+from .nested import unpack_codes as unpack_codes
+from .other_codes import CODES as CODES
+from .other_codes import PackedBinary as PackedBinary
+from .other_codes import PackedResiduals as PackedResiduals
+from .other_codes import PackedTables as PackedTables
+from .other_codes import binary_prefixes as binary_prefixes
+from .other_codes import look_up as look_up

@@ -1,0 +1,220 @@
+"""The dial: how many bits the inputs of a model read, and how many they have read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mobiq_lightning.errors import BitsError
+from mobiq_lightning.nn import TABLE_STEP, ReadState, RoutedInput
+from mobiq_lightning.strategies.thresholds import Scope
+
+Budget = float | Sequence[float] | Tensor
+"""Bits per weight: one for all rows of a batch, or one for each."""
+
+
+@dataclass(frozen=True)
+class BitsUsed:
+    """What was read since counting began, measured.
+
+    Args:
+        code_bits: Bits of codes read per weight, mean over tokens, weighted by parameters over inputs.
+        all_in_bits: That, with scales and biases and, where tokens are routed, the routers.
+        n_tokens: Tokens that were read; padding is not counted where the model is given a 2-D attention mask.
+        per_row: Code bits of each row, if rows had budgets of their own.
+        per_layer: Code bits of each input by name, if asked for.
+    """
+
+    code_bits: float
+    all_in_bits: float
+    n_tokens: int
+    per_row: list[float] = field(default_factory=list)
+    per_layer: dict[str, float] = field(default_factory=dict)
+
+
+class Dial:
+    """Sets the budget of a model's inputs and counts what they read.
+
+    Thresholds are interpolated on the host from a copy of the tables that is made here, and copied in place to where the
+    routers are: turning the dial waits for no device, and nothing that is compiled or captured has to be made anew.
+
+    Args:
+        inputs: The routed inputs of the model, their tables filled.
+        scope: Which threshold table is used unless another is asked for.
+        overhead_bits: Bits per weight of scales and biases.
+        router_bits: Bits per weight of the routers.
+    """
+
+    def __init__(
+        self,
+        inputs: Sequence[RoutedInput],
+        scope: Scope = "layer",
+        overhead_bits: float = 0.0,
+        router_bits: float = 0.0,
+    ) -> None:
+        self.inputs = list(inputs)
+        self.scope: Scope = scope
+        self.overhead_bits, self.router_bits = overhead_bits, router_bits
+        first = self.inputs[0]
+        self.lowest, self.highest = float(first.depths[0]), float(first.depths[-1])
+        row = len(first.slice_bits) - 1
+        self._tables = {
+            "layer": torch.stack([routed.layer_thresholds[row].cpu() for routed in self.inputs]),
+            "global": torch.stack([routed.global_thresholds[row].cpu() for routed in self.inputs]),
+        }
+        self._budget: Tensor | None = None
+        self._scope_now = scope
+        self._generating = False
+        self._kept: list[tuple[Tensor, Tensor]] | None = None
+        self.replaced = 0
+        """How often thresholds or counters were replaced by others, which whoever captured the old ones must know."""
+        self.state = ReadState()
+        for routed in self.inputs:
+            routed.state = self.state
+
+    @property
+    def budget(self) -> float | Tensor | None:
+        """The bits asked for: one figure, or (B,) with one for each row; None if the dial was never turned."""
+        return self._budget if self._budget is None or self.state.per_row else float(self._budget)
+
+    def set_bits(self, bits: Budget, scope: Scope | None = None) -> None:
+        """Turns the dial. Outside of a generation, counting begins anew.
+
+        Args:
+            bits: Average bits per weight, one for all rows or (B,), one for each row of the batches to come.
+            scope: Another threshold table than the default.
+
+        Raises:
+            BitsError: If a budget is outside of what the stored slices can give.
+        """
+        self._turn(self._checked(bits), scope or self.scope)
+        if not self._generating:
+            self.reset()
+
+    @contextmanager
+    def bits(self, bits: Budget, scope: Scope | None = None) -> Iterator[None]:
+        """Within it, the dial stands at `bits`; afterwards where it stood before. What was counted is kept."""
+        before, last_scope = self._budget, self._scope_now
+        self.set_bits(bits, scope)
+        try:
+            yield
+        finally:
+            self._keep_count(before, last_scope)
+
+    @contextmanager
+    def generation(self, bits: Budget | None, batch: int | None) -> Iterator[None]:
+        """Within it, a batch of `batch` rows is continued: counting goes on while the dial turns.
+
+        Args:
+            bits: Budget of this generation, where the dial goes back from at its end; by default where it stands.
+            batch: Rows of the batch, before beams or samples multiply them; None if unknown.
+
+        Raises:
+            BitsError: If budgets for each row are not as many as rows.
+        """
+        before, last_scope = self._budget, self._scope_now
+        asked = self._budget if bits is None else self._checked(bits)
+        if asked is not None and asked.ndim == 1 and len(asked) != batch:
+            raise BitsError(f"{len(asked)} budgets for a batch of {batch} rows; give one for each row, or one for all")
+        if bits is not None and asked is not None:
+            self._turn(asked, last_scope)
+        self.reset()
+        self._generating = self.state.expanded = True
+        try:
+            yield
+        finally:
+            self._generating = self.state.expanded = False
+            self._keep_count(before if bits is not None else None, last_scope)
+
+    def reset(self) -> None:
+        """Begins counting anew."""
+        self._kept = None
+        rows = len(self._budget) if self._budget is not None and self.state.per_row else 1
+        self.replaced += sum(routed.reset_count(rows) for routed in self.inputs)
+
+    def bits_used(self, names: Sequence[str] = ()) -> BitsUsed:
+        """What was read since counting began, or within the generation or `bits` context that ended last.
+
+        Args:
+            names: Of the inputs, if their own averages are wanted.
+
+        Raises:
+            BitsError: If nothing was read.
+        """
+        counts = [(routed.bits_read, routed.tokens_read) for routed in self.inputs]
+        tokens = torch.stack([count[1].cpu() for count in counts]).double()  # (inputs, R)
+        if not bool(tokens.any()) and self._kept is not None:
+            counts = self._kept
+            tokens = torch.stack([count[1].cpu() for count in counts]).double()
+        if not bool((tokens.sum(1) > 0).all()):
+            raise BitsError("no tokens were read since the dial was turned; run the model, then ask what it used")
+        read = torch.stack([count[0].cpu() for count in counts]).double()
+        sizes = torch.tensor([float(routed.n_weights) for routed in self.inputs], dtype=torch.float64)
+        per_input = read.sum(1) / tokens.sum(1)
+        code = float((per_input * sizes).sum() / sizes.sum())
+        per_row = (read / tokens.clamp_min(1) * sizes[:, None]).sum(0) / sizes.sum()
+        return BitsUsed(
+            code,
+            code + self.overhead_bits + self.router_bits,
+            int(tokens[0].sum()),
+            per_row.tolist() if len(per_row) > 1 else [],
+            dict(zip(names, per_input.tolist(), strict=True)) if names else {},
+        )
+
+    def thresholds(self, budgets: Tensor, scope: Scope) -> Tensor:
+        """Thresholds (inputs, R) on the host for budgets (R,), interpolated between the stored ones."""
+        table = self._tables[scope]
+        position = (budgets - self.lowest) / TABLE_STEP
+        lower = position.floor().long().clamp(0, max(0, table.shape[1] - 2))
+        upper = (lower + 1).clamp(max=table.shape[1] - 1)
+        values = torch.lerp(table[:, lower], table[:, upper], (position - lower).float())
+        # At the ends of the range nothing is left to choose, whatever the scores of new text are.
+        values[:, budgets == self.lowest] = torch.inf
+        values[:, budgets == self.highest] = -torch.inf
+        return values
+
+    def _keep_count(self, before: Tensor | None, scope: Scope) -> None:
+        """Sets aside what was counted, turns the dial back to `before` unless that is None, and begins counting anew."""
+        if self._generating:  # a context within a generation: the generation goes on counting
+            if before is not None:
+                self._turn(before, scope)
+            return
+        kept = [(routed.bits_read.clone(), routed.tokens_read.clone()) for routed in self.inputs]
+        if before is not None:
+            self._turn(before, scope)
+        self.reset()
+        self._kept = kept
+
+    def _checked(self, bits: Budget) -> Tensor:
+        """Budgets () or (R,), float64, on the host."""
+        budgets = torch.as_tensor(bits, dtype=torch.float64).detach().cpu()
+        if budgets.ndim > 1 or budgets.numel() == 0:
+            raise BitsError(f"bits of shape {tuple(budgets.shape)}; give one figure, or one for each row of the batch")
+        inside = (budgets >= self.lowest) & (budgets <= self.highest)
+        if not bool(inside.all()):
+            given = ", ".join(f"{b:g}" for b in budgets[~inside].reshape(-1).tolist())
+            raise BitsError(
+                f"{given} bits asked for; this model holds {self.lowest:g} to {self.highest:g} bits per weight"
+            )
+        return budgets
+
+    def _turn(self, budgets: Tensor, scope: Scope) -> None:
+        self._budget, self._scope_now, self.state.per_row = budgets, scope, budgets.ndim == 1
+        shape = (len(budgets), 1, 1) if budgets.ndim == 1 else ()
+        by_device: dict[torch.device, list[int]] = {}
+        for row, routed in enumerate(self.inputs):
+            routed.forget()
+            if routed.router.threshold.shape != shape:
+                with torch.inference_mode(False):  # or the dial could not be turned outside of it
+                    routed.router.threshold = routed.router.threshold.new_empty(shape)
+                self.replaced += 1
+            by_device.setdefault(routed.router.threshold.device, []).append(row)
+        values = self.thresholds(budgets.reshape(-1), scope)
+        for device, rows in by_device.items():
+            targets = [self.inputs[row].router.threshold for row in rows]
+            moved = values[rows].to(device, non_blocking=True)
+            torch._foreach_copy_(targets, [value.view(shape) for value in moved])

@@ -1,0 +1,214 @@
+"""What an elastic model can do beside what transformers gives it: turn its dial, and tell what it used."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mobiq_lightning.errors import KernelError
+from mobiq_lightning.kernels import missing_for_code, missing_for_kernels
+from mobiq_lightning.nn import KEPT_BYTES, ElasticLinear, KeptWeights, RoutedInput, routed_inputs, stored_bits
+from mobiq_lightning.runtime.dial import BitsUsed, Budget, Dial
+from mobiq_lightning.runtime.fused_blocks import fuse_blocks
+from mobiq_lightning.runtime.graphed_step import GraphedStep
+from mobiq_lightning.runtime.kernel_input import attach_kernels, detach_kernels
+from mobiq_lightning.strategies.thresholds import Scope
+
+
+@dataclass
+class KernelState:
+    """Whether the linears of a model are multiplied by the Triton kernels.
+
+    Args:
+        wanted: Whether they are to be; None where a CUDA device is.
+        known_for: Device and dtype that was last looked at.
+        missing: Why they are not; None if they are.
+    """
+
+    wanted: bool | None = None
+    known_for: tuple[torch.device, torch.dtype] | None = None
+    missing: str | None = "the model has not been run yet"
+
+
+class ElasticModel:
+    """Mixed into the class of a causal language model when an elastic checkpoint is loaded into it."""
+
+    dial: Dial
+    kept: KeptWeights
+    kernels: KernelState
+    prompt_mask: Tensor | None = None
+
+    def set_bits(self, bits: Budget, scope: Scope | None = None) -> None:
+        """Runs at `bits` bits per weight on average from now on; takes effect with the next token.
+
+        Args:
+            bits: One figure, or (B,), one for each row of the batches to come.
+            scope: ``layer`` or ``global``: another threshold table than the checkpoint's default.
+
+        Raises:
+            BitsError: If a budget is outside of what the loaded planes can give.
+        """
+        self.dial.set_bits(bits, scope)
+
+    def bits(self, bits: Budget, scope: Scope | None = None) -> AbstractContextManager[None]:
+        """Within it, the model runs at `bits`; afterwards as before. See `set_bits`."""
+        return self.dial.bits(bits, scope)
+
+    @property
+    def budget(self) -> float | Tensor | None:
+        """The bits that are asked for at present; what was used, `bits_used` tells."""
+        return self.dial.budget
+
+    def bits_used(self, per_layer: bool = False) -> BitsUsed:
+        """What the model has read, measured: since `set_bits`, or by the last `generate` or `with model.bits(...)`.
+
+        Args:
+            per_layer: Also report every input, under the name of the first linear that reads it.
+
+        Raises:
+            BitsError: If it has read nothing since.
+        """
+        return self.dial.bits_used(input_names(self) if per_layer else ())
+
+    @property
+    def path(self) -> str:
+        """``kernels``, or ``reference: `` and why not the kernels."""
+        self.find_kernels()
+        return "kernels" if self.kernels.missing is None else f"reference: {self.kernels.missing}"
+
+    def use_kernels(self, wanted: bool = True) -> None:
+        """Multiplies by the Triton kernels from now on, where they run, or by the reference.
+
+        Args:
+            wanted: False for the reference.
+
+        Raises:
+            KernelError: If they are wanted but cannot run here.
+        """
+        self.kernels = KernelState(wanted)
+        if not wanted:
+            detach_kernels(self)  # type: ignore[arg-type]
+        self.find_kernels()
+        if wanted and self.kernels.missing is not None:
+            raise KernelError(f"the kernels cannot be used: {self.kernels.missing}")
+
+    def find_kernels(self) -> None:
+        """Brings the weights into the kernels' order if the model has come to a device where kernels run."""
+        model: Any = self
+        here = (model.device, model.dtype)
+        attached = self.dial.inputs[0].kernel is not None
+        if self.kernels.known_for == here and attached == (self.kernels.missing is None):
+            return
+        self.kernels.known_for = here
+        if self.kernels.wanted is False:
+            self.kernels.missing = "switched off"
+        elif self.kernels.wanted or here[0].type == "cuda":
+            self.kernels.missing = attach_kernels(model, here[1])
+            if self.kernels.missing is not None and here[0].type == "cuda":
+                warnings.warn(f"the model runs on the slow reference: {self.kernels.missing}", stacklevel=2)
+        else:
+            code = next(module.code for module in model.modules() if isinstance(module, ElasticLinear))
+            self.kernels.missing = missing_for_code(code) or missing_for_kernels(*here)
+
+    def keep_weights(self, n_bytes: int) -> None:
+        """Sets how much memory the reference may keep dequantized weights in; they are unpacked for every call beyond it.
+
+        Args:
+            n_bytes: Of the whole model; 0 keeps none.
+        """
+        self.kept.clear()
+        self.kept.limit_bytes = n_bytes
+
+    def get_compiled_call(self, compile_config: Any) -> Any:
+        """What transformers decodes with if the cache is static: a CUDA graph of one step, unless a way to compile is given."""
+        if compile_config is not None and not getattr(compile_config, "_compile_all_devices", False):
+            return super().get_compiled_call(compile_config)  # type: ignore[misc]
+        model: Any = self
+        on_several = len(set(getattr(self, "hf_device_map", {}).values())) > 1
+        return model.__call__ if on_several else GraphedStep(model)  # a graph holds the work of one device
+
+    def generate(self, *args: Any, bits: Budget | None = None, **kwargs: Any) -> Any:
+        """`generate` of transformers, at `bits` bits per weight.
+
+        The dial may be turned between tokens, say by a logits processor that calls `set_bits`; the KV cache is kept.
+
+        Args:
+            *args: As transformers takes them.
+            bits: Budget of this call, one figure or one for each row of the batch; by default where the dial stands.
+            **kwargs: As transformers takes them.
+
+        Raises:
+            BitsError: If a budget is out of range, or budgets are not as many as rows.
+        """
+        given = (args[0] if args else None, *(kwargs.get(k) for k in ("inputs", "input_ids", "inputs_embeds")))
+        batch = next((len(value) for value in given if isinstance(value, Tensor)), 1)
+        self.prompt_mask = kwargs.get("attention_mask")
+        try:
+            with self.dial.generation(bits, batch):
+                return super().generate(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.prompt_mask = None
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickles as its plain class and this one, since the class that joins them is made at run time."""
+        reduced: Any = super().__reduce_ex__(2)
+        return (_rebuild, (type(self).__mro__[2],), *reduced[2:])
+
+
+def make_elastic(model: Any, scope: Scope, bits: float) -> None:
+    """Makes a model whose linears are elastic an `ElasticModel`, in place.
+
+    Args:
+        model: A causal language model of transformers, loaded.
+        scope: Its default threshold table.
+        bits: Where its dial stands; the nearest that it holds.
+    """
+    inputs = routed_inputs(model)
+    model.__class__ = elastic_class(type(model))  # type: ignore[arg-type]
+    model.dial = Dial(inputs, scope, *stored_bits(model))
+    linears = [module for module in model.modules() if isinstance(module, ElasticLinear)]
+    model.kept = KeptWeights(KEPT_BYTES, sum(len(linear.slice_bits) for linear in linears))
+    for linear in linears:
+        linear.kept = model.kept
+    model.kernels = KernelState()
+    fuse_blocks(model)
+    model.dial.set_bits(min(max(bits, model.dial.lowest), model.dial.highest))
+    model.register_forward_pre_hook(_before_forward, with_kwargs=True)
+
+
+@functools.cache
+def elastic_class(cls: Any) -> Any:
+    """`cls` with `ElasticModel` in front, under the same name, so that saved configs name what transformers knows."""
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    return type(cls.__name__, (ElasticModel, cls), names)
+
+
+def input_names(model: Any) -> list[str]:
+    """Names of a model's routed inputs, in order: the first linear that reads each."""
+    return [name.removesuffix(".input") for name, module in model.named_modules() if isinstance(module, RoutedInput)]
+
+
+def _before_forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Sees to it that the kernels are where the model is, and lets the counts leave out what a 2-D mask marks as padding."""
+    if not torch.compiler.is_compiling():
+        model.find_kernels()
+    mask: Any = kwargs.get("attention_mask")
+    tokens: Any = kwargs.get("input_ids", args[0] if args else None)
+    tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+    if isinstance(mask, Tensor) and mask.ndim == 4 and isinstance(tokens, Tensor):
+        # With a static cache, `generate` says which positions are seen instead of which are padding.
+        prompt = model.prompt_mask
+        mask = prompt if prompt is not None and prompt.shape == tokens.shape else None
+    padded = isinstance(mask, Tensor) and mask.ndim == 2 and isinstance(tokens, Tensor)
+    model.dial.state.mask = mask[:, -tokens.shape[1] :] if padded else None
+
+
+def _rebuild(cls: type) -> Any:
+    elastic = elastic_class(cls)
+    return elastic.__new__(elastic)

@@ -1,0 +1,236 @@
+"""An input of a model whose linears are multiplied by the Triton kernels: one launch to route, one to multiply.
+
+The linears that share an input (q, k and v; gate and up) hold their weights together, in the kernels' order, in place of the
+bit planes; whoever moves or saves the model gets the planes back.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mobiq_lightning.errors import KernelError
+from mobiq_lightning.kernels import missing_for_code, missing_for_kernels, relay, restore
+from mobiq_lightning.kernels.layout import KernelWeights
+from mobiq_lightning.kernels.routing import MAX_ROUTED, Routing, TwoLayerWeights, relay_router
+from mobiq_lightning.nn import ElasticLinear, RoutedInput
+from mobiq_lightning.packing import PackedSlices
+from mobiq_lightning.strategies.base import Router
+
+
+class KernelInput:
+    """One routed input and the linears that read it, in the kernels' order.
+
+    Args:
+        routed: The input.
+        linears: Its linears, in the order of the model. They give up their planes.
+    """
+
+    def __init__(self, routed: RoutedInput, linears: list[ElasticLinear]) -> None:
+        self.routed, self.linears = routed, linears
+        self.weights: KernelWeights = relay([linear.packed for linear in linears])
+        self.router = None
+        # A router reads what is in front of the transform, so the two are run in front of the kernels.
+        if routed.transform is None and (two_layers := fusable_router(routed.router)):
+            self.router = relay_router(two_layers, self.weights)
+        self.counted = torch.ones(MAX_ROUTED, dtype=torch.int64, device=self.weights.units.device)
+        self._entered: tuple[weakref.ref[Tensor], Any] | None = None
+        self._product: tuple[weakref.ref[Tensor], Tensor] | None = None
+        self._waiting = 0
+        routed.kernel = self
+        for linear in linears:
+            linear.give_up_planes()
+
+    def release(self) -> None:
+        """Gives the planes back to the linears, which then are multiplied by the reference."""
+        packed = [restore(self.weights, index) for index in range(len(self.linears))]
+        self.routed.kernel = None
+        for linear, weights in zip(self.linears, packed, strict=True):
+            linear.take_planes(weights.planes)
+
+    def packed(self, linear: ElasticLinear) -> PackedSlices:
+        """The saved form of one of the linears."""
+        return restore(self.weights, self.linears.index(linear))
+
+    def product(self, x: Tensor, linear: ElasticLinear) -> Tensor:
+        """What one of the linears makes of its input, without its bias.
+
+        Args:
+            x: (..., I); the same tensor for all linears, which are multiplied when the first of them asks.
+            linear: Who asks.
+
+        Returns:
+            (..., O), a view of the product of all linears.
+        """
+        index = self.linears.index(linear)
+        if torch.compiler.is_compiling():
+            return self._compiled(x, index)
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise KernelError(
+                "gradients were asked for, which the kernels do not give; use torch.no_grad(), or model.use_kernels(False)"
+            )
+        if self._product is None or self._product[0]() is not x:
+            self._product, self._waiting = (weakref.ref(x), self._multiply(x)), len(self.linears)
+        y = self._product[1]
+        self._waiting -= 1
+        if not self._waiting:  # nobody is left to ask for it
+            self._product = None
+        start = self.weights.row_starts[index]
+        mine: Tensor = y[:, start : start + linear.out_features].unflatten(0, x.shape[:-1])
+        return mine
+
+    def routes(self, x: Tensor) -> bool:
+        """Whether the depths of these tokens (..., I) can be decided in the launch that prepares them: few tokens, a router
+        that the kernels know, and nobody who looks at the gates or gives others.
+        """
+        routed = self.routed
+        plain = (routed.fixed_slices, routed.control, routed.target_bits, routed.recorded, routed.recorded_scores)
+        tokens = x.numel() // x.shape[-1]
+        return (
+            self.router is not None
+            and 0 < tokens <= MAX_ROUTED
+            and all(setting is None for setting in plain)
+            and not torch.compiler.is_compiling()
+            and not (torch.is_grad_enabled() and x.requires_grad)
+        )
+
+    def enter(self, x: Tensor, norm: tuple[Tensor, float] | None = None, up: Tensor | None = None) -> Tensor:
+        """Norm or gating, routing and preparation of an input that `routes`, before the linears ask for it.
+
+        Args:
+            x: (..., I), in front of the norm or the gating.
+            norm: Weight and epsilon of an RMS norm.
+            up: (..., I): the input is ``silu(x) * up``.
+
+        Returns:
+            The input (..., I) of the linears, to be given to them as it is.
+        """
+        from mobiq_lightning.kernels.dispatch import route_and_prepare
+
+        flat = x.flatten(0, -2)
+        y, prepared = route_and_prepare(
+            flat, self.weights, self._routing(x), norm, None if up is None else up.flatten(0, -2)
+        )
+        y = y.view(x.shape)
+        self._entered = (weakref.ref(y), prepared)
+        return y
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        from mobiq_lightning.kernels.dispatch import multiply, multiply_uniform, route_and_prepare
+
+        routed = self.routed
+        flat = routed.read(x).flatten(0, -2)
+        if routed.fixed_slices is not None:
+            return multiply_uniform(flat, self.weights, routed.depths[routed.fixed_slices - 1])
+        prepared = None
+        if self._entered is not None and self._entered[0]() is x:
+            prepared, self._entered = self._entered[1], None
+        elif self.routes(x):
+            prepared = route_and_prepare(flat, self.weights, self._routing(x))[1]
+        if prepared is not None:
+            return multiply(flat, self.weights, prepared.bits, prepared=prepared)
+        bits = routed.bits_of(routed.gates(x)).long()
+        routed.count(bits)
+        return multiply(flat, self.weights, bits.flatten())
+
+    def _routing(self, x: Tensor) -> Routing:
+        routed, router = self.routed, self.router
+        assert router is not None
+        threshold, mask = routed.router.threshold, routed.state.mask
+        if routed.state.per_row:
+            routed.check_rows(x)
+        tokens = x.numel() // x.shape[-1]
+        valid = self.counted
+        if mask is not None and mask.numel() == tokens:
+            valid = mask.reshape(-1).to(torch.int64)
+        return Routing(router, threshold.reshape(-1), routed.bits_read, routed.tokens_read, valid)
+
+    def _compiled(self, x: Tensor, index: int) -> Tensor:
+        """The compiler finds what linears have in common by itself, as far as it is not the kernel's."""
+        from mobiq_lightning.kernels.dispatch import kernel_linear
+
+        routed, weights = self.routed, self.weights
+        if routed.fixed_slices is not None:
+            depth = routed.depths[routed.fixed_slices - 1]
+            bits = torch.full(x.shape[:-1], depth, dtype=torch.int64, device=x.device)
+        else:
+            bits = routed.bits_of(routed.gates(x)).long()
+            if index == 0:
+                routed.count(bits)
+        flat: Tensor = kernel_linear(
+            routed.read(x).flatten(0, -2),
+            weights.units,
+            weights.meta,
+            weights.counters,
+            bits.flatten(),
+            weights.out_features,
+            weights.in_features,
+            weights.group_size,
+            weights.slice_bits,
+            index,
+        )
+        y: Tensor = flat.unflatten(0, x.shape[:-1])
+        return y
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is kept between calls, which cannot be pickled."""
+        return {**self.__dict__, "_entered": None, "_product": None}
+
+
+def fusable_router(router: Router) -> TwoLayerWeights | None:
+    """The weights of a router that the kernels can run: one that says so, and whose scores and gates are nobody else's."""
+    owner: Any = next(cls for cls in type(router).__mro__ if "two_layers" in vars(cls))
+    layers = router.two_layers()
+    if layers is None or type(router).scores is not owner.scores or type(router).gates is not Router.gates:
+        return None
+    return TwoLayerWeights(*layers)
+
+
+def attach_kernels(model: nn.Module, dtype: torch.dtype) -> str | None:
+    """Brings all elastic linears of a model into the kernels' order.
+
+    Args:
+        model: On its device.
+        dtype: That it computes in.
+
+    Returns:
+        Why it cannot be done, in which case nothing was changed; None if it was.
+    """
+    by_input: dict[int, list[ElasticLinear]] = {}
+    for module in model.modules():
+        if isinstance(module, ElasticLinear):
+            by_input.setdefault(id(module.routed), []).append(module)
+    for linears in by_input.values():
+        for linear in linears:
+            if reason := _missing(linear, dtype):
+                return reason
+    for linears in by_input.values():
+        if linears[0].routed.kernel is None:
+            KernelInput(linears[0].routed, linears)
+    return None
+
+
+def detach_kernels(model: nn.Module) -> None:
+    """Gives all elastic linears of a model their planes back."""
+    for module in model.modules():
+        if isinstance(module, RoutedInput) and module.kernel is not None:
+            module.kernel.release()
+
+
+def _missing(linear: ElasticLinear, dtype: torch.dtype) -> str | None:
+    from importlib.util import find_spec
+
+    if reason := missing_for_code(linear.code):
+        return reason
+    device = linear.get_buffer("slice_scale").device
+    if find_spec("triton") is not None:
+        from mobiq_lightning.kernels.dispatch import INTERPRETED
+
+        if INTERPRETED:
+            return (
+                None if dtype == torch.float32 else f"Triton's interpreter takes float32, the model computes in {dtype}"
+            )
+    return missing_for_kernels(device, dtype)

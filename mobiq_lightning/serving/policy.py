@@ -1,0 +1,179 @@
+"""From load to bits: fewer at peak, more off-peak, without flapping in between."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from mobiq_lightning.errors import CheckpointError, RecipeError
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """What a budget gives.
+
+    Args:
+        bits: Bits per weight asked for.
+        perplexity: Measured there.
+        tokens_per_second: Measured there on the machine that serves, or None.
+    """
+
+    bits: float
+    perplexity: float
+    tokens_per_second: float | None = None
+
+
+class BitsPolicy:
+    """Chooses the bits to run at from the length of a queue, or from the speed that is wanted.
+
+    Only budgets that are worth it count as levels: those within the quality floor, and of two that are as good only the
+    cheaper one. When load rises, bits fall at once; they rise again only when load has fallen by `margin` below the point
+    where they fell, so that a load that hovers around that point does not turn the dial back and forth.
+
+    Not for use by several threads at once; give each model its own.
+
+    Args:
+        curve: Budgets with what they give.
+        off_peak_queue: Queue length up to which the most bits are used.
+        peak_queue: Queue length from which the fewest bits are used; in between level follows level.
+        lowest_bits: Never run below.
+        highest_bits: Never run above.
+        max_perplexity_ratio: Never run where perplexity is more than so many times the best one of the curve.
+        tie: Relative difference in perplexity below which two budgets are as good.
+        margin: Hysteresis, as a share of the load.
+    """
+
+    def __init__(
+        self,
+        curve: Sequence[CurvePoint],
+        off_peak_queue: float = 1,
+        peak_queue: float = 16,
+        lowest_bits: float = 0.0,
+        highest_bits: float = 8.0,
+        max_perplexity_ratio: float = 2.0,
+        tie: float = 0.002,
+        margin: float = 0.25,
+    ) -> None:
+        if not 0 <= off_peak_queue < peak_queue:
+            raise RecipeError(f"off_peak_queue ({off_peak_queue}) must be below peak_queue ({peak_queue})")
+        if not 0 <= margin < 1:
+            raise RecipeError(f"margin ({margin}) must lie in [0, 1)")
+        best = min((point.perplexity for point in curve), default=0.0)
+        allowed = [
+            p
+            for p in sorted(curve, key=lambda p: p.bits)
+            if lowest_bits <= p.bits <= highest_bits and p.perplexity <= best * max_perplexity_ratio
+        ]
+        levels: list[CurvePoint] = []
+        for point in allowed:  # cheapest first; each further one must be better than all before it
+            if not levels or point.perplexity < levels[-1].perplexity * (1 - tie):
+                levels.append(point)
+        if not levels:
+            raise RecipeError(
+                f"no budget of the curve lies within {lowest_bits:g} to {highest_bits:g} bits and within "
+                f"{max_perplexity_ratio:g} times the best perplexity ({best:.4g}); relax one of them"
+            )
+        self.levels = levels[::-1]
+        """Budgets that are used, most bits first."""
+        self.off_peak_queue, self.peak_queue, self.margin = off_peak_queue, peak_queue, margin
+        self.level = 0
+        self.saturated = False
+        """Whether even the fewest bits do not give the speed that was wanted last."""
+        self.no_speed = "the curve holds no speeds at some of its bits"
+        """Why speeds are missing, if they are; queues are answered all the same."""
+
+    @classmethod
+    def from_checkpoint(cls, folder: str | Path, **settings: Any) -> BitsPolicy:
+        """A policy from the curves that lie with a checkpoint: results.json, and speed.json if it was measured here.
+
+        Args:
+            folder: Run folder or elastic checkpoint.
+            **settings: Further arguments of the class.
+
+        Raises:
+            CheckpointError: If nothing was measured.
+        """
+        from mobiq_lightning.checkpoint import resolve
+        from mobiq_lightning.environment import device_name
+        from mobiq_lightning.runs import RESULTS, SPEED
+
+        path = resolve(folder)
+        if not (path / RESULTS).is_file():
+            raise CheckpointError(
+                f"{path} has no {RESULTS}, so what bits buy is unknown; run `validate` with its recipe"
+            )
+        rows = json.loads((path / RESULTS).read_text(encoding="utf-8"))["rows"]
+        speed: dict[float, float] = {}
+        elsewhere = ""
+        if (path / SPEED).is_file():
+            stored = json.loads((path / SPEED).read_text(encoding="utf-8"))
+            measured_on = stored["environment"]["device"]
+            if measured_on == device_name():
+                speed = {row["bits"]: row["tokens_per_second"] for row in stored["rows"]}
+            else:
+                elsewhere = f"{path / SPEED} was measured on {measured_on}, this is {device_name()}"
+        curve = [
+            CurvePoint(row["target_bits"], row["perplexity"], _interpolated(speed, row["target_bits"]))
+            for row in rows
+            if row["allocation"] == "router"
+        ]
+        policy = cls(curve, **settings)
+        policy.no_speed = elsewhere or policy.no_speed
+        return policy
+
+    @property
+    def bits(self) -> float:
+        """Bits chosen last."""
+        return self.levels[self.level].bits
+
+    def bits_for_queue(self, queue_length: float) -> float:
+        """Bits to run at while `queue_length` requests wait."""
+        wanted = sum(queue_length >= point for point in self.switching_points)
+        if wanted > self.level:
+            self.level = wanted
+        while self.level > wanted and queue_length < self.switching_points[self.level - 1] * (1 - self.margin):
+            self.level -= 1
+        return self.bits
+
+    @property
+    def switching_points(self) -> list[float]:
+        """Queue lengths from which level 1, 2, ... is used."""
+        last = len(self.levels) - 1
+        span = self.peak_queue - self.off_peak_queue
+        return [self.off_peak_queue + span * level / last for level in range(1, last + 1)]
+
+    def bits_for_speed(self, tokens_per_second: float) -> float:
+        """The most bits that give `tokens_per_second`; the fewest, and `saturated`, if none do.
+
+        Raises:
+            RecipeError: If the speed of a level was not measured.
+        """
+        speeds = [level.tokens_per_second for level in self.levels]
+        known = [speed for speed in speeds if speed is not None]
+        if len(known) < len(speeds):
+            raise RecipeError(
+                f"{self.no_speed}; measure them on this machine with `validate` or mobiq_lightning.serving.measure_speed, "
+                "or use bits_for_queue"
+            )
+        enough = [index for index, speed in enumerate(known) if speed >= tokens_per_second]
+        self.saturated = not enough
+        wanted = enough[0] if enough else len(known) - 1
+        if wanted > self.level:
+            self.level = wanted
+        while self.level > wanted and known[self.level - 1] >= tokens_per_second * (1 + self.margin):
+            self.level -= 1
+        return self.bits
+
+
+def _interpolated(speed: dict[float, float], bits: float) -> float | None:
+    """Speed at a budget, linear between the measured ones; None outside of them."""
+    if bits in speed:
+        return speed[bits]
+    for low, high in pairwise(sorted(speed)):
+        if low < bits < high:
+            return speed[low] + (speed[high] - speed[low]) * (bits - low) / (high - low)
+    return None

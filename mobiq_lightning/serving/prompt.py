@@ -1,0 +1,44 @@
+"""Continues a prompt at any bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from mobiq_lightning.checkpoint import load
+from mobiq_lightning.runtime import BitsUsed
+
+
+def continue_prompt(
+    run: str,
+    prompt: str,
+    bits: float,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    max_bits: int | None = None,
+) -> tuple[str, BitsUsed]:
+    """Continues a prompt; see `mobiq_lightning.commands.generate`.
+
+    Returns:
+        The prompt with its continuation; the bits used, over all tokens that the model read.
+    """
+    model = load(run, max_bits=max_bits, device="cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
+    encoded = tokenizer(prompt, return_tensors="pt").to(model.device)
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        output = model.generate(
+            input_ids=encoded["input_ids"],
+            attention_mask=encoded["attention_mask"],
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            bits=bits,
+            **sampling,
+        )
+    return str(tokenizer.decode(output[0], skip_special_tokens=True)), model.bits_used()

@@ -1,0 +1,9 @@
+# What others may use of this package; `__init__.py` loads it when it is asked for.
+from .generated_text import SourceWriter as SourceWriter
+from .model import Source as Source
+from .model import check_finite as check_finite
+from .model import load_source as load_source
+from .windows import IGNORED as IGNORED
+from .windows import TextWindows as TextWindows
+from .windows import Windows as Windows
+from .windows import pad_windows as pad_windows

@@ -1,0 +1,231 @@
+"""The LightningDataModule: calibration windows and evaluation windows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
+
+from mobiq_lightning.errors import DataError
+from mobiq_lightning.runs import SharedWork
+from mobiq_lightning.sources.text import Protocol, Split, describe_source, digest, read_documents, tokenize
+
+IGNORED = -100
+"""Label of positions that are not predicted: padding."""
+
+
+Write = Callable[[int, int, int], list[int]]
+"""Writes text: `SourceWriter.write`."""
+
+
+class Windows(Dataset[dict[str, Tensor]]):
+    """Token windows of equal or different length.
+
+    Args:
+        windows: 1-D int64 tensors.
+    """
+
+    def __init__(self, windows: list[Tensor]) -> None:
+        self.windows = windows
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.windows[index], "index": torch.tensor(index)}
+
+
+class TextWindows(LightningDataModule):
+    """Windows of text, for calibration and for evaluation.
+
+    Args:
+        source: Calibration text: `builtin`, `wikitext2`, `c4`, or a path to a .txt, .jsonl or .parquet file.
+        eval_source: Evaluation text, likewise.
+        n_samples: Calibration windows of the text.
+        seq_len: Tokens per window.
+        batch_size: Calibration windows per step.
+        eval_protocol: `packed`: the papers' windows, without overlap, the tail dropped. `documents`: every document for
+            itself, BOS in front, cut at the window. Calibration windows are cut from the same kind of stream.
+        eval_seq_len: Tokens per evaluation window; by default `seq_len`.
+        eval_batch_size: Evaluation windows per step; by default `batch_size`.
+        eval_max_windows: Evaluate on the first so many windows only; by default on all.
+        seed: Decides which windows of the text are taken for calibration, and what the model writes.
+        n_generated: Further calibration windows, which the full-precision model writes itself. Thresholds, guards and layer
+            gains look at the windows of the text first.
+    """
+
+    def __init__(
+        self,
+        source: str = "builtin",
+        eval_source: str = "builtin",
+        n_samples: int = 128,
+        seq_len: int = 2048,
+        batch_size: int = 1,
+        eval_protocol: Protocol = "packed",
+        eval_seq_len: int | None = None,
+        eval_batch_size: int | None = None,
+        eval_max_windows: int | None = None,
+        seed: int = 0,
+        n_generated: int = 0,
+    ) -> None:
+        super().__init__()
+        self.source, self.eval_source = source, eval_source
+        self.n_samples, self.seq_len, self.batch_size = n_samples, seq_len, batch_size
+        self.eval_protocol: Protocol = eval_protocol
+        self.eval_seq_len = eval_seq_len or seq_len
+        self.eval_batch_size = eval_batch_size or batch_size
+        self.eval_max_windows = eval_max_windows
+        self.seed, self.n_generated = seed, n_generated
+        for key in ("n_samples", "seq_len", "batch_size", "eval_seq_len", "eval_batch_size"):
+            if getattr(self, key) < 1:
+                raise DataError(f"data.{key} ({getattr(self, key)}) must be at least 1")
+        if n_generated < 0:
+            raise DataError(f"data.n_generated ({n_generated}) must be at least 0")
+        self.calibration: Windows | None = None
+        self.evaluation: Windows | None = None
+        self.protocol: dict[str, Any] = {}
+        self.calibration_digest = ""
+        self.shared = SharedWork(None)
+
+    def read(
+        self,
+        tokenizer: Any,
+        tokenizer_hash: str,
+        stage: str,
+        shared: SharedWork | None = None,
+        write: Write | None = None,
+    ) -> None:
+        """Reads and tokenizes the text; the model's own tokenizer is needed, so the model calls this in its `setup`.
+
+        Args:
+            tokenizer: A Hugging Face tokenizer.
+            tokenizer_hash: Identifies it in the results.
+            stage: ``fit`` reads both sources, anything else the evaluation source alone.
+            shared: Where runs on the same text leave its tokens for each other.
+            write: Writes the windows of `n_generated`.
+
+        Raises:
+            DataError: If a source cannot be read, or gives fewer windows than asked for.
+        """
+        self.shared = shared or self.shared
+        if stage == "fit" and self.calibration is None:
+            self.calibration = self._read_calibration(tokenizer, tokenizer_hash, write)
+        if self.evaluation is None:
+            self.evaluation = self._read_evaluation(tokenizer, tokenizer_hash)
+
+    def calibration_ids(self) -> Tensor:
+        """(N, T) int64: all calibration windows, in the order of their index."""
+        assert self.calibration is not None, "read() comes first"
+        return torch.stack(self.calibration.windows)
+
+    def _read_calibration(self, tokenizer: Any, tokenizer_hash: str, write: Write | None) -> Windows:
+        key = "data.source"
+        streams = self._streams(self.source, "train", key, tokenizer, tokenizer_hash)
+        stream = [token for ids in streams for token in ids]
+        found = len(stream) // self.seq_len
+        if found < self.n_samples:
+            raise DataError(
+                f"{key}: {self.source} gives {len(stream)} tokens, {found} windows of {self.seq_len}; "
+                f"data.n_samples asks for {self.n_samples}. Give more text, or lower data.n_samples or data.seq_len"
+            )
+        generator = torch.Generator().manual_seed(self.seed)
+        chosen = torch.randperm(found, generator=generator)[: self.n_samples].tolist()
+        windows = [torch.tensor(stream[i * self.seq_len : (i + 1) * self.seq_len]) for i in chosen]
+        if self.n_generated:
+            assert write is not None, "data.n_generated needs something that writes"
+            n_tokens = self.n_generated * self.seq_len
+            windows += torch.tensor(write(n_tokens, self.seq_len, self.seed)[:n_tokens]).split(self.seq_len)
+        self.calibration_digest = digest([w.tolist() for w in windows])
+        return Windows(windows)
+
+    def _streams(self, source: str, split: Split, key: str, tokenizer: Any, tokenizer_hash: str) -> list[list[int]]:
+        """Token ids of a source, one list per stream."""
+
+        def make() -> list[list[int]]:
+            return tokenize(read_documents(source, split, key), tokenizer, self.eval_protocol, key)
+
+        described = {**describe_source(source, split), "tokenizer": tokenizer_hash, "protocol": self.eval_protocol}
+        return self.shared.tokens(described, make)
+
+    def _read_evaluation(self, tokenizer: Any, tokenizer_hash: str) -> Windows:
+        key = "data.eval_source"
+        streams = self._streams(self.eval_source, "eval", key, tokenizer, tokenizer_hash)
+        if self.eval_protocol == "packed":
+            stream, size = streams[0], self.eval_seq_len
+            cut = [stream[i : i + size] for i in range(0, len(stream) - size + 1, size)]
+        else:
+            cut = [ids[: self.eval_seq_len] for ids in streams if len(ids) > 1]
+        if not cut:
+            raise DataError(
+                f"{key}: {self.eval_source} gives {sum(map(len, streams))} tokens, not one window of "
+                f"{self.eval_seq_len}. Give more text or lower data.eval_seq_len"
+            )
+        cut = cut[: self.eval_max_windows]
+        self.protocol = {
+            "eval_protocol": self.eval_protocol,
+            "window": self.eval_seq_len,
+            "n_windows": len(cut),
+            "bos": tokenizer.bos_token_id is not None and all(w[0] == tokenizer.bos_token_id for w in cut),
+            "tokenizer": tokenizer_hash,
+            "data": self.eval_source,
+            "data_hash": digest(cut),
+            "n_tokens": sum(len(w) - 1 for w in cut),
+            "calibration": {
+                "data": self.source,
+                "n_samples": self.n_samples,
+                "n_generated": self.n_generated,
+                "seq_len": self.seq_len,
+                "seed": self.seed,
+            },
+        }
+        # Windows of similar length share a batch, so that little of it is padding.
+        return Windows([torch.tensor(w) for w in sorted(cut, key=len)])
+
+    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """Calibration windows ``{"input_ids": (B, T), "index": (B,)}``, shuffled anew each epoch by `seed`."""
+        assert self.calibration is not None, "read() comes first"
+        world, rank = _world()
+        sampler: DistributedSampler[Any] = DistributedSampler(
+            self.calibration, num_replicas=world, rank=rank, shuffle=True, seed=self.seed
+        )
+        return DataLoader(self.calibration, batch_size=self.batch_size, sampler=sampler)
+
+    def val_dataloader(self) -> list[DataLoader[dict[str, Tensor]]]:
+        """The evaluation windows twice: the controls of the second pass spend the bits that the first one measured.
+
+        None during a fit: perplexity of a half-calibrated model means nothing.
+        """
+        if self.trainer is not None and self.trainer.state.fn == "fit":
+            return []
+        assert self.evaluation is not None, "read() comes first"
+        world, rank = _world()
+        # A DistributedSampler would repeat windows to even out the ranks, and count them twice.
+        share = Subset(self.evaluation, range(rank, len(self.evaluation), world))
+        return [DataLoader(share, batch_size=self.eval_batch_size, collate_fn=pad_windows) for _ in range(2)]
+
+
+def pad_windows(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """One batch of windows, padded on the right, where a causal model cannot see it.
+
+    Returns:
+        ``input_ids`` (B, T) and ``labels`` (B, T), the latter `IGNORED` where padded.
+    """
+    windows = [item["input_ids"] for item in items]
+    length = max(len(w) for w in windows)
+    ids = torch.zeros(len(windows), length, dtype=torch.int64)
+    labels = torch.full_like(ids, IGNORED)
+    for row, window in enumerate(windows):
+        ids[row, : len(window)] = window
+        labels[row, : len(window)] = window
+    return {"input_ids": ids, "labels": labels}
+
+
+def _world() -> tuple[int, int]:
+    """Number of processes and the rank of this one."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_world_size(), torch.distributed.get_rank()
+    return 1, 0

@@ -15,7 +15,7 @@ from mobiq_lightning.comparison.table import at_bits, lead, long_table, points_o
 from mobiq_lightning.comparison.verdicts import storage_verdict, verdicts
 from mobiq_lightning.errors import RecipeError
 
-RECIPES = Path(__file__).parents[1] / "recipes"
+RECIPES = Path(__file__).parents[2] / "recipes"
 GRIDS = sorted((RECIPES / "compare").glob("*.yaml"))
 
 

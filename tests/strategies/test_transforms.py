@@ -38,7 +38,7 @@ from mobiq_lightning.strategies import (
 from mobiq_lightning.strategies.transforms.hadamard import random_signs, rotate
 from tests.checkpoints import IDS, Q, edit_tensors, generate, logits, rehash, tensors_of
 from tests.conftest import Run, small_recipe
-from tests.test_strategies import subclasses
+from tests.strategies.test_strategies import subclasses
 
 KINDS = subclasses(Transform)
 MODELS: list[dict[str, Any]] = [

@@ -24,7 +24,7 @@ from mobiq_lightning.cli import main
 from mobiq_lightning.runs import CONTROLS
 from tests.conftest import small_recipe
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass

@@ -13,7 +13,7 @@ from mobiq_lightning.cli import main
 from mobiq_lightning.jobs import check_recipe
 from mobiq_lightning.jobs.recipe import strategy_classes
 
-RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.name)

@@ -136,7 +136,7 @@ class TestStoredCurves:
 
 
 def test_the_example_serves_a_queue(finished: Run, tmp_path: Path) -> None:
-    example = Path(__file__).parents[1] / "examples" / "serve_under_load.py"
+    example = Path(__file__).parents[2] / "examples" / "serve_under_load.py"
     command = [sys.executable, str(example), str(finished[0]), "--new-tokens", "2"]
     output = subprocess.run(command, check=True, capture_output=True, text=True, timeout=200).stdout
     steps = [line for line in output.splitlines() if line.startswith("step")]

@@ -20,7 +20,7 @@ from mobiq_lightning.nn import ElasticLinear
 from mobiq_lightning.strategies import ErrorSketchRouter
 from tests.conftest import small_recipe
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ROUTER = "--model.router={class_path: ErrorSketchRouter, init_args: {n_projections: 4, seed: 3}}"
 UNTIMED = "{class_path: mobiq_lightning.callbacks.LatencyCheck, init_args: {seconds: 0}}"
 

@@ -13,7 +13,7 @@ import torch
 from mobiq_lightning.cli import main
 from mobiq_lightning.strategies import ProgressiveSlices, ResidualSlices
 from mobiq_lightning.strategies.slices.progressive import refine
-from tests.test_interruption import tensors_of
+from tests.jobs.test_interruption import tensors_of
 
 BITS = (2, 1, 1, 2, 2)
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks are not installed
+sys.path.insert(0, str(Path(__file__).parents[2]))  # benchmarks are not installed
 
 from benchmarks.quality import peers, worker
 from benchmarks.quality.figure import plot

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,3 +97,14 @@ def most_levels(weight: Tensor, group_size: int) -> int:
     """Different values in the group of a weight (O, I) that has the most of them; b bits give 2^b."""
     ordered = weight.unflatten(1, (-1, group_size)).sort(-1).values
     return int((ordered.diff(dim=-1) != 0).sum(-1).max()) + 1
+
+
+@contextmanager
+def working_in(folder: Path) -> Iterator[None]:
+    """Within it, the working directory is `folder`: for packages that write files wherever they are run."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)

@@ -5,13 +5,22 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from ..peer import Peer, Task, set_weight
+from ..peer import Peer, Task, set_weight, working_in
 
 # On two cores its pool of workers is given one by default and then asked for two.
 VARIABLES = (("GPTQMODEL_CPU_WORKERS", "2"),)
 
 
 def run(task: Task, variant: str) -> Any:
+    folder = str(task.source.folder.resolve())
+    with working_in(task.scratch):  # the package leaves logs/ where it runs
+        quantizer = _quantized(task, folder, variant)
+    for name, linear in task.linears():
+        set_weight(linear, quantizer.model.get_submodule(name).dequantize_weight().T)
+    return task.model
+
+
+def _quantized(task: Task, folder: str, variant: str) -> Any:
     import torch
     from gptqmodel import GPTQModel, QuantizeConfig
     from gptqmodel.quantization import config
@@ -35,12 +44,10 @@ def run(task: Task, variant: str) -> Any:
     quantization = QuantizeConfig(
         bits=task.bits, group_size=task.group_size, sym=False, device="cpu", offload_to_disk=False, **settings
     )
-    quantizer: Any = GPTQModel.load(str(task.source.folder), quantization, dtype=torch.float32)
+    quantizer: Any = GPTQModel.load(folder, quantization, dtype=torch.float32)
     windows = [{"input_ids": ids.tolist(), "attention_mask": [1] * len(ids)} for ids in task.calibration]
     quantizer.quantize(windows, batch_size=8)
-    for name, linear in task.linears():
-        set_weight(linear, quantizer.model.get_submodule(name).dequantize_weight().T)
-    return task.model
+    return quantizer
 
 
 def peer(name: str, variant: str, setting: str, bits: tuple[int, ...] = (2, 3, 4, 8)) -> Peer:

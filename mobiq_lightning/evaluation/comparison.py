@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from mobiq_lightning.nn import (
     fixed_depth,
     full_precision,
     record_gates,
+    routed_by,
     routed_inputs,
     stored_bits,
 )
@@ -180,23 +181,18 @@ class Comparison:
             logits = self.elastic(input_ids=ids, use_cache=False).logits
         return logits, [record[0] for record in records]
 
-    @contextmanager
-    def _controls(self, arm: Arm, batch_idx: int) -> Iterator[None]:
+    def _controls(self, arm: Arm, batch_idx: int) -> AbstractContextManager[None]:
         """Within it, the inputs are allocated by the arm's control instead of their own router."""
         if arm.thresholds is None:
-            yield
-            return
+            return nullcontext()
         assert arm.seed is not None
+        controls = []
         for position, (routed, threshold) in enumerate(zip(self.inputs, arm.thresholds, strict=True)):
             control = control_router(arm.allocation, routed, arm.seed, threshold)  # type: ignore[arg-type]
             control.place(position, len(self.inputs))
             control.reseed(batch_idx)
-            routed.control = control.to(self.device)
-        try:
-            yield
-        finally:
-            for routed in self.inputs:
-                routed.control = None
+            controls.append(control.to(self.device))
+        return routed_by(self.inputs, controls)
 
     def _row(self, arm: Arm) -> dict[str, Any]:
         used = float(arm.target_bits) if arm.used is None else float(arm.used.compute())

@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from mobiq_lightning.jobs import exit_code
+from mobiq_lightning.jobs import exit_code, fit
 
 CELL = "cell.json"
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
@@ -26,7 +26,7 @@ def run_cell(recipe: str, folder: Path) -> int:
     """
     resumed = (folder / "config.yaml").is_file()
     started = time.monotonic()
-    code = exit_code(lambda: _fit(recipe))
+    code = exit_code(lambda: fit(recipe))
     if code == 0 and not (folder / CELL).is_file():
         from mobiq_lightning.environment import peak_memory_gb
         from mobiq_lightning.files import write_json
@@ -38,13 +38,6 @@ def run_cell(recipe: str, folder: Path) -> int:
         }
         write_json(folder / CELL, figures)
     return code
-
-
-def _fit(recipe: str) -> None:
-    from mobiq_lightning.jobs import ElasticCLI, check_arguments
-
-    check_arguments(["--config", recipe])
-    ElasticCLI(["fit", "--config", recipe])
 
 
 def die_with(parent: int) -> None:

@@ -61,6 +61,27 @@ class RunFolder:
         self.path = Path(path)
 
     @property
+    def recipe(self) -> Path:
+        """The recipe that the run was made from, with every default written out."""
+        return self.path / CONFIG
+
+    @property
+    def checkpoint(self) -> Path:
+        """The folder of the elastic checkpoint, which `mobiq_lightning.load` takes."""
+        return self.path / ELASTIC
+
+    def results(self) -> dict[str, Any]:
+        """What the run measured: the content of results.json, whose `rows` hold perplexities by allocation and bits.
+
+        Raises:
+            RunFolderError: If the run is not finished.
+        """
+        path = self.path / RESULTS
+        if not path.is_file():
+            raise RunFolderError(f"{self.path} holds no {RESULTS}: the run is not finished; `fit` goes on with it")
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+
+    @property
     def finished(self) -> bool:
         """Whether the run in it has both a checkpoint and results."""
         return (self.path / RESULTS).is_file() and (self.path / ELASTIC / "config.json").is_file()

@@ -40,7 +40,7 @@ class Parser(argparse.ArgumentParser):
         self.options: list[str] = []
         super().__init__(prog=prog, allow_abbrev=False, **settings)
 
-    def add_argument(self, *names: str, **settings: Any) -> argparse.Action:  # type: ignore[override]
+    def add_argument(self, *names: str, **settings: Any) -> argparse.Action:
         """Declares an argument; `options` holds the names of those with dashes."""
         self.options += [name for name in names if name.startswith("--")]
         return super().add_argument(*names, **settings)

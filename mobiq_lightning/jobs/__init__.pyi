@@ -8,11 +8,11 @@ from .recipe import read_recipe as read_recipe
 from .recipe_help import describe_keys as describe_keys
 from .running import build as build
 from .running import fit as fit
-from .running import outliers as outliers
 from .running import run_job as run_job
-from .running import run_outliers as run_outliers
 from .running import validate as validate
 from .shipped import GRIDS as GRIDS
 from .shipped import recipe_path as recipe_path
 from .shipped import shipped_recipe as shipped_recipe
 from .shipped import shipped_recipes as shipped_recipes
+from .study import outliers as outliers
+from .study import run_outliers as run_outliers

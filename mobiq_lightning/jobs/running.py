@@ -1,4 +1,4 @@
-"""The jobs as functions, `fit`, `validate`, `outliers` and `build`.
+"""The jobs as functions: `fit`, `validate` and `build`.
 
 They return what they made, and raise a `MobiqError` where they cannot. What is wrong in a recipe is said before anything heavy is
 imported.
@@ -80,54 +80,6 @@ def build(recipe: Recipe, **overrides: Any) -> ElasticCLI:
 
     with quiet_libraries():
         return ElasticCLI("build", arguments)
-
-
-def outliers(
-    recipe: Recipe, *, bits: Sequence[int] = (), share: float = 0.1, overwrite: bool = False, **overrides: Any
-) -> RunFolder:
-    """Calibrates a model for each precision alone and for all at once, and reads each at all of them: which tokens suffer where.
-
-    Args:
-        recipe: Path of a recipe, name of a shipped one such as ``"outliers"``, or the content of one as a mapping.
-        bits: Precisions in bits per weight; by default all depths of the slices.
-        share: Part of the tokens that counts as worst, above 0 and below 1.
-        overwrite: Remove the runs that the run folder holds.
-        **overrides: Keys of the recipe with other values.
-
-    Returns:
-        The run folder, with outliers.json and a run folder for each calibration.
-
-    Raises:
-        RecipeError: If a key, a class or a value cannot be used.
-        RunFolderError: If the run folder holds something else.
-        MobiqError: If a calibration fails.
-    """
-    arguments = [*command_line(recipe, overrides), *(["--overwrite"] if overwrite else [])]
-    return run_outliers(arguments, bits, share)
-
-
-def run_outliers(arguments: Sequence[str], bits: Sequence[int], share: float) -> RunFolder:
-    """Runs the study of outliers on a command line.
-
-    Args:
-        arguments: The recipe, and keys that override it.
-        bits: Precisions in bits per weight; empty for all depths of the slices.
-        share: Part of the tokens that counts as worst.
-
-    Returns:
-        The run folder.
-
-    Raises:
-        MobiqError: If the study cannot be done.
-    """
-    require("calibrate", "outliers")
-    arguments = with_recipe(arguments)
-    check_arguments(arguments)
-    from mobiq_lightning.jobs.outlier_study import OutlierStudy
-    from mobiq_lightning.jobs.quiet import quiet_libraries
-
-    with quiet_libraries(), interruptible():
-        return OutlierStudy(arguments, bits, share).run()
 
 
 def run_job(command: Literal["fit", "validate"], arguments: Sequence[str]) -> RunFolder:

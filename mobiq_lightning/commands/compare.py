@@ -20,7 +20,7 @@ class Compare(RecipeCommand):
     """
 
     name = "compare"
-    usage = "GRID [--seeds 0,1,2] [--bits 2,2.5,3] [--folder FOLDER] [--workers N] [--overwrite] [--KEY VALUE ...]"
+    usage = "GRID [--seeds 0,1,2] [--bits 2,2.5,3] [--overwrite] [options] [--KEY VALUE ...]"
     recipe_help = "grid: a path, or the name of a shipped one such as budgets (`recipes ls`); the same as --config"
 
     def add_options(self, parser: Parser) -> None:

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 from mobiq_lightning.commands.command import Command, Parser, normalized
 from mobiq_lightning.console import program
-
-KEYS = "--KEY VALUE"
+from mobiq_lightning.extras import require
 
 
 class RecipeCommand(Command):
@@ -27,9 +26,7 @@ class RecipeCommand(Command):
             "-c", "--config", metavar="RECIPE", help="the recipe; of several, later ones override earlier ones"
         )
         self.add_options(parser)
-        parser.add_argument(
-            KEYS.split()[0], metavar="VALUE", help="any key of the recipe, as in --model.epochs_per_block 2"
-        )
+        parser.add_argument("--KEY", metavar="VALUE", help="any key of the recipe, as in --model.epochs_per_block 2")
 
     def parse(self, parser: Parser, arguments: Sequence[str]) -> Namespace:
         """Reads the command's own options; `keys` holds what is left, which is the recipe's."""
@@ -40,7 +37,12 @@ class RecipeCommand(Command):
         return given
 
     def help(self, parser: Parser) -> str:
-        """Options, and all keys that a recipe has."""
+        """Options, and all keys that a recipe has.
+
+        Raises:
+            MissingExtraError: If Lightning, whose trainer has some of the keys, is not installed.
+        """
+        require(self.needs, self.name)
         from mobiq_lightning.jobs import describe_keys
 
         return f"{super().help(parser)}\n{describe_keys(f'{program()} {self.name}')}"

@@ -4,17 +4,19 @@
 Needs `pip install "mobiq-lightning[calibrate]"`. The cells run in a notebook as well; the built-in model makes it work offline.
 """
 
-# %% Calibrate: a shipped recipe, its keys overridden as you like. Run again, it goes on or returns what is finished.
+# %%
 import sys
+
+import torch
+from matplotlib.figure import Figure
+from transformers import AutoTokenizer
 
 import mobiq_lightning
 
+# %% Calibrate: a shipped recipe, its keys overridden as you like. Run again, it goes on or returns what is finished.
 run = mobiq_lightning.fit(sys.argv[1] if len(sys.argv) > 1 else "tiny-ranges")
 
 # %% Load, and read one text at several bits: the dial takes any number between the ends.
-import torch
-from transformers import AutoTokenizer
-
 model = mobiq_lightning.load(run.path)
 ids = AutoTokenizer.from_pretrained(run.checkpoint)("def mean(values):\n    return", return_tensors="pt")["input_ids"]
 for bits in (2, 2.5, 3, 4, 6, 8):
@@ -24,8 +26,6 @@ for bits in (2, 2.5, 3, 4, 6, 8):
         )
 
 # %% Draw what the run measured on its evaluation text.
-from matplotlib.figure import Figure
-
 rows = [row for row in run.results()["rows"] if row["allocation"] == "router"]
 axes = (figure := Figure()).subplots()
 axes.plot([row["used_bits"] for row in rows], [row["perplexity"] for row in rows], marker="o")

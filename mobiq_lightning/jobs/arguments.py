@@ -58,7 +58,9 @@ def with_recipe(arguments: Sequence[str]) -> list[str]:
             continue
         path = value if equals else given.pop(0)
         run = RunFolder(path)
-        if run.recipe.is_file():  # the run may have been moved since
+        if path.startswith("{"):  # the content itself
+            found.append(f"--config={path}")
+        elif run.recipe.is_file():  # the run may have been moved since
             found += [f"--config={run.recipe}", f"--trainer.default_root_dir={path}"]
         else:
             found.append(f"--config={recipe_path(path)}")

@@ -73,7 +73,7 @@ class RoutingDiagnostics(Callback):
             inputs=tuple(InputSize(n, w) for n, w in zip(comparison.names, comparison.sizes, strict=True)),
             depths=tuple(comparison.inputs[0].depths),
             budgets=tuple(_budget(*use, comparison.inputs[0].depths) for use in comparison.routing_uses()),
-            block_error=BlockErrorNote(int(tokens), errors.tolist()),
+            block_error=BlockErrorNote(int(tokens), tuple(map(tuple, errors.tolist()))),
         )
         if trainer.is_global_zero:
             write_json(module.run_folder / DIAGNOSTICS, found.to_json())
@@ -84,8 +84,8 @@ def _budget(target_bits: float, sums: dict[str, Tensor], depths: Sequence[int]) 
     share = sums["read"].double() / sums["read"].sum(1, keepdim=True)
     return BudgetUse(
         target_bits=target_bits,
-        mean_bits=(share @ share.new_tensor(depths)).tolist(),
-        depth_share=share.tolist(),
+        mean_bits=tuple((share @ share.new_tensor(depths)).tolist()),
+        depth_share=tuple(map(tuple, share.tolist())),
         by_position=tuple(use_by_position(sums)),
         by_frequency=tuple(use_by_frequency(sums)),
     )

@@ -6,7 +6,6 @@ import json
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, fields
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -82,7 +81,6 @@ def read_json(path: Path) -> Any:
         raise ResultsError(f"{path}: not valid JSON ({error}). {_ADVICE}") from error
 
 
-@cache
 def _fields_of(cls: type[Record]) -> tuple[tuple[Field[Any], Any], ...]:
     """Fields of a record with their types."""
     hints = get_type_hints(cls)

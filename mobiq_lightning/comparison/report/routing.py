@@ -110,10 +110,11 @@ def _use_charts(strategies: Sequence[Strategy]) -> list[Chart]:
         "A token's bits are its mean over inputs, weighted by their weights; the line at zero is what the run used."
     )
     charts = []
-    for kind, name, axis in (
+    kinds: Sequence[tuple[_Kind, str, str]] = (
         ("by_position", "token position", "position in the window"),
         ("by_frequency", "token frequency", "occurrences of the token in the evaluation text"),
-    ):
+    )
+    for kind, name, axis in kinds:
         panels = [
             Panel(
                 f"{bits:g} bits asked for", partial(_draw_use, strategies=strategies, bits=bits, kind=kind, axis=axis)

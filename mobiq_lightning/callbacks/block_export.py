@@ -60,7 +60,7 @@ def finish_checkpoint(module: ElasticCalibration, recipe: str) -> list[int]:
     if scheme.code != PackedSlices.code:
         quantization["code"] = scheme.code
     data = module.trainer.datamodule  # type: ignore[attr-defined]
-    calibration = {**data.protocol["calibration"], "data_hash": data.calibration_digest}
+    calibration = {**data.protocol.calibration.to_json(), "data_hash": data.calibration_digest}
     origin = describe_provenance(module.source, calibration, module.transform)
     extra = {RECIPE: recipe, PROVENANCE: json.dumps(origin, indent=2) + "\n"}
     return _writer(module).finish(blocks, quantization, extra)

@@ -24,6 +24,8 @@ from mobiq_lightning.packing import PackedSlices, PackedWeight, depths_of, pack_
 
 TILE_COLUMNS = 128
 TILE_ROWS = 16
+WORDS_PER_ROW = 8
+"""32-bit words that a row takes of a tile: sixteen 2-bit codes lie in one."""
 ROW_BLOCK = 128
 """Rows of each linear are padded to a multiple of it, so that a program works for one linear alone."""
 COLUMN_BLOCK = 256

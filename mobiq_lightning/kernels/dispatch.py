@@ -138,7 +138,7 @@ def route_and_prepare(
 
 @functools.cache
 def _device(device: torch.device) -> tuple[tuple[int, int], Table, int]:
-    """Compute capability, table and streaming multiprocessors."""
+    """Compute capability, tuned table and number of streaming multiprocessors of a device."""
     if INTERPRETED:
         return (9, 0), table_for("interpreter"), 4
     properties = torch.cuda.get_device_properties(device)

@@ -48,7 +48,7 @@ def plan_tiles(bits: Tensor, n_depths: int, block: int) -> Plan:
 
     Args:
         bits: (M,) int32 depths, 1 to 8.
-        n_depths: How many different ones there may be.
+        n_depths: How many different depths there may be.
         block: Tokens of a tile.
     """
     tokens = bits.numel()

@@ -21,11 +21,10 @@ from mobiq_lightning.checkpoint import CheckpointWriter, verify
 from mobiq_lightning.checkpoint.check import hash_tensor
 from mobiq_lightning.cli import main
 from mobiq_lightning.errors import BitsError, CheckpointError
-from mobiq_lightning.nn import ElasticLinear
+from mobiq_lightning.nn import ElasticLinear, input_names
 from mobiq_lightning.packing import n_groups
 from mobiq_lightning.runs import COMPANIONS
 from mobiq_lightning.runtime import cache_name
-from mobiq_lightning.runtime.elastic_model import input_names
 from tests.checkpoints import IDS, PLANE, edit_tensors, generate, logits, tensors_of
 from tests.conftest import Run, small_recipe
 

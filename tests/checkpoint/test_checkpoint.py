@@ -278,6 +278,17 @@ class TestWriting:
         code = text.split("```python\n")[1].split("```")[0].replace("path/to/this/folder", str(finished[0] / "elastic"))
         subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
+    def test_plug_ins_are_named_by_their_public_paths(self, finished: Run) -> None:
+        elastic = finished[0] / "elastic"
+        config = json.loads((elastic / "config.json").read_text())["quantization_config"]
+        assert config["router"]["class_path"] == "mobiq_lightning.strategies.MLPRouter"
+        assert config["router"]["init_args"] == {"hidden_features": 4}
+        assert config["transform"]["class_path"] == "mobiq_lightning.strategies.NoTransform"
+        assert json.loads((elastic / "provenance.json").read_text())["transform"] == {
+            "class_path": "mobiq_lightning.strategies.NoTransform",
+            "init_args": {},
+        }
+
     def test_others_may_read_the_files(self, finished: Run) -> None:
         modes = {path.stat().st_mode & 0o777 for path in (finished[0] / "elastic").iterdir()}
         assert len(modes) == 1

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from mobiq_lightning.checkpoint.format import ElasticFormat
 from mobiq_lightning.files import write_text
 from mobiq_lightning.packing import WHOLE_ROW, PackedSlices, depths_of
 from mobiq_lightning.runs import (
@@ -44,9 +45,9 @@ def card(config: dict[str, Any], origin: dict[str, Any], results: Results) -> st
         origin: provenance.json, or empty.
         results: What was measured so far.
     """
-    elastic = config["quantization_config"]
-    depths = depths_of(tuple(elastic["slice_bits"]))
-    highest = elastic.get("max_bits") or depths[-1]
+    elastic = ElasticFormat.from_json(config["quantization_config"])
+    depths = depths_of(tuple(elastic.slice_bits))
+    highest = elastic.n_planes
     name = origin.get("source", {}).get("name", config.get("model_type", "model"))
     head: dict[str, Any] = {"library_name": "transformers", "tags": ["mobiq", "quantized", "elastic-precision"]}
     if name.count("/") == 1 and not name.startswith(".") and not Path(name).exists():  # a hub id
@@ -55,7 +56,7 @@ def card(config: dict[str, Any], origin: dict[str, Any], results: Results) -> st
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n",
         f"# {name.rstrip('/').rsplit('/', 1)[-1]}, elastic from {depths[0]} to {highest} bits\n",
         f"One checkpoint that runs at any average bit-width from {depths[0]} to {highest}, chosen at run time, token by "
-        f"token. Made with MoBiQ-Lightning (MoBiQuant, arXiv 2602.20191): slices of {elastic['slice_bits']} bits, "
+        f"token. Made with MoBiQ-Lightning (MoBiQuant, arXiv 2602.20191): slices of {elastic.slice_bits} bits, "
         f"{_groups(elastic)}\n",
         _usage(depths[0], highest),
         _measured(results, highest, highest < depths[-1]),
@@ -65,8 +66,8 @@ def card(config: dict[str, Any], origin: dict[str, Any], results: Results) -> st
     return "\n".join(part for part in parts if part)
 
 
-def _groups(elastic: dict[str, Any]) -> str:
-    size, code = elastic["group_size"], elastic.get("code", PackedSlices.code)
+def _groups(elastic: ElasticFormat) -> str:
+    size, code = elastic.group_size, elastic.code
     groups = "one group per row." if size >= WHOLE_ROW else f"groups of {size}."
     if code == PackedSlices.code:
         return groups

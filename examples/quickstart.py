@@ -26,9 +26,9 @@ for bits in (2, 2.5, 3, 4, 6, 8):
         )
 
 # %% Draw what the run measured on its evaluation text.
-rows = [row for row in run.results()["rows"] if row["allocation"] == "router"]
+rows = [row for row in run.results().measured.rows if row.allocation == "router"]
 axes = (figure := Figure()).subplots()
-axes.plot([row["used_bits"] for row in rows], [row["perplexity"] for row in rows], marker="o")
+axes.plot([row.used_bits for row in rows], [row.perplexity for row in rows], marker="o")
 axes.set(xlabel="bits per weight", ylabel="perplexity")
 figure.savefig(run.path / "quickstart.png")
 print(f"{run.path / 'quickstart.png'} shows perplexity against bits")

@@ -15,9 +15,10 @@ NAME = PACKAGE.name
 LAYERS = [
     "version",
     "errors",
-    "extras files console environment",
+    "extras files console environment tensor_memo",
     "packing",
-    "runs loggers",
+    "runs",
+    "loggers",
     "strategies kernels",
     "nn",
     "sources",

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 
 from mobiq_lightning.comparison.grid import Cell
 from mobiq_lightning.errors import MobiqError, RecipeError
 from mobiq_lightning.jobs import build
+from mobiq_lightning.runs import loaded_class
+
+_CALLBACKS = "mobiq_lightning.callbacks"
+_QUIET = {"class_path": f"{_CALLBACKS}.LatencyCheck", "init_args": {"seconds": 0}}
 
 
 def check_cells(cells: Sequence[Cell]) -> None:
@@ -28,3 +33,16 @@ def check_cells(cells: Sequence[Cell]) -> None:
                 problems.append(f"strategies.{strategy}: {message}")
     if problems:
         raise RecipeError("\n".join(problems))
+
+
+def without_speed(cell: Cell) -> Cell:
+    """A cell whose run measures no speed: measured while other cells run, it would mean nothing.
+
+    A callback that measures speed says so itself, with a class attribute ``measures_speed`` that is true. Classes are looked
+    up among those that are loaded, so `check_cells` comes first.
+    """
+    trainer = cell.recipe["trainer"]
+    kept = [
+        c for c in trainer.get("callbacks") or [] if not getattr(loaded_class(c, _CALLBACKS), "measures_speed", False)
+    ]
+    return replace(cell, recipe={**cell.recipe, "trainer": {**trainer, "callbacks": [*kept, _QUIET]}})

@@ -56,10 +56,11 @@ def compare(
     cells = read.cells()
     from filelock import FileLock, Timeout
 
-    from mobiq_lightning.comparison.check import check_cells
-    from mobiq_lightning.comparison.folder import LOCK
+    from mobiq_lightning.comparison.check import check_cells, without_speed
+    from mobiq_lightning.comparison.file_names import LOCK
 
     check_cells(cells)
+    cells = [without_speed(cell) for cell in cells]
     read.root.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(read.root / LOCK, timeout=0):

@@ -87,6 +87,12 @@ def test_what_is_wrong_is_raised(tmp_path: Path) -> None:
         RunFolder(tmp_path).results()
 
 
+def router_bits(run: RunFolder) -> set[float]:
+    measured = run.results().measured
+    assert measured is not None
+    return {row.target_bits for row in measured.rows if row.allocation == "router"}
+
+
 class Interrupt(Callback):
     """A user who presses Ctrl-C when training starts."""
 
@@ -107,12 +113,12 @@ def test_a_run_is_made_continued_and_compared_again_from_python(finished: Run, t
     made = mobiq_lightning.fit(recipe, overwrite=True, model=quick, trainer={"default_root_dir": folder})
     assert made.path == folder
     assert made.finished
-    assert {row["target_bits"] for row in made.results()["rows"] if row["allocation"] == "router"} == {2, 2.5, 8}
+    assert router_bits(made) == {2, 2.5, 8}
     assert mobiq_lightning.verify(made.checkpoint) == []
     written = (made.checkpoint / "config.json").stat().st_mtime_ns
     moved = shutil.move(folder, tmp_path / "moved")
     again = mobiq_lightning.validate(RunFolder(moved), model={"eval_bits": [3]})
     assert again.path == tmp_path / "moved"
-    assert {row["target_bits"] for row in again.results()["rows"] if row["allocation"] == "router"} == {3}
+    assert router_bits(again) == {3}
     assert mobiq_lightning.fit(moved).path == tmp_path / "moved"
     assert (again.checkpoint / "config.json").stat().st_mtime_ns == written

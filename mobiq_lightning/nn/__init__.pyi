@@ -14,6 +14,7 @@ from .contexts import record_scores as record_scores
 from .contexts import routed_by as routed_by
 from .contexts import transformed_by as transformed_by
 from .elastic_linear import ElasticLinear as ElasticLinear
+from .elastic_linear import input_names as input_names
 from .elastic_linear import routed_inputs as routed_inputs
 from .elastic_linear import stored_bits as stored_bits
 from .kept_weights import KEPT_BYTES as KEPT_BYTES
@@ -26,4 +27,5 @@ from .routed_input import TABLE_STEP as TABLE_STEP
 from .routed_input import ReadState as ReadState
 from .routed_input import RoutedInput as RoutedInput
 from .routed_input import held_slices as held_slices
+from .shared_input import make_shared_input as make_shared_input
 from .sliced_linear import SlicedLinear as SlicedLinear

@@ -240,6 +240,13 @@ def test_the_whole_table_of_the_built_in_model_is_that_of_the_committed_run() ->
     assert [cells for cells in printed if cells[1] != "target bits"] == expected
 
 
+def test_every_file_of_results_has_its_command_in_the_table_of_benchmarks() -> None:
+    names = [row[0] for row in table_with(ROOT / "benchmarks" / "README.md", "command")[1:]]
+    patterns = [pattern for name in names for pattern in INLINE.findall(name)]
+    files = {path.name for path in RESULTS.glob("*.json*")}
+    assert files == {path.name for pattern in patterns for path in RESULTS.glob(pattern)}
+
+
 def best_of(column: list[float | None]) -> int:
     return min((value, place) for place, value in enumerate(column) if value is not None)[1]
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from mobiq_lightning.checkpoint.format import ElasticFormat
 from mobiq_lightning.files import write_text
 from mobiq_lightning.packing import WHOLE_ROW, PackedSlices, depths_of
 from mobiq_lightning.runs import (
@@ -40,9 +41,9 @@ def card(config: dict[str, Any], origin: dict[str, Any], results: dict[str, Any]
         origin: provenance.json, or empty.
         results: results.json, or empty if nothing was measured yet.
     """
-    elastic = config["quantization_config"]
-    depths = depths_of(tuple(elastic["slice_bits"]))
-    highest = elastic.get("max_bits") or depths[-1]
+    elastic = ElasticFormat.from_json(config["quantization_config"])
+    depths = depths_of(tuple(elastic.slice_bits))
+    highest = elastic.n_planes
     name = origin.get("source", {}).get("name", config.get("model_type", "model"))
     head: dict[str, Any] = {"library_name": "transformers", "tags": ["mobiq", "quantized", "elastic-precision"]}
     if name.count("/") == 1 and not name.startswith(".") and not Path(name).exists():  # a hub id
@@ -51,7 +52,7 @@ def card(config: dict[str, Any], origin: dict[str, Any], results: dict[str, Any]
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n",
         f"# {name.rstrip('/').rsplit('/', 1)[-1]}, elastic from {depths[0]} to {highest} bits\n",
         f"One checkpoint that runs at any average bit-width from {depths[0]} to {highest}, chosen at run time, token by "
-        f"token. Made with MoBiQ-Lightning (MoBiQuant, arXiv 2602.20191): slices of {elastic['slice_bits']} bits, "
+        f"token. Made with MoBiQ-Lightning (MoBiQuant, arXiv 2602.20191): slices of {elastic.slice_bits} bits, "
         f"{_groups(elastic)}\n",
         _usage(depths[0], highest),
         _measured(results, highest, highest < depths[-1]),
@@ -61,8 +62,8 @@ def card(config: dict[str, Any], origin: dict[str, Any], results: dict[str, Any]
     return "\n".join(part for part in parts if part)
 
 
-def _groups(elastic: dict[str, Any]) -> str:
-    size, code = elastic["group_size"], elastic.get("code", PackedSlices.code)
+def _groups(elastic: ElasticFormat) -> str:
+    size, code = elastic.group_size, elastic.code
     groups = "one group per row." if size >= WHOLE_ROW else f"groups of {size}."
     if code == PackedSlices.code:
         return groups

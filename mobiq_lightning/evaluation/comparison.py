@@ -20,6 +20,7 @@ from mobiq_lightning.nn import (
     SlicedLinear,
     fixed_depth,
     full_precision,
+    input_names,
     record_gates,
     routed_inputs,
     stored_bits,
@@ -89,7 +90,7 @@ class Comparison:
     ) -> None:
         self.full, self.elastic, self.device, self.scope = full.to(device), elastic.to(device), device, scope
         self.inputs = routed_inputs(elastic)
-        self.names = [n.removesuffix(".input") for n, m in elastic.named_modules() if isinstance(m, RoutedInput)]
+        self.names = input_names(elastic)
         self.sizes = [routed.n_weights for routed in self.inputs]
         self.slice_bits = self.inputs[0].slice_bits
         linears = [m for m in elastic.modules() if isinstance(m, ElasticLinear)]
@@ -237,6 +238,5 @@ def wrap_for_rounding(
             scheme = ResidualSlices(linear.out_features, linear.in_features, bits, columns).to(linear.weight.device)
             spent += 32 * linear.out_features * n_groups(linear.in_features, columns)
             n_weights += linear.weight.numel()
-            parent, _, last = name.rpartition(".")
-            setattr(block.get_submodule(parent), last, SlicedLinear(linear, scheme, routed))
+            block.set_submodule(name, SlicedLinear(linear, scheme, routed))
     return [routed], spent / n_weights

@@ -17,7 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from mobiq_lightning.calibration import ElasticCalibration, SafeCheckpointIO
+from mobiq_lightning.calibration import ElasticCalibration, SafeCheckpointIO, finish_checkpoint
 from mobiq_lightning.callbacks import (
     BlockExport,
     CalibrationProgress,
@@ -30,7 +30,6 @@ from mobiq_lightning.callbacks import (
     RoutingDiagnostics,
     ThresholdTuning,
 )
-from mobiq_lightning.callbacks.block_export import finish_checkpoint
 from mobiq_lightning.callbacks.visit_checkpoint import VisitCheckpoint
 from mobiq_lightning.console import say
 from mobiq_lightning.errors import MobiqError, NonFiniteError, RecipeError, RunFolderError

@@ -158,8 +158,7 @@ def restore(weights: KernelWeights, index: int) -> PackedSlices:
 
     return PackedSlices(
         tuple(pack_planes(codes.to(torch.uint8), n_bits).unbind()),
-        half(_signed(meta & 0xFFFF, 16)),
-        half(meta >> 16),
+        (half(_signed(meta & 0xFFFF, 16)), half(meta >> 16)),
         weights.in_features,
         weights.group_size,
         weights.slice_bits,

@@ -131,7 +131,7 @@ def _outline(shape: Shape, rows: int) -> PackedSlices:
     plane = torch.empty(rows, -(-shape.in_features // 8), dtype=torch.uint8, device="meta")
     scale = torch.empty(rows, n_groups(shape.in_features, shape.group_size), dtype=torch.bfloat16, device="meta")
     planes = (plane,) * shape.depths[-1]
-    return PackedSlices(planes, scale, scale, shape.in_features, shape.group_size, shape.slice_bits)
+    return PackedSlices(planes, (scale, scale), shape.in_features, shape.group_size, shape.slice_bits)
 
 
 def int4_product(shape: Shape, x: Tensor, generator: torch.Generator) -> Candidate:

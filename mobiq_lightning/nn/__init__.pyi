@@ -4,6 +4,7 @@ from .calibrated_block import Learned as Learned
 from .calibrated_block import RouterFactory as RouterFactory
 from .calibrated_block import SliceFactory as SliceFactory
 from .elastic_linear import ElasticLinear as ElasticLinear
+from .elastic_linear import input_names as input_names
 from .elastic_linear import routed_inputs as routed_inputs
 from .elastic_linear import stored_bits as stored_bits
 from .kept_weights import KEPT_BYTES as KEPT_BYTES
@@ -21,4 +22,5 @@ from .routed_input import TABLE_STEP as TABLE_STEP
 from .routed_input import ReadState as ReadState
 from .routed_input import RoutedInput as RoutedInput
 from .routed_input import held_slices as held_slices
+from .shared_input import make_shared_input as make_shared_input
 from .sliced_linear import SlicedLinear as SlicedLinear

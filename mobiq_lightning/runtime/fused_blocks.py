@@ -68,13 +68,12 @@ def fuse_blocks(model: nn.Module) -> None:
 @functools.cache
 def _fused(cls: Any, mixin: Any) -> Any:
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__reduce_ex__": _reduce}
-    return type(cls.__name__, (mixin, cls), names)
+    return type(cls.__name__, (mixin, cls), {**names, "plain_class": cls, "mixin": mixin})
 
 
 def _reduce(module: Any, protocol: Any) -> Any:
     """Pickles as its own class and mixin, since the class that joins them is made at run time."""
-    mixin, cls = type(module).__mro__[1:3]
-    return (_rebuild, (cls, mixin), *nn.Module.__reduce_ex__(module, 2)[2:])
+    return (_rebuild, (module.plain_class, module.mixin), *nn.Module.__reduce_ex__(module, 2)[2:])
 
 
 def _rebuild(cls: type, mixin: type) -> Any:

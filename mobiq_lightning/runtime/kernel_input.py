@@ -17,7 +17,7 @@ from mobiq_lightning.kernels import missing_for_code, missing_for_kernels, relay
 from mobiq_lightning.kernels.layout import KernelWeights
 from mobiq_lightning.kernels.routing import MAX_ROUTED, Routing, TwoLayerWeights, relay_router
 from mobiq_lightning.nn import ElasticLinear, RoutedInput
-from mobiq_lightning.packing import PackedSlices
+from mobiq_lightning.packing import PackedSlices, value_name
 from mobiq_lightning.strategies.base import Router
 
 
@@ -225,7 +225,7 @@ def _missing(linear: ElasticLinear, dtype: torch.dtype) -> str | None:
 
     if reason := missing_for_code(linear.code):
         return reason
-    device = linear.get_buffer("slice_scale").device
+    device = linear.get_buffer(value_name("scale")).device
     if find_spec("triton") is not None:
         from mobiq_lightning.kernels.dispatch import INTERPRETED
 

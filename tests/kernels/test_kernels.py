@@ -51,8 +51,7 @@ def make(rows: int, columns: int, group: int, slice_bits: tuple[int, ...], seed:
     bias = (torch.randn(shape, generator=generator) * 0.1).to(torch.bfloat16)
     return PackedSlices(
         tuple(plane.to(DEVICE) for plane in pack_planes(codes, n_bits)),
-        scale.to(DEVICE),
-        bias.to(DEVICE),
+        (scale.to(DEVICE), bias.to(DEVICE)),
         columns,
         group,
         slice_bits,

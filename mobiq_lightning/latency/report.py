@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.table import Table
 
 from mobiq_lightning.latency.journal import Journal, Row
-from mobiq_lightning.latency.targets import NOT_MEASURED, TARGETS
 
 TITLES = {
     "decode": "one token",
@@ -22,7 +21,7 @@ TITLES = {
 
 
 def print_report(journal: Journal) -> None:
-    """Prints every section that was measured, what could not be, and the targets."""
+    """Prints every section that was measured, and what could not be."""
     output = console()
     for section, title in TITLES.items():
         rows = [row for row in journal.rows if row["section"] == section]
@@ -32,27 +31,6 @@ def print_report(journal: Journal) -> None:
         output.print(line, highlight=False)
     for left in journal.not_measured:
         output.print(f"Not measured: {left}", highlight=False)
-    print_targets(journal, output)
-
-
-def print_targets(journal: Journal, output: Console) -> None:
-    """Prints the targets beside what was measured; a line of it where no kernel was."""
-    if journal.path != "kernels":
-        output.print(
-            f"The {len(TARGETS)} targets of the kernels, set for an H200, are not measured: they need a CUDA device.",
-            highlight=False,
-        )
-        return
-    table = Table(title=f"Targets, set for an H200; measured on {journal.head['environment']['device']}")
-    for column in ("figure", "good", "world class", "measured", ""):
-        table.add_column(column, justify="left" if column in ("figure", "") else "right", no_wrap=True)
-    for target in TARGETS:
-        verdict = target.verdict(journal.rows)
-        style = {"missed": "red", "not measured": "dim"}.get(verdict, "green")
-        measured = target.text(target.value(journal.rows))
-        bounds = (target.text(target.good), target.text(target.world_class))
-        table.add_row(target.name, *bounds, measured, f"[{style}]{verdict}[/]")
-    output.print(table)
 
 
 def console() -> Console:
@@ -160,6 +138,6 @@ def print_budgets(latency: dict[str, Any]) -> None:
             f"{row['gb_per_s']:,.1f}",
             f"{row['of_copy']:.0%}",
             f"{row['times_plain']:.2f}x",
-            NOT_MEASURED if speed is None else f"{speed:,.1f}",
+            "not measured" if speed is None else f"{speed:,.1f}",
         )
     console().print(table)

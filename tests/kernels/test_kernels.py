@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mobiq_lightning.kernels import relay, restore, sliced_linear
+from mobiq_lightning.kernels.form import Form, Prepared
 from mobiq_lightning.kernels.layout import KernelWeights, column_map
 from mobiq_lightning.kernels.routing import Routing, TwoLayerWeights, relay_router
 from mobiq_lightning.kernels.tuning import DecodeConfig, table_for, table_json
@@ -22,7 +23,7 @@ from mobiq_lightning.kernels.decode import decode
 from mobiq_lightning.kernels.dequantize import dequantize, dequantized_product
 from mobiq_lightning.kernels.dispatch import INTERPRETED, multiply, path_for
 from mobiq_lightning.kernels.grouped import grouped, plan_tiles
-from mobiq_lightning.kernels.prepare import Form, Prepared, prepare
+from mobiq_lightning.kernels.prepare import prepare
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPE = torch.float32 if INTERPRETED else torch.bfloat16
@@ -218,11 +219,13 @@ def test_dequantized_product_gives_every_token_its_own_depth(monkeypatch: pytest
 
 def test_which_kernel_multiplies_depends_on_the_number_of_tokens_alone() -> None:
     weights = relay([make(64, 128, 128, FINE)])
-    until = table_for("interpreter").grouped_until if INTERPRETED else 10**6
-    paths = {count: path_for(count, weights, DTYPE) for count in (1, 64, 65, until)}
-    assert paths == {1: "decode", 64: "decode", 65: "grouped", until: "grouped"} or not INTERPRETED
-    if INTERPRETED:
-        assert path_for(until + 1, weights, DTYPE) == "dequantize"
+    until = table_for("interpreter" if INTERPRETED else torch.cuda.get_device_name()).grouped_until
+    paths = {count: path_for(count, weights, DTYPE) for count in (1, 64, 65, until, until + 1)}
+    assert paths == {1: "decode", 64: "decode", 65: "grouped", until: "grouped", until + 1: "dequantize"}
+    assert until >= 65, "the test needs a table that uses all three"
+    # Products of several depths at once want bfloat16 where they are cuBLAS's; of one depth, any dtype does.
+    assert path_for(until + 1, weights, torch.float16) == ("dequantize" if INTERPRETED else "grouped")
+    assert path_for(until + 1, weights, None) == "dequantize"
 
 
 @pytest.mark.parametrize("count", [0, 1, 64, 65, 600])

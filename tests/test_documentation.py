@@ -18,8 +18,7 @@ import torch
 from mobiq_lightning.calibration import ElasticCalibration
 from mobiq_lightning.calibration.schedule import Stage
 from mobiq_lightning.cli import main
-from mobiq_lightning.jobs import check_arguments
-from mobiq_lightning.jobs.recipe import strategy_classes
+from mobiq_lightning.jobs.recipe import check_arguments, strategy_classes
 from mobiq_lightning.runs import LABELS, summarize
 from mobiq_lightning.sources import TextWindows
 from tests.test_architecture import LAYERS
@@ -146,13 +145,19 @@ def test_the_set_up_commands_are_those_of_the_check() -> None:
 # ------------------------------------------------------------------ commands and keys
 
 
+def recipe_arguments_of(command: str, rest: list[str]) -> list[str]:
+    """What follows a command that takes a recipe, without options of its own; a run's recipe stands for the one it had."""
+    own = {"outliers": {"--bits", "--share"}}.get(command, set())
+    given = [t for before, t in zip(["", *rest], rest, strict=False) if t not in own and before not in own]
+    given = [str(ROOT / "recipes" / "tiny.yaml") if t.endswith("config.yaml") else t for t in given]
+    return [str(ROOT / t) if t.startswith("recipes/") else t for t in given]
+
+
 @of_every_page
 def test_every_command_and_every_option_exists(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for command, *rest in commands_of(page):
         if command in ("fit", "validate", "outliers"):
-            given = [t if not t.endswith("config.yaml") else str(ROOT / "recipes" / "tiny.yaml") for t in rest]
-            given = [str(ROOT / t) if t.startswith("recipes/") else t for t in given]
-            check_arguments(given, options=("bits", "share") if command == "outliers" else ())
+            check_arguments(recipe_arguments_of(command, rest))
             continue
         with contextlib.suppress(SystemExit):  # argparse ends so, whether there is such a command or not
             main([command, "--help"])

@@ -36,6 +36,7 @@ LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 INLINE = re.compile(r"`([^`\n]+)`")
 COMMAND = re.compile(r"(?:python -m mobiq_lightning|mobiq-lightning) ([a-z].*)")
 NAME = re.compile(r"\bmobiq_lightning(?:\.[A-Za-z]\w*)+")
+SOURCES = ("mobiq_lightning", "benchmarks", "examples")
 IN_REPOSITORY = re.compile(r"^(?:mobiq_lightning|recipes|docs|tests|examples|benchmarks|\.ci)/[\w./*-]+$")
 of_every_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
 
@@ -166,6 +167,22 @@ def test_every_command_and_every_option_exists(page: Path, capsys: pytest.Captur
         known = {option.replace("-", "_") for option in re.findall(r"--([\w-]+)", printed)}
         used = [t.partition("=")[0][2:].replace("-", "_") for t in rest if t.startswith("--") and "." not in t]
         assert set(used) <= known, f"{command}: {used}"
+
+
+@of_every_page
+def test_every_option_that_is_named_by_itself_exists(page: Path) -> None:
+    sources = [path.read_text(encoding="utf-8") for folder in SOURCES for path in (ROOT / folder).rglob("*.py")]
+    for text in inline_code_of(page):
+        if not text.startswith("--"):
+            continue
+        option = text.split()[0].partition("=")[0]
+        if option.partition(".")[0] in ("--model", "--data", "--trainer"):
+            base = ["--config", str(ROOT / "recipes" / "tiny.yaml")]  # whose classes have the arguments that are named
+            check_arguments([*base, *(t for t in shlex.split(text) if t != "...")])
+        else:
+            name = option[2:].replace("-", "_")
+            known = re.compile(rf"--{re.escape(option[2:])}\b|\b{re.escape(name)}: |\"{re.escape(name)}\"")
+            assert any(known.search(source) for source in sources), f"{option} is nowhere declared"
 
 
 def keys_of(heading: str) -> set[str]:

@@ -13,9 +13,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from mobiq_lightning.console import table_console
 from mobiq_lightning.files import write_json
 from mobiq_lightning.latency.journal import Row, find
-from mobiq_lightning.latency.report import console
 
 NOT_MEASURED, MISSED, GOOD, WORLD_CLASS = "not measured", "missed", "good", "world class"
 _MODEL = "llama-2-7b"
@@ -142,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--to", type=Path, help="file that takes each target with what was measured, as JSON")
     chosen = parser.parse_args(arguments)
     content = json.loads(chosen.results.read_text(encoding="utf-8"))
-    print_targets(content, console())
+    print_targets(content, table_console())
     if chosen.to:
         write_json(chosen.to, beside_targets(content["rows"]))
 

@@ -30,7 +30,7 @@ def finish_checkpoint(module: ElasticCalibration, recipe: str) -> list[int]:
         Blocks, by index from 0, whose shard was damaged since it was written, and was written again.
     """
     data = module.trainer.datamodule  # type: ignore[attr-defined]
-    calibration = {**data.protocol["calibration"], "data_hash": data.calibration_digest}
+    calibration = {**data.protocol.calibration.to_json(), "data_hash": data.calibration_digest}
     origin = describe_provenance(module.source, calibration, module.transform)
     extra = {RECIPE: recipe, PROVENANCE: json.dumps(origin, indent=2) + "\n"}
     blocks = [module.block_at(index) for index in range(len(module.blocks))]

@@ -1,4 +1,5 @@
 # What others may use of this package; `__init__.py` loads it when it is asked for.
+from .card import write_card as write_card
 from .exporting import export as export
 from .format import QUANT_METHOD as QUANT_METHOD
 from .format import ElasticFormat as ElasticFormat

@@ -18,7 +18,7 @@ from mobiq_lightning.checkpoint.quantizer import insert_elastic_linears
 from mobiq_lightning.errors import CheckpointError
 from mobiq_lightning.nn import BlockLayout, ElasticLinear, routed_inputs
 from mobiq_lightning.packing import TensorKind, depths_of, kind_of
-from mobiq_lightning.runs import CONFIG, PROVENANCE, RESULTS
+from mobiq_lightning.runs import CONFIG, PROVENANCE, RESULTS, Results, read_results
 
 SCALES, VALUE_TABLES = "scales and biases", "value tables"
 """What a summary calls the tensors that turn codes into weights."""
@@ -65,7 +65,7 @@ class Summary:
     deployable: bool = True
     n_planes: int = 0
     provenance: dict[str, Any] = field(default_factory=dict)
-    results: dict[str, Any] = field(default_factory=dict)
+    results: Results = field(default_factory=Results)
 
     @property
     def depths(self) -> list[int]:
@@ -82,6 +82,7 @@ def summarize_checkpoint(source: str | Path) -> Summary:
 
     Raises:
         CheckpointError: If there is no elastic checkpoint, or a header is damaged.
+        ResultsError: If its results.json is damaged or from another version.
     """
     folder = resolve(source)
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
@@ -104,9 +105,9 @@ def summarize_checkpoint(source: str | Path) -> Summary:
     summary.n_routers = len(inputs)
     summary.deployable = all(routed.router.deployable for routed in inputs)
     summary.n_blocks = len(BlockLayout(**elastic.layout).find(model))
-    for key, file in (("provenance", PROVENANCE), ("results", RESULTS)):
-        if (folder / file).is_file():
-            setattr(summary, key, json.loads((folder / file).read_text(encoding="utf-8")))
+    if (folder / PROVENANCE).is_file():
+        summary.provenance = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+    summary.results = read_results(folder / RESULTS)
     return summary
 
 

@@ -19,7 +19,7 @@ from mobiq_lightning.errors import CheckpointError
 from mobiq_lightning.files import replace_folder, sha256, write_atomically, write_json
 from mobiq_lightning.nn import BlockLayout, CalibratedBlock, SlicedLinear
 from mobiq_lightning.packing import TRANSFORM, input_tensor_name
-from mobiq_lightning.runs import COMPANIONS, CONFIG, HASHES, INDEX, LATER, RESULTS, shard_name
+from mobiq_lightning.runs import COMPANIONS, CONFIG, HASHES, INDEX, LATER, PARTIAL_SUFFIX, RESULTS, Results, shard_name
 from mobiq_lightning.sources import Source
 
 
@@ -36,7 +36,7 @@ class CheckpointWriter:
 
     def __init__(self, source: Source, layout: BlockLayout, folder: Path) -> None:
         self.source, self.layout, self.folder = source, layout, folder
-        self.partial = folder.with_name(f"{folder.name}.partial")
+        self.partial = folder.with_name(f"{folder.name}{PARTIAL_SUFFIX}")
         self.blocks = layout.find(source.model)
         self.n_shards = len(self.blocks) + 1
 
@@ -99,9 +99,9 @@ def seal(folder: Path) -> None:
     write_json(folder / HASHES, {"files": files, "tensors": dict(sorted(hashes.items()))})
 
 
-def add_results(folder: Path, results: Mapping[str, Any]) -> None:
+def add_results(folder: Path, results: Results) -> None:
     """Puts what was measured into a checkpoint: results.json and the model card."""
-    write_json(folder / RESULTS, results)
+    write_json(folder / RESULTS, results.to_json())
     write_card(folder)
 
 

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mobiq_lightning.checkpoint import Summary
+from mobiq_lightning.console import table_console
 from mobiq_lightning.evaluation import print_harness, print_table
-from mobiq_lightning.runs import generated_of
+from mobiq_lightning.runs import Results, generated_of
 
 
 def print_summary(summary: Summary) -> None:
     """Prints what a checkpoint holds."""
-    from rich.console import Console
     from rich.table import Table
 
     from mobiq_lightning.checkpoint import SCALES, VALUE_TABLES
     from mobiq_lightning.packing import WHOLE_ROW, PackedSlices
 
-    console = Console(width=None if sys.stdout.isatty() else max(100, shutil.get_terminal_size().columns))
+    console = table_console()
     elastic, origin = summary.config, summary.provenance
     held = elastic.slice_bits
     table = Table(title=str(summary.folder), show_header=False, title_justify="left")
@@ -67,13 +65,14 @@ def print_summary(summary: Summary) -> None:
         )
         table.add_row("made", f"{versions['date']}, torch {versions['torch']}, transformers {versions['transformers']}")
     console.print(table)
-    if summary.results.get("rows"):
-        print_table(summary.results)
-    if summary.results.get("latency"):
+    results = summary.results
+    if results.measured is not None:
+        print_table(results.measured)
+    if results.latency:
         from mobiq_lightning.latency import print_budgets
 
-        print_budgets(summary.results["latency"])
-    if summary.results.get("lm_eval"):
-        print_harness(summary.results["lm_eval"])
-    if not summary.results:
+        print_budgets(results.latency)
+    if results.lm_eval:
+        print_harness(results.lm_eval)
+    if results == Results():
         console.print("No results are stored with it.")

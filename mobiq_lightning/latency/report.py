@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from mobiq_lightning.console import table_console
 from mobiq_lightning.latency.journal import Journal, Row
 
 TITLES = {
@@ -22,7 +21,7 @@ TITLES = {
 
 def print_report(journal: Journal) -> None:
     """Prints every section that was measured, and what could not be."""
-    output = console()
+    output = table_console()
     for section, title in TITLES.items():
         rows = [row for row in journal.rows if row["section"] == section]
         if rows:
@@ -31,11 +30,6 @@ def print_report(journal: Journal) -> None:
         output.print(line, highlight=False)
     for left in journal.not_measured:
         output.print(f"Not measured: {left}", highlight=False)
-
-
-def console() -> Console:
-    """Wide enough for the tables where there is no terminal."""
-    return Console(width=None if sys.stdout.isatty() else max(110, shutil.get_terminal_size().columns))
 
 
 def _ceilings(head: dict[str, Any]) -> list[str]:
@@ -123,7 +117,7 @@ def _points(rows: list[Row], shape: str) -> list[tuple[float, float]]:
     )
 
 
-def print_budgets(latency: dict[str, Any]) -> None:
+def print_budgets(latency: Mapping[str, Any]) -> None:
     """Prints what `LatencyCheck` measured of a model at each budget."""
     table = Table(title=f"Speed on {latency['device']}: {latency['what']}")
     columns = ("target bits", "used bits", "linears, µs", "GB/s", "of copy", f"against {latency['plain']}", "tokens/s")
@@ -140,4 +134,4 @@ def print_budgets(latency: dict[str, Any]) -> None:
             f"{row['times_plain']:.2f}x",
             "not measured" if speed is None else f"{speed:,.1f}",
         )
-    console().print(table)
+    table_console().print(table)

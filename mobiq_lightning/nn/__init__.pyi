@@ -1,8 +1,18 @@
 # What others may use of this package; `__init__.py` loads it when it is asked for.
+from .borrowed import Borrowed as Borrowed
 from .calibrated_block import CalibratedBlock as CalibratedBlock
 from .calibrated_block import Learned as Learned
 from .calibrated_block import RouterFactory as RouterFactory
 from .calibrated_block import SliceFactory as SliceFactory
+from .contexts import common_threshold as common_threshold
+from .contexts import fixed_depth as fixed_depth
+from .contexts import full_precision as full_precision
+from .contexts import meet_budget as meet_budget
+from .contexts import record_gates as record_gates
+from .contexts import record_live_scores as record_live_scores
+from .contexts import record_scores as record_scores
+from .contexts import routed_by as routed_by
+from .contexts import transformed_by as transformed_by
 from .elastic_linear import ElasticLinear as ElasticLinear
 from .elastic_linear import input_names as input_names
 from .elastic_linear import routed_inputs as routed_inputs
@@ -11,13 +21,8 @@ from .kept_weights import KEPT_BYTES as KEPT_BYTES
 from .kept_weights import KeptWeights as KeptWeights
 from .layout import BlockLayout as BlockLayout
 from .layout import Share as Share
-from .reading import common_threshold as common_threshold
-from .reading import fixed_depth as fixed_depth
-from .reading import full_precision as full_precision
-from .reading import meet_budget as meet_budget
-from .reading import record_gates as record_gates
-from .reading import record_live_scores as record_live_scores
-from .reading import record_scores as record_scores
+from .observers import Observer as Observer
+from .reading import FixedSlices as FixedSlices
 from .routed_input import TABLE_STEP as TABLE_STEP
 from .routed_input import ReadState as ReadState
 from .routed_input import RoutedInput as RoutedInput

@@ -14,8 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mobiq_lightning.errors import BitsError
 from mobiq_lightning.kernels import mixed_depth_product, sliced_linear
+from mobiq_lightning.nn.borrowed import Borrowed
 from mobiq_lightning.nn.kept_weights import KeptWeights
+from mobiq_lightning.nn.reading import FixedSlices, FullPrecision
 from mobiq_lightning.nn.routed_input import RoutedInput, held_slices, without_casts
 from mobiq_lightning.nn.sliced_linear import SlicedLinear
 from mobiq_lightning.packing import CODES, INPUT, SCALE_DTYPE, PackedSlices, PackedWeight, plane_name
@@ -64,18 +67,24 @@ class ElasticLinear(nn.Module):
         self._value_names = tuple(shapes)
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype), requires_grad=False) if bias else None
         self.kept: KeptWeights | None = None
-        self._unregistered: tuple[RoutedInput, ...] = ()
+        self._routed: Borrowed[RoutedInput] | None = None
         self.carries_input = False
 
     @property
     def routed(self) -> RoutedInput:
-        """The input of this layer."""
-        return self._unregistered[0]
+        """The input of this layer.
+
+        Raises:
+            RuntimeError: If `attach` has not set it yet.
+        """
+        if self._routed is None:
+            raise RuntimeError(f"{type(self).__name__}({self.extra_repr()}) has no input; call attach(routed) first")
+        return self._routed.value
 
     @property
     def kernel(self) -> FusedProducts | None:
         """What holds the weights in the kernels' order, if they are multiplied by kernels."""
-        return self._unregistered[0].kernel if self._unregistered else None
+        return None if self._routed is None else self._routed.value.kernel
 
     def attach(self, routed: RoutedInput, carries_input: bool = False) -> None:
         """Sets the input of this layer.
@@ -85,7 +94,7 @@ class ElasticLinear(nn.Module):
             carries_input: Whether this is the one of them that has the input as its submodule, under which name the input
                 is saved, and that counts the tokens.
         """
-        self._unregistered = (routed,)
+        self._routed = Borrowed(routed)
         self.carries_input = carries_input
         if carries_input:
             self.add_module(INPUT, routed)
@@ -141,12 +150,21 @@ class ElasticLinear(nn.Module):
         return sliced_linear(x, self.packed, bits, weight_at)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., I) -> (..., O) in the dtype of `x`."""
-        routed = self.routed
+        """(..., I) -> (..., O) in the dtype of `x`.
+
+        Raises:
+            BitsError: If full precision is asked for, which bit planes do not hold.
+        """
+        routed, reading = self.routed, self.routed.reading
+        if isinstance(reading, FullPrecision):
+            raise BitsError(
+                f"full precision was asked of {type(self).__name__}({self.extra_repr()}), which holds no full-precision "
+                f"weight; ask the source model, or read {routed.depths[-1]} bits with fixed_depth"
+            )
         if routed.kernel is not None:
             y = routed.kernel.product(x, self)
-        elif routed.fixed_slices is not None:
-            y = F.linear(routed.read(x), self.weight_at(routed.depths[routed.fixed_slices - 1], x.dtype))
+        elif isinstance(reading, FixedSlices):
+            y = F.linear(routed.read(x), self.weight_at(routed.depths[reading.n_slices - 1], x.dtype))
         else:
             bits = routed.bits_of(routed.gates(x)).long()
             if self.carries_input:  # the first of the linears that share the input

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mobiq_lightning.nn import ElasticLinear
+from mobiq_lightning.nn import Borrowed, ElasticLinear
 from mobiq_lightning.runtime.kernel_input import KernelInput
 
 BLOCKS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
@@ -62,7 +62,7 @@ def fuse_blocks(model: nn.Module) -> None:
             if known and isinstance(linear, ElasticLinear) and not isinstance(module, (FusedNorm, FusedMLP)):
                 kind: Any = type(module)
                 module.__class__ = _fused(kind, mixin)
-                module.__dict__["feeds"] = linear  # not registered: it belongs elsewhere in the model
+                module.feeds = Borrowed(linear)
 
 
 @functools.cache
@@ -82,7 +82,7 @@ def _rebuild(cls: type, mixin: type) -> Any:
 
 
 def _current(module: Any) -> KernelInput | None:
-    kernel: KernelInput | None = module.feeds.routed.kernel
+    kernel: KernelInput | None = module.feeds.value.routed.kernel
     return kernel
 
 

@@ -288,6 +288,22 @@ def test_one_launch_norms_routes_and_counts_as_the_modules_do(mode: str, size: t
         torch.testing.assert_close(getattr(made, name), getattr(given, name))
 
 
+@pytest.mark.parametrize(
+    ("row", "column", "tile", "word", "bit"),
+    [(0, 0, 0, 0, 0), (9, 21, 0, 26, 20), (5, 64, 0, 5 * 16 + 1, 0), (17, 255, 1, 128 + (1 * 4 + 3) * 4 + 1, 30)],
+)
+def test_a_code_lies_where_the_layout_says(row: int, column: int, tile: int, word: int, bit: int) -> None:
+    """The formula of `layout`, and the example of the kernels' README."""
+    codes = torch.zeros(32, 256, dtype=torch.uint8)
+    codes[row, column] = 0b1001
+    values = torch.zeros(32, 2, dtype=torch.bfloat16)
+    units = relay([PackedSlices(tuple(pack_planes(codes, 4)), values, values, 256, 128, (2, 2))]).units
+    for unit, code in ((0, 0b10), (1, 0b01)):
+        found = units[unit].nonzero().tolist()
+        assert found == [[tile, word]]
+        assert int(units[unit, tile, word]) & 0xFFFFFFFF == code << bit
+
+
 def test_columns_of_padded_groups_are_empty() -> None:
     weights = relay([make(64, 100, 48, FINE)])
     source = column_map(weights)

@@ -19,7 +19,7 @@ from mobiq_lightning.calibration import ElasticCalibration
 from mobiq_lightning.calibration.schedule import Stage
 from mobiq_lightning.cli import main
 from mobiq_lightning.jobs.recipe import check_arguments, strategy_classes
-from mobiq_lightning.runs import LABELS, summarize
+from mobiq_lightning.runs import LABELS, MeanRow, Row, summarize
 from mobiq_lightning.sources import TextWindows
 from tests.test_architecture import LAYERS
 
@@ -233,12 +233,16 @@ def table_with(page: Path, heading: str) -> list[list[str]]:
     return next(table for table in tables_of(page) if table and heading in table[0])
 
 
+def committed_rows() -> list[MeanRow]:
+    return summarize(Row(**row) for row in json.loads((RESULTS / "tiny.json").read_text())["rows"])
+
+
 def test_the_rows_of_the_readme_are_those_of_the_committed_run() -> None:
-    rows = summarize(json.loads((RESULTS / "tiny.json").read_text())["rows"])
+    rows = committed_rows()
     measured = [
         [
-            LABELS[row["allocation"]], f"{row['target_bits']:g}", f"{row['used_bits']:.2f}",
-            f"{row['all_in_bits']:.2f}", f"{row['perplexity']:.2f}", f"{row['kl']:.4f}",
+            LABELS[row.allocation], f"{row.target_bits:g}", f"{row.used_bits:.2f}",
+            f"{row.all_in_bits:.2f}", f"{row.perplexity:.2f}", f"{row.kl:.4f}",
         ]
         for row in rows
     ]  # fmt: skip
@@ -248,14 +252,14 @@ def test_the_rows_of_the_readme_are_those_of_the_committed_run() -> None:
 
 
 def test_the_whole_table_of_the_built_in_model_is_that_of_the_committed_run() -> None:
-    rows = summarize(json.loads((RESULTS / "tiny.json").read_text())["rows"])
+    rows = committed_rows()
     page = (ROOT / "docs" / "results" / "built-in-model.md").read_text(encoding="utf-8")
     printed = [[cell.strip() for cell in line.strip("│").split("│")] for line in page.splitlines() if line[:1] == "│"]
     printed = [cells for cells in printed if len(cells) == 6]
     expected = [
         [
-            LABELS[row["allocation"]], f"{row['target_bits']:g}", f"{row['used_bits']:.2f}", f"{row['all_in_bits']:.2f}",
-            f"{row['perplexity']:.2f}" + (f" ± {row['spread']:.2f}" if row["n_seeds"] > 1 else ""), f"{row['kl']:.4f}",
+            LABELS[row.allocation], f"{row.target_bits:g}", f"{row.used_bits:.2f}", f"{row.all_in_bits:.2f}",
+            f"{row.perplexity:.2f}" + (f" ± {row.spread:.2f}" if row.n_seeds > 1 else ""), f"{row.kl:.4f}",
         ]
         for row in rows
     ]  # fmt: skip

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mobiq_lightning.nn import RoutedInput, SlicedLinear, fixed_depth, full_precision
-from mobiq_lightning.strategies.base import GainMethod
+from mobiq_lightning.strategies import GainMethod
 from mobiq_lightning.strategies.objectives.logit_distillation import divergences_of_tokens
 
 Readers = Sequence[tuple[RoutedInput, Sequence[SlicedLinear]]]

@@ -9,6 +9,7 @@ import torch
 
 from mobiq_lightning import strategies
 from mobiq_lightning.errors import RecipeError
+from mobiq_lightning.strategies import ThresholdTask
 from mobiq_lightning.strategies.base import Router
 from mobiq_lightning.strategies.thresholds import average_bits, prefix_scores, threshold_for_budget
 from tests.strategies.test_strategies import subclasses
@@ -71,7 +72,7 @@ class TestRouters:
         scores = [prefix_scores(router.scores(torch.randn(4000, 16))) for router in routers]
         budgets = [2.0, 2.3, sum(slice_bits) - 0.5, float(sum(slice_bits))]
         for scope in ("layer", "global"):
-            table = kind.thresholds_for(scores, sizes, slice_bits, budgets, scope)
+            table = kind.thresholds_for(ThresholdTask(scores, sizes, slice_bits, budgets, scope))
             assert table.shape == (len(sizes), len(budgets))
             for column, budget in enumerate(budgets):
                 spent = [float(average_bits(s, slice_bits, t)) for s, t in zip(scores, table[:, column], strict=True)]

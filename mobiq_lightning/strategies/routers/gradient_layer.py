@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from mobiq_lightning.strategies.base import GainMethod
+from mobiq_lightning.strategies.abilities import GainMethod
 from mobiq_lightning.strategies.routers.layer_scores import GainRouter
 
 
@@ -21,7 +21,7 @@ class GradientLayerRouter(GainRouter):
         n_slices: S.
     """
 
-    gains_from: ClassVar[GainMethod | None] = "gradients"
+    gains_from: ClassVar[GainMethod] = "gradients"
 
     def layer_scores(self) -> Tensor:
         """See `LayerRouter.layer_scores`."""

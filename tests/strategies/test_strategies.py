@@ -52,7 +52,8 @@ def test_a_recipe_may_call_every_strategy_by_its_short_name(folder: str, base: t
 def test_every_strategy_is_exported_from_the_package() -> None:
     kinds = (Transform, SliceScheme, Router, BudgetSchedule, Objective)
     names = {c.__name__ for base in kinds for c in subclasses(base)}
-    bases = {"BlockRun", "InputTransform", *(kind.__name__ for kind in kinds)}
+    contracts = {"GainMethod", "ObservesGains", "ObservesWeights", "ThresholdTask", "TrainableCodes"}
+    bases = {"BlockRun", "InputTransform", *contracts, *(kind.__name__ for kind in kinds)}
     assert names == set(strategies.__all__) - bases
 
 

@@ -28,7 +28,7 @@ from mobiq_lightning.nn import (
     full_precision,
     meet_budget,
 )
-from mobiq_lightning.strategies import LogitDistillation, NoTransform
+from mobiq_lightning.strategies import LogitDistillation, NoTransform, TrainableCodes
 from mobiq_lightning.strategies.base import BlockRun, BudgetSchedule, Objective
 from mobiq_lightning.strategies.transform_base import Transform
 
@@ -256,21 +256,23 @@ class ElasticCalibration(SlicedModel):
     @torch.no_grad()
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Keeps what is trained within the bounds of the stage."""
-        for linear in [linear for block in self.blocks_in_training() for linear in block.sliced_linears()]:
-            if "clipping" in self.stage.train:
-                linear.scheme.bound_clipping()
-            if "rounding" in self.stage.train:
-                linear.scheme.bound_rounding(linear.sliced_weight().to(self.device))
+        if "clipping" in self.stage.train:
+            for block in self.blocks_in_training():
+                for linear in block.sliced_linears():
+                    linear.scheme.bound_clipping()
+        if "rounding" in self.stage.train:
+            for scheme, weight in self._codes_in_training():
+                scheme.bound_rounding(weight)
 
     @torch.no_grad()
     def begin_stage(self) -> None:
         """Begins the slice of the current stage, unless it is in training already, as after a resume or in a stage before."""
         optimizer = self.trainer.optimizers[0]
-        for linear in [linear for block in self.blocks_in_training() for linear in block.sliced_linears()]:
-            if not self.stage.trains("weights") or self.stage.depth is None:
-                continue
-            if linear.scheme.start_slice(linear.sliced_weight().to(self.device), self.stage.depth):
-                for parameter in linear.scheme.weight_parameters():  # the optimizer's averages were another slice's
+        if not self.stage.trains("weights") or self.stage.depth is None:
+            return
+        for scheme, weight in self._codes_in_training():
+            if scheme.start_slice(weight, self.stage.depth):
+                for parameter in scheme.code_parameters():  # the optimizer's averages were another slice's
                     optimizer.state.pop(parameter, None)
 
     @torch.no_grad()
@@ -279,10 +281,17 @@ class ElasticCalibration(SlicedModel):
         if self.current_epoch != self.segment.epochs.stop - 1 or not self.stage.trains("weights"):
             return
         if not self.schedule.trains_weights_after(self.segment):
-            for linear in [linear for block in self.blocks_in_training() for linear in block.sliced_linears()]:
-                linear.scheme.freeze(linear.sliced_weight().to(self.device))
-                for parameter in linear.scheme.weight_parameters():
+            for scheme, weight in self._codes_in_training():
+                scheme.freeze(weight)
+                for parameter in scheme.code_parameters():
                     self.trainer.optimizers[0].state.pop(parameter, None)
+
+    def _codes_in_training(self) -> Iterator[tuple[TrainableCodes, Tensor]]:
+        """The schemes in training whose codes are trained, each with its weight (O, I) on the device."""
+        for block in self.blocks_in_training():
+            for linear in block.sliced_linears():
+                if isinstance(linear.scheme, TrainableCodes):
+                    yield linear.scheme, linear.sliced_weight().to(self.device)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """One AdamW over all blocks: only the current block is in the graph, and AdamW skips what has no gradient."""

@@ -15,6 +15,7 @@ import torch
 from mobiq_lightning import strategies
 from mobiq_lightning.jobs.recipe import strategy_classes
 from mobiq_lightning.packing import CODES, WHOLE_ROW, PackedWeight
+from mobiq_lightning.strategies import TrainableCodes
 from mobiq_lightning.strategies.base import BudgetSchedule, Objective, Router, SliceScheme
 from mobiq_lightning.strategies.transform_base import Transform
 
@@ -51,7 +52,8 @@ def test_a_recipe_may_call_every_strategy_by_its_short_name(folder: str, base: t
 def test_every_strategy_is_exported_from_the_package() -> None:
     kinds = (Transform, SliceScheme, Router, BudgetSchedule, Objective)
     names = {c.__name__ for base in kinds for c in subclasses(base)}
-    bases = {"BlockRun", "InputTransform", *(kind.__name__ for kind in kinds)}
+    contracts = {"ObservesGains", "ObservesWeights", "ThresholdTask", "TrainableCodes"}
+    bases = {"BlockRun", "InputTransform", *contracts, *(kind.__name__ for kind in kinds)}
     assert names == set(strategies.__all__) - bases
 
 
@@ -100,7 +102,8 @@ class TestSliceSchemes:
         scheme, weight = self.scheme(kind, slice_bits)
         weight.requires_grad_()
         (scheme(weight) * torch.randn(len(slice_bits), 12, 172)).sum().backward()
-        codes = {id(p) for p in scheme.weight_parameters()}  # these begin with their slice: tests/test_progressive.py
+        # Parameters of codes begin with their slice: test_progressive.py.
+        codes = {id(p) for p in scheme.code_parameters()} if isinstance(scheme, TrainableCodes) else set()
         assert all(bool((p.grad != 0).any()) for p in scheme.parameters() if id(p) not in codes)
         assert bool((weight.grad != 0).any())
 

@@ -170,7 +170,7 @@ class ExplodingSlices(ResidualSlices):
 def test_an_exploding_probe_is_noticed_at_the_first_block(
     recipe_arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], action: str
 ) -> None:
-    slices = "--model.slices={class_path: tests.test_guards.ExplodingSlices, init_args: {group_size: 16}}"
+    slices = f"--model.slices={{class_path: {__name__}.ExplodingSlices, init_args: {{group_size: 16}}}}"
     guard = guarded(worse_block="off", exploding_probe=action)
     code = main(["fit", *recipe_arguments, *RUIN, "--model.slices_lr=0.02", slices, guard])
     error = capsys.readouterr().err
@@ -205,7 +205,7 @@ def test_a_collapsed_router_is_noticed_when_its_block_is_done(
     callbacks += (
         f', {{"class_path": "mobiq_lightning.callbacks.ThresholdTuning", "init_args": {{"rounds": {rounds}}}}}]'
     )
-    router = "--model.router=tests.test_guards.ConstantRouter"
+    router = f"--model.router={__name__}.ConstantRouter"
     code = main(["fit", *recipe_arguments, router, callbacks])
     error = capsys.readouterr().err
     assert code == (1 if action == "stop" else 0)

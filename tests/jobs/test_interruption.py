@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from mobiq_lightning.cli import main
-from mobiq_lightning.strategies import ResidualSlices
+from mobiq_lightning.strategies import ResidualSlices, Router
 
 
 def tensors_of(run: Path) -> dict[str, torch.Tensor]:
@@ -125,7 +125,7 @@ class FailingSlices(ResidualSlices):
 
 
 def failing(recipe_arguments: list[str], folder: Path) -> list[str]:
-    slices = "--model.slices={class_path: tests.test_interruption.FailingSlices, init_args: {group_size: 16}}"
+    slices = f"--model.slices={{class_path: {__name__}.FailingSlices, init_args: {{group_size: 16}}}}"
     return [*arguments_for(recipe_arguments, folder), slices]
 
 
@@ -154,10 +154,17 @@ def test_a_block_that_keeps_failing_stops_the_run_with_the_numbers(
         assert part in error
 
 
+class ConstantRouter(Router):
+    """Cannot tell tokens apart."""
+
+    def scores(self, x: torch.Tensor) -> torch.Tensor:
+        return -torch.arange(self.n_slices - 1.0).expand(*x.shape[:-1], -1)
+
+
 def test_a_collapsed_router_is_reported_and_its_input_gets_static_depths(
     recipe_arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    router = "--model.router=tests.test_interruption.ConstantRouter"
+    router = f"--model.router={__name__}.ConstantRouter"
     assert main(["fit", *recipe_arguments, router]) == 0
     assert "Router collapse: at" in capsys.readouterr().err
     results = json.loads((tmp_path / "run" / "results.json").read_text())
@@ -165,13 +172,3 @@ def test_a_collapsed_router_is_reported_and_its_input_gets_static_depths(
     assert set(results["collapsed"].values()) == {1.0}
     row = next(r for r in results["rows"] if r["allocation"] == "router" and r["target_bits"] == 2.5)
     assert row["used_bits"] == pytest.approx(2.5, abs=0.1)
-
-
-from mobiq_lightning.strategies import Router  # noqa: E402
-
-
-class ConstantRouter(Router):
-    """Cannot tell tokens apart."""
-
-    def scores(self, x: torch.Tensor) -> torch.Tensor:
-        return -torch.arange(self.n_slices - 1.0).expand(*x.shape[:-1], -1)

@@ -493,7 +493,7 @@ class Forgetful(Transform):
         ("--model.transform=HadamardRotaton", "Did you mean 'HadamardRotation'"),
         ("--model.transform={class_path: HadamardRotation, init_args: {sed: 1}}", "Did you mean 'seed'"),
         ("--model.transform={class_path: LearnableEquivalentTransform, init_args: {alpha: 2}}", "must lie in [0, 1]"),
-        ("--model.transform=tests.test_transforms.Forgetful", "Forgetful must keep the arguments of its __init__"),
+        (f"--model.transform={__name__}.Forgetful", "Forgetful must keep the arguments of its __init__"),
     ],
 )
 def test_what_a_recipe_says_wrong_is_answered(

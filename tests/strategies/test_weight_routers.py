@@ -51,7 +51,7 @@ def test_sketches_fit_the_stored_slices_before_thresholds_are_tuned_and_after_lo
     recipe_arguments: list[str], tmp_path: Path
 ) -> None:
     # A callback of the recipe runs before those that every run has, and must still see final weights.
-    watching = "{class_path: tests.test_weight_routers.WatchingTuning}"
+    watching = f"{{class_path: {__name__}.WatchingTuning}}"
     assert main(["fit", *recipe_arguments, ROUTER, f"--trainer.callbacks=[{watching}, {UNTIMED}]", *BUDGET]) == 0
     model = load(tmp_path / "run")
     folder = Path(next(a for a in recipe_arguments if a.startswith("--model.pretrained=")).partition("=")[2])

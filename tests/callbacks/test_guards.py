@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 from torch import Tensor
 
 from mobiq_lightning.calibration.guarding import Measured
@@ -21,6 +20,7 @@ from mobiq_lightning.comparison.results import _noticed
 from mobiq_lightning.errors import RecipeError
 from mobiq_lightning.runs import sentence
 from mobiq_lightning.strategies import ResidualSlices, Router
+from tests.checkpoints import tensors_of
 from tests.conftest import Run
 
 RUIN = ["--model.slices_lr=100", "--model.stages=[{share: 1.0, train: [slices]}]", "--model.epochs_per_block=2"]
@@ -28,8 +28,11 @@ RUIN += ["--model.eval_bits=[2, 4]"]
 
 
 def codes_of(run: Path) -> dict[str, Tensor]:
-    tensors = {k: v for path in sorted((run / "elastic").glob("*.safetensors")) for k, v in load_file(path).items()}
-    return {k: v for k, v in tensors.items() if any(part in k for part in ("plane_", "slice_scale", "slice_bias"))}
+    return {
+        k: v
+        for k, v in tensors_of(run / "elastic").items()
+        if any(part in k for part in ("plane_", "slice_scale", "slice_bias"))
+    }
 
 
 def assert_same_codes(one: Path, other: Path) -> None:

@@ -12,18 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from mobiq_lightning.cli import main
 from mobiq_lightning.strategies import ResidualSlices, Router
-
-
-def tensors_of(run: Path) -> dict[str, torch.Tensor]:
-    return {k: v for path in sorted((run / "elastic").glob("*.safetensors")) for k, v in load_file(path).items()}
+from tests.checkpoints import tensors_of
 
 
 def assert_same(one: Path, other: Path) -> None:
-    first, second = tensors_of(one), tensors_of(other)
+    first, second = tensors_of(one / "elastic"), tensors_of(other / "elastic")
     assert first.keys() == second.keys()
     different = [name for name in first if not torch.equal(first[name], second[name])]
     assert different == []
@@ -78,7 +74,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(
 ) -> None:
     run = tmp_path / "run"
     assert main(["fit", *arguments_for(recipe_arguments, run)]) == 0
-    before = tensors_of(run)
+    before = tensors_of(run / "elastic")
     (run / "results.json").unlink()
     newest = max((run / "checkpoints").glob("epoch-*.ckpt"))
     data = bytearray(newest.read_bytes())
@@ -90,7 +86,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(
     error = capsys.readouterr().err
     assert f"{newest.name} is damaged" in error
     assert "Resuming from epoch-000006.ckpt" in error
-    after = tensors_of(run)
+    after = tensors_of(run / "elastic")
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
@@ -101,11 +97,11 @@ def test_a_run_that_was_killed_after_the_last_epoch_only_exports_and_compares(
 
     run = tmp_path / "run"
     assert main(["fit", *arguments_for(recipe_arguments, run)]) == 0
-    before = tensors_of(run)
+    before = tensors_of(run / "elastic")
     shutil.rmtree(run / "elastic")
     (run / "results.json").unlink()
     assert main(["fit", *arguments_for(recipe_arguments, run)]) == 0
-    after = tensors_of(run)
+    after = tensors_of(run / "elastic")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -140,7 +136,7 @@ def test_a_block_with_nan_starts_anew_at_a_lower_rate_and_blocks_before_it_are_k
     assert "starts anew at 0.2 of the learning rates, in float32" in error
     assert (tmp_path / "run" / "results.json").is_file()
     assert sum(json.loads((tmp_path / "run" / "retries.json").read_text()).values()) == 1
-    assert all(bool(torch.isfinite(v.float()).all()) for v in tensors_of(tmp_path / "run").values())
+    assert all(bool(torch.isfinite(v.float()).all()) for v in tensors_of(tmp_path / "run" / "elastic").values())
 
 
 def test_a_block_that_keeps_failing_stops_the_run_with_the_numbers(

@@ -13,7 +13,8 @@ import torch
 from mobiq_lightning.cli import main
 from mobiq_lightning.strategies import ProgressiveSlices, ResidualSlices
 from mobiq_lightning.strategies.slices.progressive import refine
-from tests.jobs.test_interruption import tensors_of
+from tests.checkpoints import tensors_of
+from tests.conftest import small_recipe
 
 BITS = (2, 1, 1, 2, 2)
 
@@ -198,8 +199,6 @@ PROGRESSIVE = [
 
 @pytest.fixture(scope="module")
 def progressive_run(make_model: Any, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.conftest import small_recipe
-
     folder = tmp_path_factory.mktemp("progressive")
     assert main(["fit", *small_recipe(make_model(), text_file, folder), *PROGRESSIVE]) == 0
     return folder / "run"
@@ -231,7 +230,7 @@ def test_computing_blocks_again_changes_nothing(
 ) -> None:
     arguments = [*recipe_arguments, *PROGRESSIVE, f"--model.recompute_blocks={str(recompute).lower()}"]
     assert main(["fit", *arguments]) == 0
-    one, other = tensors_of(progressive_run), tensors_of(tmp_path / "run")
+    one, other = tensors_of(progressive_run / "elastic"), tensors_of(tmp_path / "run" / "elastic")
     planes = [name for name in one if "plane" in name]
     assert planes
     assert all(torch.equal(one[name], other[name]) for name in planes)

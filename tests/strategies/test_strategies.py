@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import importlib
-import inspect
 import pickle
-import pkgutil
 from typing import Any
 
 import pytest
@@ -17,19 +14,9 @@ from mobiq_lightning.jobs.recipe import strategy_classes
 from mobiq_lightning.packing import CODES, WHOLE_ROW, PackedWeight
 from mobiq_lightning.strategies.base import BudgetSchedule, Objective, Router, SliceScheme
 from mobiq_lightning.strategies.transform_base import Transform
+from tests.strategies.kinds import subclasses
 
 SLICE_BITS = [(2, 2, 2, 2), (2, 1, 1, 1, 1, 1, 1), (4, 2, 2), (1, 1, 1)]
-
-
-for module in pkgutil.walk_packages(strategies.__path__, f"{strategies.__name__}."):
-    importlib.import_module(module.name)  # so that a class is found in whatever file it lies, exported or not
-
-
-def subclasses(base: type) -> list[type]:
-    """All concrete classes under strategies/ below a base."""
-    found = [c for sub in base.__subclasses__() for c in (sub, *subclasses(sub))]
-    own = [c for c in found if c.__module__.startswith("mobiq_lightning.strategies")]
-    return [c for c in dict.fromkeys(own) if not inspect.isabstract(c)]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import pytest
 import torch
 
+from tests import markers
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_SILENT"] = "true"
 torch.set_num_threads(min(2, torch.get_num_threads()))  # OMP_NUM_THREADS=1 where other work runs beside
@@ -26,6 +28,19 @@ if not torch.cuda.is_available():
     )
 
 TOPICS: dict[str, str] = pydoc_data.topics.topics
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for name, meaning in markers.COSTS.items():
+        config.addinivalue_line("markers", f"{name}: {meaning}")
+    config.addinivalue_line("markers", f"{markers.FAST}: none of {', '.join(markers.COSTS)}")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if isinstance(item, pytest.Function):
+            markers.mark(item)
 
 
 @pytest.fixture(scope="session")

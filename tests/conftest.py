@@ -37,10 +37,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if isinstance(item, pytest.Function):
-            markers.mark(item)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    tests = [item for item in items if isinstance(item, pytest.Function)]
+    for test in tests:
+        markers.mark(test)
+    config.stash[markers.COLLECTED] = tests
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,8 @@ COSTS = {
 FAST = "fast"
 """Marker of all other tests."""
 CLI = "mobiq_lightning.cli"
+COLLECTED = pytest.StashKey[list[pytest.Function]]()
+"""In the stash of pytest's configuration: all tests that were collected, also those that `-m` leaves out."""
 
 
 def mark(item: pytest.Function) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from mobiq_lightning.calibration.guarding import Measured
 from mobiq_lightning.callbacks import Guards
 from mobiq_lightning.cli import main
-from mobiq_lightning.comparison.results import _noticed
+from mobiq_lightning.comparison.results import noticed_by_guards
 from mobiq_lightning.errors import RecipeError
 from mobiq_lightning.runs import sentence
 from mobiq_lightning.strategies import ResidualSlices, Router
@@ -232,7 +232,7 @@ def test_a_comparison_says_in_which_runs_guards_noticed_something() -> None:
     results = {"a-0": {"guards": [{"guard": "worse_block", "action": "repair"}] * 2}, "a-1": {"guards": []}, "b-0": {}}
     cells: Any = [SimpleNamespace(name=name) for name in [*results, "unfinished"]]
     folder: Any = SimpleNamespace(finished=lambda c: c.name in results, results=lambda c: results[c.name])
-    assert _noticed(folder, cells) == [
+    assert noticed_by_guards(folder, cells) == [
         "a-0: guards noticed 2 x worse_block (repair); its run folder's results.json says where."
     ]
 

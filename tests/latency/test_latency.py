@@ -15,6 +15,7 @@ from mobiq_lightning.cli import main
 from mobiq_lightning.latency.of_model import neighbours
 from mobiq_lightning.latency.shapes import shapes_of_checkpoint
 from mobiq_lightning.latency.targets import NOT_MEASURED
+from mobiq_lightning.nn import ElasticLinear
 from mobiq_lightning.runtime import warm_up
 from mobiq_lightning.runtime.warming import token_counts
 from mobiq_lightning.serving import measure_speed, random_prompt, seconds_per_step
@@ -184,8 +185,9 @@ class TestDecodingStep:
 class TestWarmUp:
     def test_on_the_reference_weights_of_all_depths_are_unpacked(self, finished: Run) -> None:
         model = load(finished[0], warm_up=True, bits=3.0)
-        linears = 2 * 7
-        assert len(model.kept._kept) == 5 * linears
+        linears = [module for module in model.modules() if isinstance(module, ElasticLinear)]
+        assert len(linears) == 2 * 7
+        assert model.kept.n_bytes == 5 * sum(4 * linear.n_weights for linear in linears)  # at all depths, in float32
         assert model.budget == 3.0
         assert token_counts(model) == (1,)
         assert set(warm_up(model)) == {1}

@@ -13,6 +13,7 @@ import torch
 from mobiq_lightning.cli import main
 from mobiq_lightning.strategies import ProgressiveSlices, ResidualSlices
 from mobiq_lightning.strategies.slices.progressive import refine
+from mobiq_lightning.strategies.slices.ranges import learned_range
 from tests.checkpoints import tensors_of
 from tests.conftest import small_recipe
 
@@ -158,7 +159,8 @@ class TestGradients:
         (scheme.weight_at(weight, 1) * gradient).sum().backward()
         found = scheme.low_clip.grad
         scheme.low_clip.grad = None
-        scale, bias = (v.repeat_interleave(64, 1)[:, :172] for v in scheme._range(weight))
+        learned = learned_range(weight, scheme.low_clip, scheme.high_clip, 64)
+        scale, bias = (v.repeat_interleave(64, 1)[:, :172] for v in learned)
         unit = (scheme.target.detach() - bias) / scale + 0.5
         code = (unit * 4).floor().clamp(0, 3)
         clipped = unit.clamp(0, 1)

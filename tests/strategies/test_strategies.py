@@ -13,6 +13,7 @@ from mobiq_lightning import strategies
 from mobiq_lightning.jobs.recipe import strategy_classes
 from mobiq_lightning.packing import CODES, WHOLE_ROW, PackedWeight
 from mobiq_lightning.strategies.base import BudgetSchedule, Objective, Router, SliceScheme
+from mobiq_lightning.strategies.slices.ranges import learned_range
 from mobiq_lightning.strategies.transform_base import Transform
 from tests.strategies.kinds import subclasses
 
@@ -131,7 +132,7 @@ def test_residual_slices_have_the_gradient_that_autograd_gives_straight_through(
 
     reference = copy.deepcopy(scheme)
     reference.zero_grad()
-    scale, bias = reference._range(weight)
+    scale, bias = learned_range(weight, reference.low_clip, reference.high_clip, 8)
     total = torch.zeros(())
     for grad, depth in zip(upstream, scheme.depths, strict=True):
         position = ((weight - expand(bias)) / expand(scale) + 0.5) * 2**depth

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import Run
+
 PACKAGE = Path(__file__).parents[1] / "mobiq_lightning"
 NAME = PACKAGE.name
 LAYERS = [
@@ -212,8 +214,26 @@ def test_serving_a_checkpoint_needs_no_training_framework() -> None:
     assert not {"lightning", "datasets", "wandb", "matplotlib", "torchmetrics", "jsonargparse"} & loaded
 
 
-def test_a_policy_needs_no_torch() -> None:
-    assert not {"torch", "transformers", "lightning"} & loaded_by("from mobiq_lightning import BitsPolicy")
+def test_a_checkpoint_is_served_where_no_training_framework_is_installed(finished: Run) -> None:
+    missing = ["lightning", "datasets", "wandb", "matplotlib", "torchmetrics", "jsonargparse"]
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({missing})); run = {str(finished[0])!r};"  # importing one raises
+        "from mobiq_lightning import BitsPolicy, load, verify; from mobiq_lightning.serving import continue_prompt;"
+        "assert verify(run) == []; assert load(run, bits=3.0).budget == 3.0;"
+        "policy = BitsPolicy.from_checkpoint(run, max_perplexity_ratio=100); policy.bits_for_queue(3);"
+        "text, used = continue_prompt(run, 'def', policy.bits, 4, temperature=0.7, seed=1); assert text.startswith('def'); assert used.n_tokens > 3"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_policy_of_a_curve_chooses_bits_without_torch() -> None:
+    # One of a checkpoint loads it: torch knows the name of the GPU, which tells whether stored speeds are of this machine.
+    loaded = loaded_by(
+        "from mobiq_lightning import BitsPolicy; from mobiq_lightning.serving.policy import CurvePoint;"
+        "policy = BitsPolicy([CurvePoint(2, 40.0, 200.0), CurvePoint(4, 25.0, 100.0)]);"
+        "assert [policy.bits_for_queue(0), policy.bits_for_queue(99), policy.bits_for_speed(150)] == [4, 2, 2]"
+    )
+    assert not {"torch", "transformers", "lightning"} & loaded
 
 
 def test_results_are_read_without_torch() -> None:

@@ -102,7 +102,11 @@ class TestResults:
         run, _ = finished
         rows = json.loads((run / "results.json").read_text())["rows"]
         tensors = tensors_of(run / "elastic")
-        n_weights = sum(v.shape[0] * {6: 44}.get(v.shape[1], 32) for k, v in tensors.items() if k.endswith("plane_0"))
+        columns = {
+            32 // 8: 32,
+            -(-44 // 8): 44,
+        }  # by the bytes of a plane's row: eight columns in each, the last padded
+        n_weights = sum(v.shape[0] * columns[v.shape[1]] for k, v in tensors.items() if k.endswith("plane_0"))
         scales = sum(v.numel() * 16 for k, v in tensors.items() if "slice_scale" in k or "slice_bias" in k)
         routers = sum(v.numel() * 32 for k, v in tensors.items() if ".router." in k and not k.endswith("threshold"))
         router = next(r for r in rows if r["allocation"] == "router" and r["target_bits"] == 8)

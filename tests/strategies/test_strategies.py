@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 from typing import Any
 
@@ -10,12 +11,11 @@ import pytest
 import torch
 
 from mobiq_lightning import strategies
-from mobiq_lightning.jobs.recipe import strategy_classes
 from mobiq_lightning.packing import CODES, WHOLE_ROW, PackedWeight
 from mobiq_lightning.strategies.base import BudgetSchedule, Objective, Router, SliceScheme
 from mobiq_lightning.strategies.slices.ranges import learned_range
 from mobiq_lightning.strategies.transform_base import Transform
-from tests.strategies.kinds import subclasses
+from tests.strategies.kinds import subclasses, unexported
 
 SLICE_BITS = [(2, 2, 2, 2), (2, 1, 1, 1, 1, 1, 1), (4, 2, 2), (1, 1, 1)]
 
@@ -31,9 +31,14 @@ SLICE_BITS = [(2, 2, 2, 2), (2, 1, 1, 1, 1, 1, 1), (4, 2, 2), (1, 1, 1)]
     ],
 )
 def test_a_recipe_may_call_every_strategy_by_its_short_name(folder: str, base: type) -> None:
-    found = {c.__name__ for c in subclasses(base)}
-    missing = sorted(found - set(strategy_classes(folder)))
+    missing = unexported(folder, base)
     assert not missing, f"{missing} lie under strategies/, but strategies/{folder}/__init__.py does not export them"
+    module = f"{strategies.__name__}.{folder}.forgotten"
+    forgotten = type("Forgotten", (subclasses(base)[0],), {"__module__": module})
+    assert unexported(folder, base) == ["Forgotten"]
+    del forgotten  # no other test is to find it
+    gc.collect()
+    assert unexported(folder, base) == []
 
 
 def test_every_strategy_is_exported_from_the_package() -> None:

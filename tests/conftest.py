@@ -32,18 +32,14 @@ if not torch.cuda.is_available():
 TOPICS: dict[str, str] = pydoc_data.topics.topics
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    for name, meaning in markers.COSTS.items():
-        config.addinivalue_line("markers", f"{name}: {meaning}")
-    config.addinivalue_line("markers", f"{markers.FAST}: none of {', '.join(markers.COSTS)}")
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     tests = [item for item in items if isinstance(item, pytest.Function)]
     for test in tests:
         markers.mark(test)
     config.stash[markers.COLLECTED] = tests
+    if "PYTEST_XDIST_WORKER" in os.environ and len(tests) == len(items):
+        items[:] = markers.costly_files_first(tests)
 
 
 @pytest.fixture(scope="session")

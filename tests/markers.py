@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import pytest
 
-COSTS = {
-    "e2e": "calibrates a model, or runs the command line",
-    "interpreter": "runs kernels, under Triton's interpreter where there is no GPU",
-    "compiler": "compiles kernels for GPUs that need not be there",
-    "browser": "looks at a page in headless Chromium",
-}
-"""Markers of tests that cost more than a moment, each with what such a test does."""
+COSTS = ("interpreter", "compiler", "e2e", "browser")
+"""Markers of tests that cost more than a moment; pyproject.toml says what such a test does."""
 FAST = "fast"
 """Marker of all other tests."""
 CLI = "mobiq_lightning.cli"
@@ -24,9 +20,20 @@ COLLECTED = pytest.StashKey[list[pytest.Function]]()
 
 
 def mark(item: pytest.Function) -> None:
-    """Gives a test the markers of its costs, or `fast`."""
-    for name in sorted(costs_of(functions_of(item), item.cls, item.fixturenames)):
+    """Gives a test the markers of its costs, or `fast` if it has none of its own either."""
+    given = {marker.name for marker in item.iter_markers()} & set(COSTS)
+    found = costs_of(functions_of(item), item.cls, item.fixturenames) | given
+    for name in sorted(found - {FAST} or {FAST}):
         item.add_marker(name)
+
+
+def costly_files_first(tests: list[pytest.Function]) -> list[pytest.Function]:
+    """The tests in an order in which processes that take whole files end at the same time: fast ones fill the end."""
+    ranks: dict[Path, int] = {}
+    for test in tests:
+        rank = min((COSTS.index(m.name) for m in test.iter_markers() if m.name in COSTS), default=len(COSTS))
+        ranks[test.path] = min(rank, ranks.get(test.path, rank))
+    return sorted(tests, key=lambda test: ranks[test.path])
 
 
 def functions_of(item: pytest.Function) -> list[FunctionType]:
@@ -55,6 +62,8 @@ def costs_of(functions: Iterable[FunctionType], owner: type | None = None, fixtu
         texts = set(texts_of(code))
         if any(getattr(value, "__module__", None) == CLI for value in named) or CLI in code.co_names:
             found.add("e2e")
+        if "main" in code.co_names and any(isinstance(v, ModuleType) and hasattr(v, "main") for v in named):
+            found.add("e2e")  # of a script in benchmarks/
         if "mobiq_lightning" in texts or any(CLI in text for text in texts):  # python -m, python -c
             found.add("e2e")
         if any(map(is_written_in_triton, named)) or {"use_kernels", "KernelProducts"} & set(code.co_names):

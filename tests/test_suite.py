@@ -143,12 +143,17 @@ def test_the_costs_of_a_test_are_found_in_what_it_reaches(function: FunctionType
     assert costs_of([function], Methods) == costs
 
 
+@cache
+def calls_main(function: FunctionType) -> bool:
+    """Whether a function has a call of the command line written in it."""
+    return re.search(r"\bmain\(\[", inspect.getsource(function)) is not None
+
+
 def test_every_test_has_a_marker_and_those_that_run_commands_say_so(request: pytest.FixtureRequest) -> None:
     items = request.config.stash[COLLECTED]
     assert request.node.nodeid in {item.nodeid for item in items}
     for item in items:
         found = {marker.name for marker in item.iter_markers()} & {*COSTS, FAST}
         assert found == {FAST} or (found and FAST not in found), f"{item.nodeid} is marked {sorted(found)}"
-        sources = [inspect.getsource(function) for function in functions_of(item)]
-        if any(re.search(r"\bmain\(\[", source) for source in sources) or "recipe_arguments" in item.fixturenames:
+        if "recipe_arguments" in item.fixturenames or any(map(calls_main, functions_of(item))):
             assert "e2e" in found, f"{item.nodeid} runs a command, and is marked {sorted(found)}"

@@ -53,6 +53,7 @@ class TestShippedGrids:
             assert max(cell.recipe["model"]["eval_bits"]) > max(grid.bits)
             assert cell.recipe["data"]["seed"] == cell.recipe["seed_everything"] == cell.seed
 
+    @pytest.mark.e2e  # a command line is parsed for each of them, which takes seconds
     def test_all_its_strategies_can_be_built(self, path: Path) -> None:
         cells = read_grid(str(path)).cells()
         broken = {**cells[0].recipe["model"], "budget": {"class_path": "ConstantBudget", "init_args": {"bits": "many"}}}

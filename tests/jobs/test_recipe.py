@@ -37,7 +37,7 @@ class TestShippedRecipes:
 
     def test_it_parses_and_its_plug_ins_build_on_a_tiny_layer(self, path: Path, tmp_path: Path) -> None:
         from mobiq_lightning.jobs import ElasticCLI
-        from mobiq_lightning.jobs.cli import RunFolder
+        from mobiq_lightning.runs import RunFolder
 
         class BuildOnly(ElasticCLI):
             def _run_subcommand(self, subcommand: str) -> None:

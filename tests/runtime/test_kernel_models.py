@@ -180,10 +180,12 @@ def test_planes_come_back_when_the_model_is_saved_moved_or_copied(both: tuple[An
     ours.to(ours.device)
     assert all(isinstance(m.plane_0, Tensor) for m in ours.modules() if isinstance(m, ElasticLinear))
     assert ours.path == "kernels", "they are found again before the next forward pass"
-    for clone in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
-        assert clone.path == "kernels"
-        with torch.no_grad():
-            assert torch.equal(clone(**on(ours, PROMPT)).logits, ours(**on(ours, PROMPT)).logits)
+    clones = (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours)))
+    assert [clone.path for clone in clones] == ["kernels", "kernels"]
+    with torch.no_grad():
+        copied, pickled, own = (model(**on(ours, PROMPT)).logits for model in (*clones, ours))
+    assert torch.equal(copied, own)
+    assert torch.equal(pickled, own)
 
 
 def test_the_kernels_refuse_to_give_gradients(both: tuple[Any, Any]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from mobiq_lightning.cli import main
 from tests.checkpoints import tensors_of
 
 
@@ -28,7 +29,7 @@ def test_two_processes_learn_the_same_and_measure_every_window_once(
     assert all(bool(torch.isfinite(v.float()).all()) for v in tensors.values())
     single = tmp_path / "single"
     arguments = [a for a in recipe_arguments if "default_root_dir" not in a] + [f"--trainer.default_root_dir={single}"]
-    assert run([*arguments, "--data.eval_max_windows=7"]).returncode == 0
+    assert main(["fit", *arguments, "--data.eval_max_windows=7"]) == 0
     alone = json.loads((single / "results.json").read_text())
     pick = lambda r: {(x["allocation"], x["target_bits"]): x["perplexity"] for x in r["rows"]}
     for key, perplexity in pick(alone).items():

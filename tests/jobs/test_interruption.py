@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ import torch
 from mobiq_lightning.cli import main
 from mobiq_lightning.strategies import ResidualSlices, Router
 from tests.checkpoints import tensors_of
+from tests.conftest import Run, small_recipe
 
 
 def assert_same(one: Path, other: Path) -> None:
@@ -69,12 +72,19 @@ def test_a_killed_run_goes_on_and_ends_bit_by_bit_as_if_it_had_not_been(
     assert rows[0] == rows[1]
 
 
+@pytest.fixture(scope="module")
+def whole(make_model: Callable[..., Path], text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A finished run of eight epochs and its arguments. Not to be changed by tests, which take copies."""
+    folder = tmp_path_factory.mktemp("whole")
+    arguments = arguments_for(small_recipe(make_model(), text_file, folder), folder / "run")
+    assert main(["fit", *arguments]) == 0
+    return folder / "run", arguments
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(
-    recipe_arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    whole: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = tmp_path / "run"
-    assert main(["fit", *arguments_for(recipe_arguments, run)]) == 0
-    before = tensors_of(run / "elastic")
+    run = shutil.copytree(whole[0], tmp_path / "run")
     (run / "results.json").unlink()
     newest = max((run / "checkpoints").glob("epoch-*.ckpt"))
     data = bytearray(newest.read_bytes())
@@ -82,28 +92,19 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(
     newest.write_bytes(data)
     (run / "checkpoints" / "block-epoch-000007.ckpt").write_bytes(data)
     capsys.readouterr()
-    assert main(["fit", *arguments_for(recipe_arguments, run)]) == 0
+    assert main(["fit", *arguments_for(whole[1], run)]) == 0
     error = capsys.readouterr().err
     assert f"{newest.name} is damaged" in error
     assert "Resuming from epoch-000006.ckpt" in error
-    after = tensors_of(run / "elastic")
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert_same(whole[0], run)
 
 
-def test_a_run_that_was_killed_after_the_last_epoch_only_exports_and_compares(
-    recipe_arguments: list[str], tmp_path: Path
-) -> None:
-    import shutil
-
-    run = tmp_path / "run"
-    assert main(["fit", *arguments_for(recipe_arguments, run)]) == 0
-    before = tensors_of(run / "elastic")
+def test_a_run_that_was_killed_after_the_last_epoch_only_exports_and_compares(whole: Run, tmp_path: Path) -> None:
+    run = shutil.copytree(whole[0], tmp_path / "run")
     shutil.rmtree(run / "elastic")
     (run / "results.json").unlink()
-    assert main(["fit", *arguments_for(recipe_arguments, run)]) == 0
-    after = tensors_of(run / "elastic")
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert main(["fit", *arguments_for(whole[1], run)]) == 0
+    assert_same(whole[0], run)
 
 
 class FailingSlices(ResidualSlices):

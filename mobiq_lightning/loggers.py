@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import WandbLogger as LightningWandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from mobiq_lightning.console import say
+from mobiq_lightning.runs import JOURNAL
 
 
 class JsonlLogger(Logger):
@@ -27,7 +28,7 @@ class JsonlLogger(Logger):
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__()
-        self.path = Path(folder) / "metrics.jsonl"
+        self.path = Path(folder) / JOURNAL
 
     @property
     def name(self) -> str:

@@ -68,7 +68,7 @@ def costs_of(functions: Iterable[FunctionType], owner: type | None = None, fixtu
             found.add("e2e")
         if any(map(is_written_in_triton, named)) or {"use_kernels", "KernelProducts"} & set(code.co_names):
             found.add("interpreter")
-        if "mobiq_lightning.kernels.compiled" in texts:
+        if "benchmarks.compiled_kernels" in texts:
             found.add("compiler")
         if any("chromium" in value for value in named if isinstance(value, tuple)):
             found.add("browser")

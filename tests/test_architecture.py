@@ -16,9 +16,10 @@ PACKAGE = Path(__file__).parents[1] / "mobiq_lightning"
 NAME = PACKAGE.name
 LAYERS = [
     "version",
-    "errors files console environment",
+    "errors files console environment tensor_memo",
     "packing",
-    "runs loggers",
+    "runs",
+    "loggers",
     "strategies kernels",
     "nn",
     "sources",

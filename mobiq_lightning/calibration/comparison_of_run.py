@@ -51,7 +51,7 @@ def rounding_key(module: SlicedModel, group_size: int, device: torch.device) -> 
         "weights": module.source.fingerprint,
         "dtype": str(module.source.model.dtype),
         "group_size": group_size,
-        "protocol": module.trainer.datamodule.protocol["data_hash"],  # type: ignore[attr-defined]
+        "protocol": module.trainer.datamodule.protocol.data_hash,  # type: ignore[attr-defined]
         "batch": module.trainer.datamodule.eval_batch_size,  # type: ignore[attr-defined]
         "bits": RTN_BITS,
         "device": device.type,

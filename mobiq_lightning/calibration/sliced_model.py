@@ -14,7 +14,7 @@ from mobiq_lightning.calibration.fit_checks import check_strategy
 from mobiq_lightning.calibration.hidden_states import BlockCaller
 from mobiq_lightning.evaluation import Comparison
 from mobiq_lightning.nn import BlockLayout, CalibratedBlock, RoutedInput, RouterFactory, Share, SliceFactory
-from mobiq_lightning.runs import GENERATED, SharedWork
+from mobiq_lightning.runs import GENERATED, HIDDEN_STATES, GainsSummary, GuardEvent, SharedWork
 from mobiq_lightning.sources import Source, SourceWriter, TextWindows, check_finite, load_source
 from mobiq_lightning.strategies.transform_base import Transform
 
@@ -65,8 +65,8 @@ class SlicedModel(LightningModule):
         self.blocks = nn.ModuleList()
         self.lr_scales: dict[int | None, float] = {}
         self.collapsed: dict[str, float] = {}
-        self.layer_gains: dict[str, Any] | str = ""
-        self.guards: list[dict[str, Any]] = []
+        self.layer_gains: GainsSummary | str = ""
+        self.guards: list[GuardEvent] = []
         self.rounded: set[int] = set()
         self.comparison: Comparison | None = None
         # Not a module attribute: a registered backbone would be saved, moved and wrapped whole.
@@ -93,7 +93,7 @@ class SlicedModel(LightningModule):
     @property
     def hidden_states_folder(self) -> Path:
         """Where the tables lie if they are on disk; every rank has its own."""
-        return self.run_folder / "hidden_states" / f"rank-{self.global_rank}"
+        return self.run_folder / HIDDEN_STATES / f"rank-{self.global_rank}"
 
     def setup(self, stage: str) -> None:
         """Loads the source model, puts sliced linears into its blocks and reads the text with its tokenizer."""
@@ -174,14 +174,17 @@ class SlicedModel(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps what guards have seen and done, and what is known of layer gains."""
-        checkpoint |= {"collapsed": self.collapsed, "guards": self.guards, "rounded": sorted(self.rounded)}
-        checkpoint["layer_gains"] = self.layer_gains
+        checkpoint |= {"collapsed": self.collapsed, "rounded": sorted(self.rounded)}
+        checkpoint["guards"] = [event.to_json() for event in self.guards]
+        gains = self.layer_gains
+        checkpoint["layer_gains"] = gains if isinstance(gains, str) else gains.to_json()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes it up again."""
         self.collapsed = dict(checkpoint.get("collapsed", {}))
-        self.layer_gains = checkpoint.get("layer_gains", "")
-        self.guards = list(checkpoint.get("guards", []))
+        where, gains = "the training checkpoint", checkpoint.get("layer_gains", "")
+        self.layer_gains = gains if isinstance(gains, str) else GainsSummary.from_json(gains, where, "layer_gains")
+        self.guards = [GuardEvent.from_json(event, where, "guards") for event in checkpoint.get("guards", [])]
         self.rounded = set(checkpoint.get("rounded", []))
 
     # ------------------------------------------------------------------ validation

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -23,7 +24,7 @@ from mobiq_lightning.callbacks.layerwise_calibration import checked
 from mobiq_lightning.console import say
 from mobiq_lightning.errors import GuardError, RecipeError
 from mobiq_lightning.nn import meet_budget
-from mobiq_lightning.runs import sentence
+from mobiq_lightning.runs import GuardEvent, GuardName, sentence
 
 Action = Literal["stop", "repair", "record", "off"]
 
@@ -32,6 +33,20 @@ _ADVICE = {
     "exploding_probe": "Lower model.weights_lr or model.slices_lr, or give the stages more epochs",
     "collapsed_router": "Lower model.router_lr, give its stage more epochs, or take another model.router",
 }
+
+
+class Excess(NamedTuple):
+    """A figure beyond its limit.
+
+    Args:
+        depth: Depth or budget at which it was measured, in bits.
+        value: The figure, finite or not.
+        limit: What it should not have exceeded.
+    """
+
+    depth: float
+    value: float
+    limit: float
 
 
 class Guards(Callback):
@@ -65,6 +80,9 @@ class Guards(Callback):
         windows: Calibration windows to look at, the first ones.
     """
 
+    may_change_on_resume: ClassVar[bool] = True
+    """Whether a run that goes on may have other arguments of this callback than it was started with."""
+
     def __init__(
         self,
         worse_block: Action = "repair",
@@ -80,7 +98,7 @@ class Guards(Callback):
             raise RecipeError(f"Guards: probe_factor ({probe_factor:g}) must be above 1")
         if windows < 1:
             raise RecipeError(f"Guards: windows ({windows}) must be at least 1")
-        self.actions: dict[str, Action] = {
+        self.actions: dict[GuardName, Action] = {
             "worse_block": worse_block,
             "exploding_probe": exploding_probe,
             "collapsed_router": collapsed_router,
@@ -146,7 +164,7 @@ class Guards(Callback):
         probe.advance(block)
         return probe.measure_block(others_sliced=sweep > 0)
 
-    def _worse(self, found: Measured, depths: Sequence[int], whole_model: bool) -> list[dict[str, Any]]:
+    def _worse(self, found: Measured, depths: Sequence[int], whole_model: bool) -> list[Excess]:
         values = found.kl if whole_model else found.error
         lowest = values["rounded", min(depth for _, depth in values)]
         events = []
@@ -154,15 +172,15 @@ class Guards(Callback):
             value, rounded = values["calibrated", depth], values["rounded", depth]
             limit = rounded + self.tolerance * (rounded + lowest)
             if math.isfinite(limit) and not value <= limit:
-                events.append({"depth": depth, "value": value, "limit": limit})
+                events.append(Excess(depth, value, limit))
         return events
 
-    def _exploded(self, found: Measured, depths: Sequence[int]) -> list[dict[str, Any]]:
+    def _exploded(self, found: Measured, depths: Sequence[int]) -> list[Excess]:
         events = []
         for depth in depths:
             value, limit = found.perplexity["calibrated", depth], self.factor * found.perplexity["rounded", depth]
             if not (math.isfinite(value) and value <= limit):
-                events.append({"depth": depth, "value": value, "limit": limit})
+                events.append(Excess(depth, value, limit))
         return events
 
     def _log(self, module: ElasticCalibration, found: Measured) -> None:
@@ -206,15 +224,22 @@ class Guards(Callback):
         if action == "off":
             return False
         if name not in module.collapsed:
-            event = {"input": name, "depth": bits, "value": share, "limit": COLLAPSE_SHARE}
-            self._act(module, "collapsed_router", [event])
+            self._act(module, "collapsed_router", [Excess(bits, share, COLLAPSE_SHARE)], name)
         module.collapsed[name] = max(share, module.collapsed.get(name, 0.0))
         return action == "repair"
 
     # ------------------------------------------------------------------ what is done
 
-    def _act(self, module: ElasticCalibration, guard: str, events: list[dict[str, Any]]) -> bool:
+    def _act(
+        self, module: ElasticCalibration, guard: GuardName, seen: Sequence[Excess], input_name: str | None = None
+    ) -> bool:
         """Notes what was seen, says it, and does what the recipe asks for.
+
+        Args:
+            module: The calibration.
+            guard: The guard that has seen it.
+            seen: What it has seen.
+            input_name: Name of the input whose router it is about, if it is about one.
 
         Returns:
             Whether anything was seen.
@@ -223,13 +248,12 @@ class Guards(Callback):
             GuardError: If the recipe says stop.
         """
         action = self.actions[guard]
-        if not events or action == "off":
+        if not seen or action == "off":
             return False
         block = module.block_index
         if action == "repair" and guard != "collapsed_router" and not self._can_repair(block, module):
             action = "record"
-        where = {"guard": guard, "block": block, "input": None, "action": action, "epoch": module.current_epoch}
-        noted = [{**where, **event} for event in events]
+        noted = [GuardEvent(guard, block, input_name, action, module.current_epoch, *excess) for excess in seen]
         if action == "stop":
             said = "\n".join(sentence(event, module.schedule.n_epochs) for event in noted)
             raise GuardError(
@@ -238,7 +262,7 @@ class Guards(Callback):
             )
         for event in noted:
             say(sentence(event, module.schedule.n_epochs))
-            module.guards.append({**event, "value": _finite(event["value"]), "limit": _finite(event["limit"])})
+            module.guards.append(replace(event, value=_finite(event.value), limit=_finite(event.limit)))
         if action == "repair" and guard != "collapsed_router":
             if block is None:
                 assert self._before is not None
@@ -288,6 +312,6 @@ def guards_of(trainer: Trainer) -> Guards:
     return next((c for c in trainer.callbacks if isinstance(c, Guards)), Guards())  # type: ignore[attr-defined]
 
 
-def _finite(value: float) -> float | None:
-    """As JSON has it."""
-    return value if math.isfinite(value) else None
+def _finite(value: float | None) -> float | None:
+    """A value as JSON has it: None if it is not finite."""
+    return None if value is None or not math.isfinite(value) else value

@@ -59,7 +59,7 @@ class OutlierMigration(Callback):
         tokens = summarize_tokens(record, self.share)
         found: dict[str, Any] = {
             "model": module.pretrained,
-            "protocol": {**data.protocol, "outlier_windows": int(record.windows[-1]) + 1},
+            "protocol": {**data.protocol.to_json(), "outlier_windows": int(record.windows[-1]) + 1},
             "environment": environment(),
             "bits": list(self.bits),
             "share": self.share,

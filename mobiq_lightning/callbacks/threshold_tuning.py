@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -69,10 +70,10 @@ class ThresholdTuning(Callback):
 
     def _withdraw_repairs(self, module: ElasticCalibration) -> None:
         """Notes which inputs keep their router after all: one that seemed to collapse when its block was done may route."""
-        for event in module.guards:
-            repaired = event["guard"] == "collapsed_router" and event["action"] == "repair"
-            if repaired and event["input"] not in self._static:
-                event["action"] = "record"
+        for number, event in enumerate(module.guards):
+            repaired = event.guard == "collapsed_router" and event.action == "repair"
+            if repaired and event.input not in self._static:
+                module.guards[number] = replace(event, action="record")
 
     def _refine(self, module: ElasticCalibration, input_ids: Tensor, table: Tensor, scope: Scope) -> Tensor:
         """The tables (inputs, S, budgets) from the scores that the model has when it runs at each budget."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
@@ -11,6 +12,10 @@ import yaml
 from mobiq_lightning.comparison.grid import Cell
 from mobiq_lightning.errors import MobiqError, RecipeError
 from mobiq_lightning.jobs import ElasticCLI
+from mobiq_lightning.runs import loaded_class
+
+_CALLBACKS = "mobiq_lightning.callbacks"
+_QUIET = {"class_path": f"{_CALLBACKS}.LatencyCheck", "init_args": {"seconds": 0}}
 
 
 class BuildOnly(ElasticCLI):
@@ -45,3 +50,16 @@ def check_cells(cells: Sequence[Cell]) -> None:
                 problems.append(f"strategies.{strategy}: {message}")
     if problems:
         raise RecipeError("\n".join(problems))
+
+
+def without_speed(cell: Cell) -> Cell:
+    """A cell whose run measures no speed: measured while other cells run, it would mean nothing.
+
+    A callback that measures speed says so itself, with a class attribute ``measures_speed`` that is true. Classes are looked
+    up among those that are loaded, so `check_cells` comes first.
+    """
+    trainer = cell.recipe["trainer"]
+    kept = [
+        c for c in trainer.get("callbacks") or [] if not getattr(loaded_class(c, _CALLBACKS), "measures_speed", False)
+    ]
+    return replace(cell, recipe={**cell.recipe, "trainer": {**trainer, "callbacks": [*kept, _QUIET]}})

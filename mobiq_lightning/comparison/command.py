@@ -43,10 +43,11 @@ def compare(arguments: Sequence[str]) -> None:
     cells = grid.cells()
     from filelock import FileLock, Timeout
 
-    from mobiq_lightning.comparison.check import check_cells
-    from mobiq_lightning.comparison.folder import LOCK
+    from mobiq_lightning.comparison.check import check_cells, without_speed
+    from mobiq_lightning.comparison.file_names import LOCK
 
     check_cells(cells)
+    cells = [without_speed(cell) for cell in cells]
     grid.root.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(grid.root / LOCK, timeout=0):

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from mobiq_lightning.comparison.file_names import CELLS, SHARED
 from mobiq_lightning.errors import RecipeError, nearest
 from mobiq_lightning.jobs import check_key, check_recipe, read_recipe
 
@@ -21,7 +22,6 @@ _SET_BY_GRID = ("seed_everything", "data.seed", "model.random_seeds", "model.sha
 """Keys that every cell has from the grid itself; a change of them would be overwritten."""
 _SAME_FOR_ALL = ("model.pretrained", "model.dtype", "data.eval_")
 """Keys, or their beginnings, in which strategies of one comparison must not differ."""
-_QUIET = {"class_path": "mobiq_lightning.callbacks.LatencyCheck", "init_args": {"seconds": 0}}
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Grid:
         found = []
         for seed in self.seeds:
             for strategy, changes in self.strategies.items():
-                folder = self.root / "cells" / f"{strategy}-seed-{seed}"
+                folder = self.root / CELLS / f"{strategy}-seed-{seed}"
                 found.append(Cell(strategy, seed, self._recipe(strategy, seed, folder), flatten(changes), folder))
         return found
 
@@ -109,10 +109,8 @@ class Grid:
         recipe["seed_everything"] = data["seed"] = seed
         model.setdefault("eval_bits", list(self.bits))
         model["random_seeds"] = [seed]  # the draws of different cells differ; their spread is that over seeds
-        model["shared_work"] = str(self.root / "shared")
+        model["shared_work"] = str(self.root / SHARED)
         trainer["default_root_dir"] = str(folder)
-        given = [c for c in trainer.get("callbacks") or [] if not str(c.get("class_path")).endswith("LatencyCheck")]
-        trainer["callbacks"] = [*given, _QUIET]  # speed measured while other cells run would mean nothing
         if self.wandb is not None:
             trainer["logger"] = {
                 "class_path": "mobiq_lightning.loggers.WandbLogger",

@@ -17,7 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from mobiq_lightning.calibration import ElasticCalibration, SafeCheckpointIO
+from mobiq_lightning.calibration import ElasticCalibration, SafeCheckpointIO, finish_checkpoint
 from mobiq_lightning.callbacks import (
     BlockExport,
     CalibrationProgress,
@@ -30,14 +30,13 @@ from mobiq_lightning.callbacks import (
     RoutingDiagnostics,
     ThresholdTuning,
 )
-from mobiq_lightning.callbacks.block_export import finish_checkpoint
 from mobiq_lightning.callbacks.visit_checkpoint import VisitCheckpoint
 from mobiq_lightning.console import say
 from mobiq_lightning.errors import MobiqError, NonFiniteError, RecipeError, RunFolderError
 from mobiq_lightning.evaluation import print_table
 from mobiq_lightning.latency import print_budgets
 from mobiq_lightning.loggers import JsonlLogger, WandbLogger
-from mobiq_lightning.runs import CHECKPOINTS, ELASTIC, RESULTS, RunFolder
+from mobiq_lightning.runs import CHECKPOINTS, CONFIG, CSV_LOG, ELASTIC, RESULTS, RunFolder, read_results
 from mobiq_lightning.sources import TextWindows
 
 MAX_RETRIES = 2
@@ -125,9 +124,9 @@ class ElasticCLI(LightningCLI):
         self.run_folder = RunFolder(self.recipe["trainer"]["default_root_dir"])
         if self.subcommand == "fit":
             self.resumes = self.run_folder.claim(self.recipe, bool(self._get(self.config, "overwrite")))
-        elif not (self.run_folder.path / ELASTIC / "config.json").is_file():
+        elif not (self.run_folder.path / ELASTIC / CONFIG).is_file():
             raise RunFolderError(
-                f"{self.run_folder.path} holds no finished run (no {ELASTIC}/config.json). Run `fit` with this recipe "
+                f"{self.run_folder.path} holds no finished run (no {ELASTIC}/{CONFIG}). Run `fit` with this recipe "
                 "first, or give the run's folder as --trainer.default_root_dir"
             )
 
@@ -204,7 +203,7 @@ class ElasticCLI(LightningCLI):
             if isinstance(logger, WandbLogger):
                 logger.use_folder(folder)
                 logger.log_recipe(self.config_dump)
-        return [CSVLogger(folder, name="csv"), JsonlLogger(folder), *more]
+        return [CSVLogger(folder, name=CSV_LOG), JsonlLogger(folder), *more]
 
     def fit(self, model: LightningModule, datamodule: LightningDataModule) -> None:
         """Calibrates, or goes on calibrating; then exports and compares."""
@@ -212,10 +211,11 @@ class ElasticCLI(LightningCLI):
             say(
                 f"{self.run_folder.path} holds this run, finished; --overwrite starts it again, `validate` compares it again."
             )
-            results = json.loads((self.run_folder.path / RESULTS).read_text(encoding="utf-8"))
-            print_table(results)
-            if "latency" in results:
-                print_budgets(results["latency"])
+            results = read_results(self.run_folder.path / RESULTS)
+            if results.measured is not None:
+                print_table(results.measured)
+            if results.latency is not None:
+                print_budgets(results.latency)
             return
         while True:
             try:

@@ -24,7 +24,6 @@ from mobiq_lightning.jobs.cli import ElasticCLI
 from mobiq_lightning.nn import ElasticLinear, routed_inputs
 from mobiq_lightning.outliers import (
     ALL,
-    FILES,
     NONE,
     SHARED,
     InputErrors,
@@ -43,7 +42,7 @@ from mobiq_lightning.outliers import (
     summarize_tokens,
     write_outliers,
 )
-from mobiq_lightning.runs import SharedWork
+from mobiq_lightning.runs import OUTLIERS, OUTLIERS_PLOT, OUTLIERS_TABLE, SharedWork
 from mobiq_lightning.sources import Source, load_source
 
 OPTIONS = ("bits", "share")
@@ -123,7 +122,7 @@ class OutliersCLI(ElasticCLI):
         }
         found: dict[str, Any] = {
             "model": self.model.pretrained,
-            "protocol": data.protocol,
+            "protocol": data.protocol.to_json(),
             "environment": environment(),
             "command": self.command,
             "runs": commands,
@@ -135,7 +134,7 @@ class OutliersCLI(ElasticCLI):
         write_outliers(found, records[ALL], source.tokenizer, root)
         print_overlaps(tokens)
         print_matrix(found["matrix"])
-        say(f"{', '.join(FILES)} are in {root}.")
+        say(f"{', '.join((OUTLIERS, OUTLIERS_TABLE, OUTLIERS_PLOT))} are in {root}.")
         self._log(found)
 
     def _records(self, root: Path, source: Source) -> dict[str, TokenRecord]:

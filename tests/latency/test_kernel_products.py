@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mobiq_lightning.errors import KernelError
-from mobiq_lightning.latency import Clock
+from mobiq_lightning.latency import Clock, sections
 from mobiq_lightning.latency.shapes import Shape
 from tests.latency.journals import CPU, TINY, quick
 
@@ -41,7 +41,6 @@ class TestKernels:
         assert bool(torch.isfinite((made[0].meta << 16).view(torch.float32)).all())
 
     def test_sections_time_the_kernels(self, products: Any, tmp_path: Path) -> None:
-        from mobiq_lightning.latency import sections
         from mobiq_lightning.latency.prefill import prefill
 
         shape = Shape("tiny", "gate_up", (64,), 128, slice_bits=(2, 2))

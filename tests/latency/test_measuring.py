@@ -1,24 +1,28 @@
-"""What latencies are measured with: shapes, clocks, the journal and the targets."""
+"""What latencies are measured with: shapes, clocks and the journal."""
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
+from mobiq_lightning import latency
 from mobiq_lightning.errors import RecipeError
 from mobiq_lightning.kernels import reference_linear
-from mobiq_lightning.latency import Clock
+from mobiq_lightning.latency import Clock, sections
 from mobiq_lightning.latency.command import chosen_sections, chosen_shapes
-from mobiq_lightning.latency.journal import Candidate
+from mobiq_lightning.latency.journal import Candidate, Journal
 from mobiq_lightning.latency.reference_products import ReferenceProducts
 from mobiq_lightning.latency.shapes import MODELS, parse_shapes, widest
-from mobiq_lightning.latency.targets import GOOD, MISSED, NOT_MEASURED, TARGETS, WORLD_CLASS, beside_targets
-from mobiq_lightning.latency.timing import copies_for, summary
+from mobiq_lightning.latency.timing import Call, Timing, copies_for, summary
 from tests.latency.journals import CPU, TINY, quick
 
 
@@ -74,7 +78,33 @@ class TestTiming:
         assert made[0] - 1 == made[1] == made[2]  # the first one more, to see how long it takes
 
 
+class ScriptedClock(Clock):
+    """A clock on which every product takes a microsecond longer than the one before."""
+
+    def __init__(self) -> None:
+        super().__init__(CPU)
+        self.asked = 0
+
+    def time(self, calls: Sequence[Call], launches: int = 64) -> Timing:
+        self.asked += 1
+        return Timing(10.0 + self.asked, self.asked / 64, 3)
+
+
 class TestJournal:
+    def test_rows_hold_what_the_clock_says_and_noise_is_how_far_the_first_product_is_off_when_timed_again(
+        self, tmp_path: Path
+    ) -> None:
+        clock = ScriptedClock()
+        journal = Journal(tmp_path, "reference", {}, clock, time.monotonic() + 600, copy_bytes_per_s=1e10)
+        sections.decode(journal, ReferenceProducts(CPU), [TINY])
+        assert [(row["us"], row["spread"]) for row in journal.rows] == [
+            (10.0 + number, number / 64) for number in range(1, len(journal.rows) + 1)
+        ]
+        assert (journal.rows[1]["product"], journal.rows[1]["bits"]) == ("elastic", 2)
+        assert clock.asked == len(journal.rows) + 1
+        again = 10.0 + clock.asked
+        assert journal.head["noise"]["share"] == pytest.approx(again / 12 - 1)
+
     def test_every_row_is_on_disk_before_the_next_is_measured(self, tmp_path: Path) -> None:
         journal, seen = quick(tmp_path, "reference"), []
 
@@ -110,28 +140,15 @@ class TestJournal:
         assert unpacked.n_bytes == 2 * 128 * 25 + 2 * 128 * 4 * 2
 
 
-class TestTargets:
-    def row(self, bits: float, of_copy: float, **other: Any) -> dict[str, Any]:
-        where = {"section": "decode", "path": "kernels", "shape": "llama-2-7b.gate_up", "tokens": 1}
-        return {**where, "product": "elastic", "bits": bits, "of_copy": of_copy, "times_plain": 1.0, **other}
+MODULES = sorted(path.stem for path in Path(latency.__file__).parent.glob("*.py") if path.stem != "__init__")
 
-    @pytest.mark.parametrize(
-        ("of_copy", "verdict"), [(0.64, MISSED), (0.65, GOOD), (0.74, GOOD), (0.75, WORLD_CLASS), (0.9, WORLD_CLASS)]
-    )
-    def test_a_figure_is_missed_good_or_world_class(self, of_copy: float, verdict: str) -> None:
-        assert TARGETS[0].verdict([self.row(4, of_copy)]) == verdict
 
-    def test_what_was_not_measured_says_so(self) -> None:
-        assert TARGETS[0].verdict([]) == NOT_MEASURED
-        assert TARGETS[0].verdict([self.row(2, 0.9)]) == NOT_MEASURED
-        assert TARGETS[0].verdict([self.row(4, 0.9, path="reference")]) == NOT_MEASURED
-        assert TARGETS[0].verdict([self.row(4, 0.9, error="failed")]) == NOT_MEASURED
-
-    def test_every_target_finds_the_row_that_its_section_writes(self) -> None:
-        for target in TARGETS:
-            row = {"path": "kernels", **target.where, target.figure: target.world_class}
-            assert target.verdict([row]) == WORLD_CLASS
-            assert target.good <= target.world_class
-        assert len({target.name for target in TARGETS}) == len(TARGETS)
-        entry = beside_targets([self.row(4, 0.7)])[0]
-        assert (entry["measured"], entry["verdict"]) == (0.7, GOOD)
+@pytest.mark.e2e  # in a process of its own, which takes seconds to begin
+def test_every_module_imports_and_the_reference_is_timed_without_triton(tmp_path: Path) -> None:
+    code = "import sys, importlib; sys.modules['triton'] = None\n"
+    code += "".join(f"importlib.import_module('mobiq_lightning.latency.{name}')\n" for name in MODULES)
+    code += "from pathlib import Path; from mobiq_lightning.latency import measure\n"
+    code += f"measure(shapes='64x128', names='decode', folder=Path({str(tmp_path)!r}))"
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    assert {row["path"] for row in json.loads((tmp_path / "latency.json").read_text())["rows"]} == {"reference"}

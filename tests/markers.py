@@ -45,8 +45,9 @@ def functions_of(item: pytest.Function) -> list[FunctionType]:
 
 
 def is_ours(value: Any) -> bool:
-    """Whether something is defined in the tests."""
-    return (getattr(value, "__module__", None) or "").startswith("tests.")
+    """Whether something is defined in the tests, other than here, where commands are named and not run."""
+    module = getattr(value, "__module__", None) or ""
+    return module.startswith("tests.") and module != __name__
 
 
 def costs_of(functions: Iterable[FunctionType], owner: type | None = None, fixtures: Iterable[str] = ()) -> set[str]:

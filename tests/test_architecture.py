@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -58,13 +59,16 @@ def room(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imports_of(path: Path) -> Iterator[tuple[str, tuple[str, ...]]]:
+@cache
+def imports_of(path: Path) -> list[tuple[str, tuple[str, ...]]]:
     """Modules that a file imports anywhere, each with the names taken from it."""
+    found: list[tuple[str, tuple[str, ...]]] = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from ((alias.name, ()) for alias in node.names)
+            found += [(alias.name, ()) for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module, tuple(alias.name for alias in node.names)
+            found.append((node.module, tuple(alias.name for alias in node.names)))
+    return found
 
 
 def own_imports(path: Path) -> Iterator[tuple[str, str, tuple[str, ...]]]:
@@ -76,6 +80,7 @@ def own_imports(path: Path) -> Iterator[tuple[str, str, tuple[str, ...]]]:
             yield from ((found, module, names) for found in rooms)
 
 
+@cache
 def exports_of(folder: Path) -> dict[str, str]:
     """Names that the face of a package exports, each with the module that it comes from."""
     tree = ast.parse((folder / "__init__.pyi").read_text(encoding="utf-8"))
@@ -142,6 +147,17 @@ def test_other_rooms_import_what_a_face_exports() -> None:
             behind = not (face / "__init__.pyi").is_file()  # a module instead of the package that it belongs to
             missing = behind or not set(names) <= set(exports_of(face))
             wrong += [f"{path.relative_to(PACKAGE)} imports {', '.join(names)} from {module}"] if missing else []
+    assert wrong == []
+
+
+def test_tests_import_from_a_face_what_it_exports() -> None:
+    wrong = []
+    for path in Path(__file__).parent.rglob("*.py"):
+        for target, module, names in own_imports(path):
+            folder = PACKAGE / target
+            if module != f"{NAME}.{target}" and (folder / "__init__.pyi").is_file():
+                exported = set(names) & set(exports_of(folder))
+                wrong += [f"{path.name} imports {', '.join(exported)} from {module}"] if exported else []
     assert wrong == []
 
 

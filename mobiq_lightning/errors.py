@@ -59,6 +59,10 @@ class KernelError(MobiqError):
     """Kernels that cannot be used as asked, that are wrong on this device, or that could not be measured."""
 
 
+class MissingExtraError(MobiqError, ImportError):
+    """A command or class that needs packages which are not installed."""
+
+
 def nearest(name: str, accepted: Iterable[str], count: int = 3) -> str:
     """``"Did you mean a, b?"`` for the accepted names closest to `name`, or an empty string if none is close."""
     accepted = list(accepted)

@@ -15,6 +15,8 @@ COSTS = ("interpreter", "compiler", "e2e", "browser")
 FAST = "fast"
 """Marker of all other tests."""
 CLI = "mobiq_lightning.cli"
+JOBS = {"fit", "validate", "compare"}
+"""Functions of the package that do what commands do."""
 COLLECTED = pytest.StashKey[list[pytest.Function]]()
 """In the stash of pytest's configuration: all tests that were collected, also those that `-m` leaves out."""
 
@@ -63,6 +65,8 @@ def costs_of(functions: Iterable[FunctionType], owner: type | None = None, fixtu
         texts = set(texts_of(code))
         if any(getattr(value, "__module__", None) == CLI for value in named) or CLI in code.co_names:
             found.add("e2e")
+        if any(is_job(value, code.co_names) for value in named):
+            found.add("e2e")
         if "main" in code.co_names and any(isinstance(v, ModuleType) and hasattr(v, "main") for v in named):
             found.add("e2e")  # of a script in benchmarks/
         if "mobiq_lightning" in texts or any(CLI in text for text in texts):  # python -m, python -c
@@ -109,6 +113,14 @@ def texts_of(code: CodeType) -> Iterator[str]:
         for value in constant if isinstance(constant, tuple) else (constant,):
             if isinstance(value, str):
                 yield value
+
+
+def is_job(value: Any, names: Iterable[str]) -> bool:
+    """Whether an object is a function that does what a command does, or the package, one of whose functions is named."""
+    if isinstance(value, ModuleType):
+        return value.__name__ == "mobiq_lightning" and bool(JOBS & set(names))
+    of_package = (getattr(value, "__module__", None) or "").startswith("mobiq_lightning.")
+    return of_package and isinstance(value, FunctionType) and value.__name__ in JOBS
 
 
 def is_written_in_triton(value: Any) -> bool:

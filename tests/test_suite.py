@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from types import FunctionType
+from typing import Any
 
 import pytest
 
+import mobiq_lightning
 from mobiq_lightning.cli import main
 from tests.markers import COLLECTED, COSTS, FAST, costs_of, functions_of
 
@@ -116,6 +118,10 @@ def multiplies() -> type:
     return KernelProducts
 
 
+def calls_the_function() -> Any:
+    return mobiq_lightning.fit("tiny")
+
+
 class Methods:
     def runs(self) -> None:
         main([])
@@ -133,6 +139,7 @@ class Methods:
         (imports_when_it_runs, {"e2e"}),
         (starts_a_process, {"e2e"}),
         (starts_a_process_with_code, {"e2e"}),
+        (calls_the_function, {"e2e"}),
         (Methods.runs_through_itself, {"e2e"}),
         (multiplies, {"interpreter"}),
         (functions_in, {FAST}),

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mobiq_lightning.comparison.file_names import CELL
-from mobiq_lightning.jobs import exit_code
+from mobiq_lightning.jobs import exit_code, fit
 from mobiq_lightning.runs import RUN_CONFIG, Record
 
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
@@ -43,7 +43,7 @@ def run_cell(recipe: str, folder: Path) -> int:
     """
     resumed = (folder / RUN_CONFIG).is_file()
     started = time.monotonic()
-    code = exit_code(lambda: _fit(recipe))
+    code = exit_code(lambda: fit(recipe))
     if code == 0 and not (folder / CELL).is_file():
         from mobiq_lightning.environment import peak_memory_gb
         from mobiq_lightning.files import write_json
@@ -55,13 +55,6 @@ def run_cell(recipe: str, folder: Path) -> int:
         )
         write_json(folder / CELL, figures.to_json())
     return code
-
-
-def _fit(recipe: str) -> None:
-    from mobiq_lightning.jobs import ElasticCLI, check_arguments
-
-    check_arguments(["--config", recipe])
-    ElasticCLI(["fit", "--config", recipe])
 
 
 def die_with(parent: int) -> None:

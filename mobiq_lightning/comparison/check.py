@@ -5,29 +5,14 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-
-import yaml
 
 from mobiq_lightning.comparison.grid import Cell
 from mobiq_lightning.errors import MobiqError, RecipeError
-from mobiq_lightning.jobs import ElasticCLI
+from mobiq_lightning.jobs import build
 from mobiq_lightning.runs import loaded_class
 
 _CALLBACKS = "mobiq_lightning.callbacks"
 _QUIET = {"class_path": f"{_CALLBACKS}.LatencyCheck", "init_args": {"seconds": 0}}
-
-
-class BuildOnly(ElasticCLI):
-    """Parses a recipe and builds its plug-ins on a tiny layer, without a run folder."""
-
-    def before_instantiate_classes(self) -> None:
-        """Claims nothing."""
-        self.expand_run_folder()
-        self._dump_config()
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Runs nothing."""
 
 
 def check_cells(cells: Sequence[Cell]) -> None:
@@ -39,14 +24,12 @@ def check_cells(cells: Sequence[Cell]) -> None:
     problems = []
     with tempfile.TemporaryDirectory() as folder:
         for strategy, cell in {cell.strategy: cell for cell in cells}.items():
-            path = Path(folder) / f"{strategy}.yaml"
             # No logger: building one of W&B would start a run.
             trainer = {**cell.recipe["trainer"], "logger": False, "default_root_dir": folder}
-            path.write_text(yaml.safe_dump({**cell.recipe, "trainer": trainer}), encoding="utf-8")
             try:
-                BuildOnly(["fit", "--config", str(path)])
+                build({**cell.recipe, "trainer": trainer})
             except (MobiqError, ModuleNotFoundError) as error:
-                message = str(error).strip().replace(str(path), "its recipe").replace("\n", "\n    ")
+                message = str(error).strip().replace("\n", "\n    ")
                 problems.append(f"strategies.{strategy}: {message}")
     if problems:
         raise RecipeError("\n".join(problems))

@@ -13,7 +13,7 @@ import yaml
 
 from mobiq_lightning.comparison.file_names import CELLS, SHARED
 from mobiq_lightning.errors import RecipeError, nearest
-from mobiq_lightning.jobs import check_key, check_recipe, read_recipe
+from mobiq_lightning.jobs import check_key, check_recipe, read_recipe, recipe_path
 
 RULES_SEEDS = 3
 """Seeds below which a comparison says that its spreads mean little."""
@@ -59,7 +59,7 @@ class Grid:
 
     Args:
         name: Of the comparison; its runs carry it as W&B group.
-        recipe: Base recipe of all strategies, relative to the grid's file.
+        recipe: Base recipe of all strategies: its path, relative to the grid's file, or the name of a shipped recipe.
         strategies: For each strategy, the keys of the recipe that it changes.
         seeds: Every strategy runs once with each.
         bits: Used bits at which strategies are compared.
@@ -102,7 +102,8 @@ class Grid:
 
     def _recipe(self, strategy: str, seed: int, folder: Path) -> dict[str, Any]:
         """Base recipe, the grid's changes, the strategy's; then what every cell must have."""
-        recipe = copy.deepcopy(read_recipe(str(self.path.parent / self.recipe)))
+        path = self.path.parent / self.recipe
+        recipe = copy.deepcopy(read_recipe(str(path) if path.is_file() else recipe_path(self.recipe)))
         for key, value in {**flatten(self.changes), **flatten(self.strategies[strategy])}.items():
             put(recipe, key, value)
         model, data, trainer = (recipe.setdefault(part, {}) for part in ("model", "data", "trainer"))

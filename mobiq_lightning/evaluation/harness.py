@@ -16,7 +16,7 @@ import yaml
 from mobiq_lightning.checkpoint import load, resolve, write_card
 from mobiq_lightning.console import say
 from mobiq_lightning.environment import environment
-from mobiq_lightning.errors import DataError, RecipeError, nearest
+from mobiq_lightning.errors import DataError, MissingExtraError, RecipeError, nearest
 from mobiq_lightning.runs import ELASTIC, RESULTS, HarnessEntry, add_to_results, read_results
 
 
@@ -48,7 +48,8 @@ def evaluate_checkpoint(
         One entry per task, metric and budget.
 
     Raises:
-        RecipeError: If the harness is not installed, or a task is not known.
+        MissingExtraError: If the harness is not installed.
+        RecipeError: If a task is not known.
         BitsError: If a budget is out of range.
     """
     folder = resolve(run)
@@ -162,12 +163,13 @@ def _known_tasks(tasks: Sequence[str], include_path: Path | None) -> tuple[list[
     """Names of the tasks and the harness's index that knows them.
 
     Raises:
-        RecipeError: If the harness is not installed, or does not know a task.
+        MissingExtraError: If the harness is not installed.
+        RecipeError: If it does not know a task.
     """
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise RecipeError(
+        raise MissingExtraError(
             'evaluate needs lm-evaluation-harness: pip install "mobiq-lightning[evaluate]" (or lm-eval[hf])'
         ) from error
     for name in ("lm_eval", "lm-eval", "evaluate"):

@@ -24,6 +24,7 @@ from mobiq_lightning.runs.file_names import (
     RUN_CONFIG,
     RUN_FILES,
 )
+from mobiq_lightning.runs.results import Results, read_results
 
 _IRRELEVANT = (
     "overwrite",
@@ -46,6 +47,28 @@ class RunFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+
+    @property
+    def recipe(self) -> Path:
+        """The recipe that the run was made from, with every default written out."""
+        return self.path / RUN_CONFIG
+
+    @property
+    def checkpoint(self) -> Path:
+        """The folder of the elastic checkpoint, which `mobiq_lightning.load` takes."""
+        return self.path / ELASTIC
+
+    def results(self) -> Results:
+        """What the run has measured; perplexities by allocation and bits are in `measured.rows`.
+
+        Raises:
+            RunFolderError: If the run is not finished.
+            ResultsError: If results.json is damaged or from another version.
+        """
+        path = self.path / RESULTS
+        if not path.is_file():
+            raise RunFolderError(f"{self.path} holds no {RESULTS}: the run is not finished; `fit` goes on with it")
+        return read_results(path)
 
     @property
     def finished(self) -> bool:

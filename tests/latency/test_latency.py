@@ -86,7 +86,7 @@ class TestCommand:
             (["--minutes", "0"], "must be above 0"),
             (["some/run", "--shapes", "small"], "not both"),
             (["--tune"], "they need a CUDA device"),
-            (["--warm-up"], "--warm_up needs a run"),
+            (["--warm-up"], "--warm-up needs a run"),
             (["--tune", "--warm-up"], "give one"),
             (["--sectionz", "decode"], "latency:"),
         ],

@@ -12,7 +12,7 @@ from mobiq_lightning.errors import RecipeError
 from mobiq_lightning.strategies import ObservesGains, ObservesWeights, ThresholdTask
 from mobiq_lightning.strategies.base import Router
 from mobiq_lightning.strategies.thresholds import average_bits, prefix_scores, threshold_for_budget
-from tests.strategies.test_strategies import subclasses
+from tests.strategies.kinds import subclasses
 
 
 @pytest.mark.parametrize("n_slices", [4, 7, 2])

@@ -6,24 +6,23 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Trainer
 
 from mobiq_lightning.calibration import ElasticCalibration
-from mobiq_lightning.callbacks.layerwise_calibration import checked
+from mobiq_lightning.callbacks.base import CalibrationCallback
 from mobiq_lightning.checkpoint import CheckpointWriter, describe_factory, describe_provenance
 from mobiq_lightning.packing import CODES, FORMAT_VERSION, QUANT_METHOD, PackedSlices
 from mobiq_lightning.runs import ELASTIC, PROVENANCE, RECIPE
 
 
-class BlockExport(Callback):
+class BlockExport(CalibrationCallback):
     """Writes blocks as they finish: nothing finished is lost, and saving needs no more memory than one block.
 
     A resumed run that calibrates a block again, bit for bit, writes its shard again.
     """
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, module: ElasticCalibration) -> None:
         """Writes the blocks whose last epoch this was."""
-        module = checked(pl_module)
         if trainer.is_global_zero:
             for block in range(len(module.blocks)):
                 if module.schedule.final_epoch(block) == module.current_epoch:
@@ -40,7 +39,7 @@ def finish_checkpoint(module: ElasticCalibration, recipe: str) -> list[int]:
     Returns:
         Blocks whose shard was damaged since it was written, and was written again.
     """
-    blocks = [module.block_at(index) for index in range(len(module.blocks))]
+    blocks = module.sliced.calibrated_blocks()
     scheme: Any = next(iter(blocks[0].schemes.values()))
     stored = next((list(transform.stored()) for transform in blocks[0].transforms()), [])
     quantization = {
@@ -59,12 +58,11 @@ def finish_checkpoint(module: ElasticCalibration, recipe: str) -> list[int]:
     }
     if scheme.code != PackedSlices.code:
         quantization["code"] = scheme.code
-    data = module.trainer.datamodule  # type: ignore[attr-defined]
-    calibration = {**data.protocol["calibration"], "data_hash": data.calibration_digest}
-    origin = describe_provenance(module.source, calibration, module.transform)
+    calibration = {**module.text.protocol["calibration"], "data_hash": module.text.calibration_digest}
+    origin = describe_provenance(module.sliced.source, calibration, module.transform)
     extra = {RECIPE: recipe, PROVENANCE: json.dumps(origin, indent=2) + "\n"}
     return _writer(module).finish(blocks, quantization, extra)
 
 
 def _writer(module: ElasticCalibration) -> CheckpointWriter:
-    return CheckpointWriter(module.source, module.layout, module.run_folder / ELASTIC)
+    return CheckpointWriter(module.sliced.source, module.layout, module.run_folder / ELASTIC)

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Trainer
 from torch import Tensor
 
 from mobiq_lightning.calibration import ElasticCalibration
-from mobiq_lightning.callbacks.layerwise_calibration import checked
+from mobiq_lightning.callbacks.base import CalibrationCallback
 from mobiq_lightning.checkpoint import add_results
 from mobiq_lightning.environment import environment
 from mobiq_lightning.evaluation import print_table, write_results
@@ -19,12 +19,11 @@ from mobiq_lightning.runs import ELASTIC, LAYER_GAINS, RESULTS
 from mobiq_lightning.strategies.base import Router
 
 
-class Results(Callback):
+class Results(CalibrationCallback):
     """Ends every validation: one table on the terminal, the same rows in the run folder, the checkpoint and the loggers."""
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, module: ElasticCalibration) -> None:
         """Gathers the rows on all ranks, writes them on the first."""
-        module = checked(pl_module)
         assert module.comparison is not None
         rows = module.comparison.rows()
         bits_per_input = module.comparison.bits_per_input()
@@ -36,7 +35,7 @@ class Results(Callback):
         known = _known_results(module.run_folder)
         results: dict[str, Any] = {
             "model": module.pretrained,
-            "protocol": trainer.datamodule.protocol,  # type: ignore[attr-defined]
+            "protocol": module.text.protocol,
             "environment": environment(),
             "slices": {
                 "slice_bits": list(module.comparison.slice_bits),
@@ -45,9 +44,11 @@ class Results(Callback):
                 "threshold_scope": module.threshold_scope,
             },
             "router": _describe_router(module.comparison.inputs[0].router),
-            "collapsed": module.collapsed or known.get("collapsed", {}),
-            "layer_gains": module.layer_gains or known.get("layer_gains") or _describe_gains(module.comparison.gains),
-            "guards": module.guards or known.get("guards", []),
+            "collapsed": module.record.collapsed or known.get("collapsed", {}),
+            "layer_gains": module.record.layer_gains
+            or known.get("layer_gains")
+            or _describe_gains(module.comparison.gains),
+            "guards": module.record.guards or known.get("guards", []),
             "rows": rows,
         }
         results |= {key: known[key] for key in ("lm_eval", "latency") if key in known}

@@ -20,6 +20,9 @@ from mobiq_lightning.strategies.thresholds import Scope, prefix_scores, threshol
 GainMethod = Literal["probes", "gradients"]
 """How it is measured what a slice of an input gains the whole model; see `layer_gains`."""
 
+DEFAULT_SLICE_BITS = (2, 1, 1, 2, 2)
+"""Bits of each slice, coarsest first, where a recipe names none: depths of 2, 3, 4, 6 and 8 bits."""
+
 
 class SliceScheme(nn.Module, ABC):
     """How one weight matrix is cut into slices. Its parameters are what is learned of that weight.
@@ -93,6 +96,10 @@ class SliceScheme(nn.Module, ABC):
 
     def weight_parameters(self) -> list[nn.Parameter]:
         """Parameters that decide the codes, of the size of the weight; all others are ranges."""
+        return []
+
+    def resized_tensors(self) -> list[str]:
+        """Names of its parameters and buffers whose sizes change while they are trained."""
         return []
 
     def start_slice(self, weight: Tensor, n_bits: int) -> bool:

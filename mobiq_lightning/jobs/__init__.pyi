@@ -2,6 +2,7 @@
 from .cli import ElasticCLI as ElasticCLI
 from .exit_codes import exit_code as exit_code
 from .outliers import OutliersCLI as OutliersCLI
+from .recipe import GROUPS as GROUPS
 from .recipe import check_arguments as check_arguments
 from .recipe import check_key as check_key
 from .recipe import check_recipe as check_recipe

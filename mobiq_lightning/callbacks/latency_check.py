@@ -19,8 +19,9 @@ from mobiq_lightning.runs import ELASTIC, RESULTS
 from mobiq_lightning.serving import measure_speed, store_speed
 
 LINEARS_SHARE = 0.4
-"""Of the time, for the linears; the rest decodes."""
+"""Share of the time that linears are measured for; the rest is for decoding."""
 NEW_TOKENS = {"cuda": 64, "cpu": 8}
+"""Tokens that one measurement decodes, by the type of the device."""
 
 
 class LatencyCheck(CalibrationCallback):

@@ -27,11 +27,11 @@ class CalibrationProgress(CalibrationCallback, ProgressBar):
         self._first_epoch = 0
 
     def disable(self) -> None:
-        """Called by the trainer on all ranks but the first."""
+        """Shows nothing; the trainer calls it on all ranks but the first."""
         self._enabled = False
 
     def enable(self) -> None:
-        """Undoes `disable`."""
+        """Shows progress after all; the trainer calls it on the first rank."""
         self._enabled = True
 
     def on_train_start(self, trainer: Trainer, module: ElasticCalibration) -> None:

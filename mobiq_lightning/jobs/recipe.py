@@ -244,7 +244,7 @@ def _words(path: Path, name: str) -> tuple[str, ...]:
     """The strings of a ``name = Literal[...]`` in a file."""
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
-            return tuple(c.value for c in ast.walk(node.value) if isinstance(c, ast.Constant))
+            return tuple(str(c.value) for c in ast.walk(node.value) if isinstance(c, ast.Constant))
     raise AssertionError(f"{path} defines no {name}")
 
 

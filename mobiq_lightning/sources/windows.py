@@ -54,7 +54,7 @@ class TextWindows(LightningDataModule):
 
     Args:
         source: Calibration text: `builtin`, `wikitext2`, `c4`, or a path to a .txt, .jsonl or .parquet file.
-        eval_source: Evaluation text, likewise.
+        eval_source: Evaluation text: `builtin`, `wikitext2`, `c4`, or a path to such a file.
         n_samples: Calibration windows of the text.
         seq_len: Tokens per window.
         batch_size: Calibration windows per step.

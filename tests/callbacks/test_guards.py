@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mobiq_lightning.calibration.guarding import Measured, ProbeReading, WorseBlock
+from mobiq_lightning.calibration.guarding import CollapsedRouter, DepthShare, Measured, ProbeReading, WorseBlock
 from mobiq_lightning.callbacks import Guards
 from mobiq_lightning.cli import main
 from mobiq_lightning.comparison.results import _noticed
@@ -254,6 +254,11 @@ class TestLimits:
     def test_a_probe_explodes_above_its_factor(self, value: float, events: int) -> None:
         found = Measured(perplexity={("calibrated", 2): value, ("rounded", 2): 100.0})
         assert len(Guards().exploding_probe.look(ProbeReading(found, [2]))) == events
+
+    @pytest.mark.parametrize(("share", "events"), [(0.995, 0), (0.9951, 1), (1.0, 1)])
+    def test_a_router_has_collapsed_above_its_share(self, share: float, events: int) -> None:
+        sightings = CollapsedRouter("record").look(DepthShare("a", 2.5, share))
+        assert [(s.input, s.depth, s.value, s.limit) for s in sightings] == [("a", 2.5, share, 0.995)] * events
 
     @pytest.mark.parametrize("arguments", [{"worse_tolerance": -1}, {"probe_factor": 1}, {"windows": 0}])
     def test_arguments_that_mean_nothing_are_refused(self, arguments: dict[str, Any]) -> None:

@@ -304,17 +304,8 @@ def test_other_slices_and_routers_run_by_a_change_of_the_recipe(
     recipe_arguments: list[str], tmp_path: Path, bits: str, router: str
 ) -> None:
     arguments = [*recipe_arguments, f"--model.slices.init_args.slice_bits={bits}", f"--model.router={router}"]
-    assert (
-        main(
-            [
-                "fit",
-                *arguments,
-                "--model.epochs_per_block=1",
-                "--model.stages=[{share: 1, train: [ranges, transforms, routers]}]",
-            ]
-        )
-        == 0
-    )
+    stages = "--model.stages=[{share: 1, train: [ranges, transforms, routers]}]"
+    assert main(["fit", *arguments, "--model.epochs_per_block=1", stages]) == 0
     rows = json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
     router_row: dict[str, Any] = next(r for r in rows if r["allocation"] == "router" and r["target_bits"] == 2.5)
     # Thresholds come from 256 tokens here; a router whose thresholds were lost would read whole slices too many.

@@ -8,6 +8,7 @@ does not depend on the values. Every load runs in a process of its own.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
 import resource
@@ -24,11 +25,11 @@ def make_checkpoint(folder: Path) -> Path:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from mobiq_lightning.checkpoint import CheckpointWriter, describe_factory
+    from mobiq_lightning.checkpoint import CheckpointWriter, ElasticFormat
     from mobiq_lightning.nn import BlockLayout, CalibratedBlock
-    from mobiq_lightning.packing import QUANT_METHOD, PackedSlices
     from mobiq_lightning.sources import Source
     from mobiq_lightning.strategies import MLPRouter, ResidualSlices
+    from mobiq_lightning.strategies.class_paths import describe_factory
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -46,13 +47,10 @@ def make_checkpoint(folder: Path) -> Path:
             table = torch.linspace(0.5, -4.5, 25).expand(len(SLICE_BITS), -1)
             routed.set_tables(table, table)
     source = Source("random", model, None, "", "", folder / "source")
-    quantization = {
-        "quant_method": QUANT_METHOD, "format_version": PackedSlices.format_version,
-        "slice_bits": list(SLICE_BITS), "group_size": 128,
-        "router": describe_factory(router), "layout": {"blocks": layout.blocks, "shared_inputs": layout.shared_inputs},
-        "share_routers": "input", "threshold_scope": "layer", "default_bits": 4.0, "max_bits": None,
-    }  # fmt: skip
-    CheckpointWriter(source, layout, folder / "elastic").finish(learned, quantization, {})
+    stored = ElasticFormat(
+        slice_bits=list(SLICE_BITS), group_size=128, router=describe_factory(router), layout=dataclasses.asdict(layout)
+    )
+    CheckpointWriter(source, layout, folder / "elastic").finish(learned, stored, {})
     return folder / "elastic"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import sys
 from datetime import datetime, timezone
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,13 +24,20 @@ def environment() -> dict[str, str]:
     """Versions and machine that something is measured with."""
     return {
         "mobiq_lightning": __version__,
-        **{name: version(name) for name in _PACKAGES},
+        **{name: _version(name) for name in _PACKAGES},
         "python": sys.version.split()[0],
         "platform": platform.platform(terse=True),
         "device": device_name(),
         "threads": str(torch.get_num_threads()),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # serving needs no Lightning
+        return "not installed"
 
 
 def device_name() -> str:

@@ -51,8 +51,16 @@ class CheckpointError(MobiqError):
     """An elastic checkpoint or a training checkpoint that is damaged, incomplete or from a newer version."""
 
 
+class ResultsError(MobiqError):
+    """A file of figures, such as results.json, that is damaged, incomplete or from another version."""
+
+
 class KernelError(MobiqError):
     """Kernels that cannot be used as asked, that are wrong on this device, or that could not be measured."""
+
+
+class MissingExtraError(MobiqError, ImportError):
+    """A command or class that needs packages which are not installed."""
 
 
 def nearest(name: str, accepted: Iterable[str], count: int = 3) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import time
@@ -16,6 +15,8 @@ from lightning.pytorch.loggers import WandbLogger as LightningWandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from mobiq_lightning.console import say
+from mobiq_lightning.extras import require
+from mobiq_lightning.runs import JOURNAL
 
 
 class JsonlLogger(Logger):
@@ -27,7 +28,7 @@ class JsonlLogger(Logger):
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__()
-        self.path = Path(folder) / "metrics.jsonl"
+        self.path = Path(folder) / JOURNAL
 
     @property
     def name(self) -> str:
@@ -73,8 +74,7 @@ class WandbLogger(LightningWandbLogger):
         save_dir: str | None = None,
         offline: bool | None = None,
     ) -> None:
-        if importlib.util.find_spec("wandb") is None:
-            raise ModuleNotFoundError("trainer.logger: WandbLogger needs the package wandb: pip install wandb")
+        require("wandb", "trainer.logger: WandbLogger")
         if offline is None:
             offline = not _has_key()
             if offline:

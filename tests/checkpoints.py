@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from mobiq_lightning.checkpoint import CheckpointWriter, ElasticFormat
 from mobiq_lightning.checkpoint.check import hash_tensor
+from mobiq_lightning.nn import BlockLayout, CalibratedBlock
 from mobiq_lightning.runs import HASHES
+from mobiq_lightning.sources import load_source
+from mobiq_lightning.strategies import MLPRouter, ResidualSlices
+from mobiq_lightning.strategies.class_paths import describe_factory
 
 IDS = torch.randint(3, 300, (2, 12), generator=torch.Generator().manual_seed(0))
 DEPTHS = (2, 3, 4, 6, 8)
@@ -29,6 +36,27 @@ def logits(model: Any, bits: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
 def generate(model: Any, ids: torch.Tensor = IDS, **settings: Any) -> torch.Tensor:
     settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "do_sample": False, **settings}
     return model.generate(ids, pad_token_id=0, **settings)  # type: ignore[no-any-return]
+
+
+def write_checkpoint(model: Path, to: Path) -> Path:
+    """Slices a source model without calibration and writes the checkpoint; its tokens read different depths."""
+    layout, source = BlockLayout(), load_source(str(model))
+    scheme = functools.partial(ResidualSlices, slice_bits=[2, 1, 1, 2, 2], group_size=16)
+    router = functools.partial(MLPRouter, hidden_features=4)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        blocks = [
+            CalibratedBlock(b, layout.group_linears(b, "input"), scheme, router) for b in layout.find(source.model)
+        ]
+    for block in blocks:
+        for routed in block.routed_inputs():
+            table = torch.linspace(0.5, -4.5, len(routed.budgets)).expand(5, -1)
+            routed.set_tables(table, table)
+    stored = ElasticFormat(
+        slice_bits=[2, 1, 1, 2, 2], group_size=16, router=describe_factory(router), layout=asdict(layout)
+    )
+    CheckpointWriter(source, layout, to).finish(blocks, stored, {})
+    return to
 
 
 def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any], shard: int = 0) -> str:

@@ -78,7 +78,7 @@ def measure_full(journal: Journal, protocol: Protocol) -> dict[str, Any]:
         source = protocol.load()
         data = protocol.read(source, 0)
         perplexity = measure_perplexity(source.model, data)
-        write_json(path, {"perplexity": perplexity, "weights": source.fingerprint, "protocol": data.protocol})
+        write_json(path, {"perplexity": perplexity, "weights": source.fingerprint, "protocol": data.protocol.to_json()})
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found
 

@@ -62,7 +62,7 @@ def measure(peer: Peer, cell: Cell, protocol: Protocol) -> dict[str, Any]:
         "eval_seconds": round(time.perf_counter() - start, 2),
         "peak_mb": round(peak, 1),
         "calibration_hash": data.calibration_digest if peer.calibrated else None,
-        "data_hash": data.protocol["data_hash"],
+        "data_hash": data.protocol.data_hash,
     }
 
 

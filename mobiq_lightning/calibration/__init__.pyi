@@ -5,6 +5,8 @@ from .checkpoint_io import SafeCheckpointIO as SafeCheckpointIO
 from .device_memory import measuring_bytes as measuring_bytes
 from .device_memory import move_model as move_model
 from .device_memory import whole_model_on_device as whole_model_on_device
+from .elastic_checkpoint import checkpoint_writer as checkpoint_writer
+from .elastic_checkpoint import finish_checkpoint as finish_checkpoint
 from .hidden_states import eval_mode as eval_mode
 from .module import ElasticCalibration as ElasticCalibration
 from .scores import block_scores_of as block_scores_of

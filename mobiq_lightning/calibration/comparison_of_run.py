@@ -51,7 +51,7 @@ def rounding_key(module: ElasticCalibration, group_size: int, device: torch.devi
         "weights": module.sliced.source.fingerprint,
         "dtype": str(module.sliced.source.model.dtype),
         "group_size": group_size,
-        "protocol": module.text.protocol["data_hash"],
+        "protocol": module.text.protocol.data_hash,
         "batch": module.text.eval_batch_size,
         "bits": RTN_BITS,
         "device": device.type,

@@ -25,7 +25,7 @@ from mobiq_lightning.calibration.text_of_run import text_of, writing_once
 from mobiq_lightning.errors import NonFiniteError
 from mobiq_lightning.evaluation import Comparison
 from mobiq_lightning.nn import BlockLayout, CalibratedBlock, RouterFactory, Share, SliceFactory
-from mobiq_lightning.runs import SharedWork
+from mobiq_lightning.runs import HIDDEN_STATES, SharedWork
 from mobiq_lightning.sources import ComparisonPass, TextWindows, load_source
 from mobiq_lightning.strategies import LogitDistillation, NoTransform
 from mobiq_lightning.strategies.base import BudgetSchedule, Objective
@@ -134,7 +134,7 @@ class ElasticCalibration(LightningModule):
     @property
     def hidden_states_folder(self) -> Path:
         """Where the tables lie if they are on disk; every rank has its own."""
-        return self.run_folder / "hidden_states" / f"rank-{self.global_rank}"
+        return self.run_folder / HIDDEN_STATES / f"rank-{self.global_rank}"
 
     def setup(self, stage: str) -> None:
         """Loads the source model, reads the text with its tokenizer and, for a fit, slices the blocks."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+from mobiq_lightning.runs import GainsSummary, GuardEvent
 
 
 @dataclass
@@ -24,14 +26,14 @@ class CalibrationRecord:
             again after NaN or infinity. The run folder keeps the tries, so training checkpoints do not.
     """
 
-    guards: list[dict[str, Any]] = field(default_factory=list)
+    guards: list[GuardEvent] = field(default_factory=list)
     collapsed: dict[str, float] = field(default_factory=dict)
-    layer_gains: dict[str, Any] | str = ""
+    layer_gains: GainsSummary | str = ""
     given_up: set[int] = field(default_factory=set)
     rate_factors: dict[int | None, float] = field(default_factory=dict)
 
-    def note_guard(self, event: dict[str, Any]) -> None:
-        """Adds an event that a guard has noticed, in the form that results.json has."""
+    def note_guard(self, event: GuardEvent) -> None:
+        """Adds an event that a guard has noticed, with values as files have them: None if they are not finite."""
         self.guards.append(event)
 
     def note_collapse(self, name: str, share: float) -> None:
@@ -44,12 +46,12 @@ class CalibrationRecord:
         Args:
             static: Names of the inputs with static depths, at some budget at least.
         """
-        for event in self.guards:
-            repaired = event["guard"] == "collapsed_router" and event["action"] == "repair"
-            if repaired and event["input"] not in static:
-                event["action"] = "record"
+        for number, event in enumerate(self.guards):
+            repaired = event.guard == "collapsed_router" and event.action == "repair"
+            if repaired and event.input not in static:
+                self.guards[number] = replace(event, action="record")
 
-    def note_layer_gains(self, found: dict[str, Any] | str) -> None:
+    def note_layer_gains(self, found: GainsSummary | str) -> None:
         """Keeps the summary of the measured layer gains, or the sentence that says why there are none."""
         self.layer_gains = found
 
@@ -73,13 +75,15 @@ class CalibrationRecord:
     def state_dict(self) -> dict[str, Any]:
         """What a training checkpoint keeps: plain values."""
         return {
-            "guards": self.guards,
+            "guards": [event.to_json() for event in self.guards],
             "collapsed": self.collapsed,
-            "layer_gains": self.layer_gains,
+            "layer_gains": self.layer_gains if isinstance(self.layer_gains, str) else self.layer_gains.to_json(),
             "given_up": sorted(self.given_up),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` gave."""
-        self.guards, self.collapsed = list(state["guards"]), dict(state["collapsed"])
-        self.layer_gains, self.given_up = state["layer_gains"], set(state["given_up"])
+        where, gains = "the training checkpoint", state["layer_gains"]
+        self.guards = [GuardEvent.from_json(event, where, "guards") for event in state["guards"]]
+        self.layer_gains = gains if isinstance(gains, str) else GainsSummary.from_json(gains, where, "layer_gains")
+        self.collapsed, self.given_up = dict(state["collapsed"]), set(state["given_up"])

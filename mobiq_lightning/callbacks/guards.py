@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar
 
 from lightning.pytorch import Trainer
 
@@ -28,7 +29,7 @@ from mobiq_lightning.callbacks.base import CalibrationCallback
 from mobiq_lightning.console import say
 from mobiq_lightning.errors import GuardError, RecipeError
 from mobiq_lightning.nn import meet_budget
-from mobiq_lightning.runs import sentence
+from mobiq_lightning.runs import GuardEvent, sentence
 
 
 class Guards(CalibrationCallback):
@@ -64,6 +65,9 @@ class Guards(CalibrationCallback):
     """
 
     order = -20  # looks at a block before it is measured, exported and saved
+
+    may_change_on_resume: ClassVar[bool] = True
+    """Whether a run that goes on may have other arguments of this callback than it was started with."""
 
     def __init__(
         self,
@@ -189,6 +193,11 @@ class Guards(CalibrationCallback):
     def _act(self, module: ElasticCalibration, guard: Guard[Any], sightings: Sequence[Sighting]) -> bool:
         """Notes what a guard has noticed, says it, and does what the recipe asks for.
 
+        Args:
+            module: The calibration.
+            guard: The guard that has noticed it.
+            sightings: What it has noticed.
+
         Returns:
             Whether anything was noticed.
 
@@ -200,9 +209,8 @@ class Guards(CalibrationCallback):
             return False
         if action == "repair" and not guard.can_repair(module, self._before):
             action = "record"
-        where = {"guard": guard.name, "block": module.block_index, "action": action, "epoch": module.current_epoch}
         events = [
-            {**where, "input": s.input, "depth": s.depth, "value": _finite(s.value), "limit": _finite(s.limit)}
+            GuardEvent(guard.name, module.block_index, s.input, action, module.current_epoch, s.depth, s.value, s.limit)
             for s in sightings
         ]
         said = [sentence(event, module.schedule.n_epochs) for event in events]
@@ -214,7 +222,7 @@ class Guards(CalibrationCallback):
             )
         for event, line in zip(events, said, strict=True):
             say(line)
-            module.record.note_guard(event)
+            module.record.note_guard(replace(event, value=_finite(event.value), limit=_finite(event.limit)))
         if action == "repair":
             guard.repair(module, self._before)
         return True
@@ -257,6 +265,6 @@ def guards_of(trainer: Trainer) -> Guards | None:
     return next((c for c in trainer.callbacks if isinstance(c, Guards)), None)  # type: ignore[attr-defined]
 
 
-def _finite(value: float) -> float | None:
-    """As JSON has it."""
-    return value if math.isfinite(value) else None
+def _finite(value: float | None) -> float | None:
+    """A value as JSON has it: None if it is not finite."""
+    return None if value is None or not math.isfinite(value) else value

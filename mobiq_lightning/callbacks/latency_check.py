@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning.pytorch import Trainer
 
@@ -13,9 +12,8 @@ from mobiq_lightning.calibration import ElasticCalibration
 from mobiq_lightning.callbacks.base import CalibrationCallback
 from mobiq_lightning.checkpoint import add_results
 from mobiq_lightning.errors import RecipeError
-from mobiq_lightning.files import write_json
 from mobiq_lightning.latency import Clock, print_budgets, time_linears
-from mobiq_lightning.runs import ELASTIC, RESULTS
+from mobiq_lightning.runs import ELASTIC, RESULTS, add_to_results
 from mobiq_lightning.serving import measure_speed, store_speed
 
 LINEARS_SHARE = 0.4
@@ -38,6 +36,9 @@ class LatencyCheck(CalibrationCallback):
 
     order = 20  # adds to what `Results` has written, and logs after all others
 
+    measures_speed: ClassVar[bool] = True
+    """Whether it measures what other work on the machine disturbs; comparisons leave such callbacks out of their cells."""
+
     def __init__(self, seconds: float = 5.0) -> None:
         if seconds < 0:
             raise RecipeError(f"LatencyCheck: seconds ({seconds:g}) must be 0 or more")
@@ -50,7 +51,7 @@ class LatencyCheck(CalibrationCallback):
         comparison = module.comparison
         assert comparison is not None
         model, deadline = comparison.elastic, time.monotonic() + self.seconds
-        used = {row["target_bits"]: row["used_bits"] for row in comparison.rows() if row["allocation"] == "router"}
+        used = {row.target_bits: row.used_bits for row in comparison.rows() if row.allocation == "router"}
         clock = Clock(model.device, repeats=5, seconds=self.seconds * LINEARS_SHARE / 40)
         latency = time_linears(model, used, clock)
         speeds = _speeds(model, sorted(used), deadline)
@@ -83,10 +84,7 @@ def _speeds(model: Any, budgets: list[float], deadline: float) -> dict[float, di
 
 def _add(run: Path, latency: dict[str, Any]) -> None:
     """Puts it beside what the comparison has found."""
-    results = json.loads((run / RESULTS).read_text(encoding="utf-8"))
-    results["latency"] = latency
-    write_json(run / RESULTS, results)
-    add_results(run / ELASTIC, results)
+    add_results(run / ELASTIC, add_to_results(run / RESULTS, latency=latency))
 
 
 def _log(trainer: Trainer, module: ElasticCalibration, latency: dict[str, Any]) -> None:

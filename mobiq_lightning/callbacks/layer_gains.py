@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
 
 import torch
 from lightning.pytorch import Trainer
@@ -24,8 +24,7 @@ from mobiq_lightning.evaluation import (
     token_views,
 )
 from mobiq_lightning.files import write_json
-from mobiq_lightning.runs import LAYER_GAINS
-from mobiq_lightning.strategies.base import GainMethod
+from mobiq_lightning.runs import LAYER_GAINS, UNIT, GainMethod, GainsSummary, LayerGainRow, LayerGainsFile, MethodGains
 
 
 class LayerGains(CalibrationCallback):
@@ -143,22 +142,35 @@ class LayerGains(CalibrationCallback):
     ) -> None:
         inputs, names = module.sliced.all_inputs(), module.sliced.input_names()
         rows = rows_of(found, names, [routed.n_weights for routed in inputs], inputs[0].slice_bits)
-        about: dict[str, Any] = {"windows": ids.shape[0], "seq_len": ids.shape[1]}
-        if "probes" in found:
-            about["reference_bits"] = self._reference(inputs[0].depths)
-        summary = {**about, "seconds": round(seconds, 2), "methods": {m: _summary(rows, m) for m in found}}
+        reference_bits = self._reference(inputs[0].depths) if "probes" in found else None
+        methods, of_tokens = {method: _summary(rows, method) for method in found}, None
         if tokens is not None and rows:
             spread = token_rows(tokens, views, ids.shape[1])
-            summary["tokens"] = token_summary(tokens, spread, [row["bits"] * row["weights"] for row in rows])
-            rows = [{**row, **of_tokens} for row, of_tokens in zip(rows, spread, strict=True)]
+            of_tokens = token_summary(tokens, spread, [row.bits * row.weights for row in rows])
+            rows = [replace(row, tokens=one) for row, one in zip(rows, spread, strict=True)]
+        summary = GainsSummary(
+            windows=ids.shape[0],
+            seq_len=ids.shape[1],
+            reference_bits=reference_bits,
+            seconds=round(seconds, 2),
+            methods=methods,
+            tokens=of_tokens,
+        )
         module.record.note_layer_gains(summary)
         if module.trainer.is_global_zero:
-            write_json(module.run_folder / LAYER_GAINS, {**about, "unit": "nats per token", "rows": rows})
+            content = LayerGainsFile(
+                windows=ids.shape[0],
+                seq_len=ids.shape[1],
+                reference_bits=reference_bits,
+                unit=UNIT,
+                rows=tuple(rows),
+            )
+            write_json(module.run_folder / LAYER_GAINS, content.to_json())
             say(f"Layer gains of {len(inputs)} inputs by {' and '.join(found)} in {seconds:.1f} s: {LAYER_GAINS}.")
 
 
-def _summary(rows: Sequence[dict[str, Any]], method: GainMethod) -> dict[str, Any]:
+def _summary(rows: Sequence[LayerGainRow], method: GainMethod) -> MethodGains:
     """The sum of all gains, and the inputs whose first slice after the base is worth most and least per bit and weight."""
-    first = sorted((r for r in rows if r["slice"] == 2), key=lambda r: float(r[method]) / (r["bits"] * r["weights"]))
-    total = torch.tensor([row[method] for row in rows], dtype=torch.float64).sum()
-    return {"total": float(total), "most": first[-1]["input"], "least": first[0]["input"]} if first else {"total": 0.0}
+    first = sorted((r for r in rows if r.slice == 2), key=lambda r: r.gains[method] / (r.bits * r.weights))
+    total = torch.tensor([row.gains[method] for row in rows], dtype=torch.float64).sum()
+    return MethodGains(float(total), first[-1].input, first[0].input) if first else MethodGains(0.0)

@@ -61,7 +61,7 @@ class OutlierMigration(CalibrationCallback):
         tokens = summarize_tokens(record, self.share)
         found: dict[str, Any] = {
             "model": module.pretrained,
-            "protocol": {**module.text.protocol, "outlier_windows": int(record.windows[-1]) + 1},
+            "protocol": {**module.text.protocol.to_json(), "outlier_windows": int(record.windows[-1]) + 1},
             "environment": environment(),
             "bits": list(self.bits),
             "share": self.share,

@@ -15,7 +15,7 @@ from mobiq_lightning.errors import RecipeError
 from mobiq_lightning.evaluation import BlockErrors, Comparison, residual_basis, use_by_frequency, use_by_position
 from mobiq_lightning.files import write_json
 from mobiq_lightning.nn import full_precision
-from mobiq_lightning.runs import DIAGNOSTICS
+from mobiq_lightning.runs import DIAGNOSTICS, BlockErrorNote, BudgetUse, Diagnostics, InputSize
 from mobiq_lightning.sources import IGNORED, ComparisonPass
 
 
@@ -69,26 +69,26 @@ class RoutingDiagnostics(CalibrationCallback):
         comparison = _comparison(module)
         assert self.errors is not None
         errors, tokens = self.errors.compute()
-        found = {
-            "inputs": [{"name": n, "weights": w} for n, w in zip(comparison.names, comparison.sizes, strict=True)],
-            "depths": list(comparison.inputs[0].depths),
-            "budgets": [_budget(*use, comparison.inputs[0].depths) for use in comparison.routing_uses()],
-            "block_error": {"tokens": int(tokens), "relative_error": errors.tolist()},
-        }
+        found = Diagnostics(
+            inputs=tuple(InputSize(n, w) for n, w in zip(comparison.names, comparison.sizes, strict=True)),
+            depths=tuple(comparison.inputs[0].depths),
+            budgets=tuple(_budget(*use, comparison.inputs[0].depths) for use in comparison.routing_uses()),
+            block_error=BlockErrorNote(int(tokens), tuple(map(tuple, errors.tolist()))),
+        )
         if trainer.is_global_zero:
-            write_json(module.run_folder / DIAGNOSTICS, found)
+            write_json(module.run_folder / DIAGNOSTICS, found.to_json())
 
 
-def _budget(target_bits: float, sums: dict[str, Tensor], depths: Sequence[int]) -> dict[str, Any]:
+def _budget(target_bits: float, sums: dict[str, Tensor], depths: Sequence[int]) -> BudgetUse:
     """What the routers did at one budget."""
     share = sums["read"].double() / sums["read"].sum(1, keepdim=True)
-    return {
-        "target_bits": target_bits,
-        "mean_bits": (share @ share.new_tensor(depths)).tolist(),
-        "depth_share": share.tolist(),
-        "by_position": use_by_position(sums),
-        "by_frequency": use_by_frequency(sums),
-    }
+    return BudgetUse(
+        target_bits=target_bits,
+        mean_bits=tuple((share @ share.new_tensor(depths)).tolist()),
+        depth_share=tuple(map(tuple, share.tolist())),
+        by_position=tuple(use_by_position(sums)),
+        by_frequency=tuple(use_by_frequency(sums)),
+    )
 
 
 def _spread(chosen: int, count: int) -> set[int]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from mobiq_lightning.checkpoint.format import ElasticFormat
 from mobiq_lightning.files import write_text
 from mobiq_lightning.packing import WHOLE_ROW, PackedSlices, depths_of
 from mobiq_lightning.runs import (
@@ -15,9 +17,12 @@ from mobiq_lightning.runs import (
     CONFIG,
     PROVENANCE,
     RESULTS,
-    bits_text,
+    HarnessEntry,
+    Measured,
+    Results,
     generated_of,
     label,
+    read_results,
     sentences,
     summarize,
     verdict,
@@ -28,21 +33,21 @@ def write_card(folder: Path) -> None:
     """Writes README.md from what lies in the checkpoint's folder."""
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     origin = _read(folder / PROVENANCE)
-    results = _read(folder / RESULTS)
+    results = read_results(folder / RESULTS)
     write_text(folder / CARD, card(config, origin, results))
 
 
-def card(config: dict[str, Any], origin: dict[str, Any], results: dict[str, Any]) -> str:
+def card(config: dict[str, Any], origin: dict[str, Any], results: Results) -> str:
     """The text of a model card.
 
     Args:
         config: config.json.
         origin: provenance.json, or empty.
-        results: results.json, or empty if nothing was measured yet.
+        results: What was measured so far.
     """
-    elastic = config["quantization_config"]
-    depths = depths_of(tuple(elastic["slice_bits"]))
-    highest = elastic.get("max_bits") or depths[-1]
+    elastic = ElasticFormat.from_json(config["quantization_config"])
+    depths = depths_of(tuple(elastic.slice_bits))
+    highest = elastic.n_planes
     name = origin.get("source", {}).get("name", config.get("model_type", "model"))
     head: dict[str, Any] = {"library_name": "transformers", "tags": ["mobiq", "quantized", "elastic-precision"]}
     if name.count("/") == 1 and not name.startswith(".") and not Path(name).exists():  # a hub id
@@ -51,18 +56,18 @@ def card(config: dict[str, Any], origin: dict[str, Any], results: dict[str, Any]
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n",
         f"# {name.rstrip('/').rsplit('/', 1)[-1]}, elastic from {depths[0]} to {highest} bits\n",
         f"One checkpoint that runs at any average bit-width from {depths[0]} to {highest}, chosen at run time, token by "
-        f"token. Made with MoBiQ-Lightning (MoBiQuant, arXiv 2602.20191): slices of {elastic['slice_bits']} bits, "
+        f"token. Made with MoBiQ-Lightning (MoBiQuant, arXiv 2602.20191): slices of {elastic.slice_bits} bits, "
         f"{_groups(elastic)}\n",
         _usage(depths[0], highest),
         _measured(results, highest, highest < depths[-1]),
-        _guards(results),
+        _guards(results.measured),
         _origin(origin),
     ]
     return "\n".join(part for part in parts if part)
 
 
-def _groups(elastic: dict[str, Any]) -> str:
-    size, code = elastic["group_size"], elastic.get("code", PackedSlices.code)
+def _groups(elastic: ElasticFormat) -> str:
+    size, code = elastic.group_size, elastic.code
     groups = "one group per row." if size >= WHOLE_ROW else f"groups of {size}."
     if code == PackedSlices.code:
         return groups
@@ -89,51 +94,50 @@ know this format: it warns of an unknown quantization type and goes on with rand
 """
 
 
-def _measured(results: dict[str, Any], highest: int, capped: bool) -> str:
-    if not results.get("rows"):
-        tasks = _harness_table(results["lm_eval"]) if results.get("lm_eval") else "\nNothing yet."
+def _measured(results: Results, highest: int, capped: bool) -> str:
+    measured = results.measured
+    if measured is None:
+        tasks = _harness_table(results.lm_eval) if results.lm_eval else "\nNothing yet."
         return f"## Measured\n{tasks}\n"
-    protocol = results["protocol"]
+    protocol = measured.protocol
     lines = [
         "## Measured\n",
-        f"{results['model']} on {protocol['data']}: {protocol['eval_protocol']}, window {protocol['window']}, "
-        f"{protocol['n_tokens']} predicted tokens.\n",
+        f"{measured.model} on {protocol.data}: {protocol.eval_protocol}, window {protocol.window}, "
+        f"{protocol.n_tokens} predicted tokens.\n",
         "| allocation | target bits | used bits | all-in bits | perplexity | KL (nats) |",
         "|---|---:|---:|---:|---:|---:|",
     ]
-    for row in summarize(results["rows"]):
-        if row["allocation"] != "full" and row["target_bits"] > highest:
+    for row in summarize(measured.rows):
+        if row.allocation != "full" and row.target_bits > highest:
             continue
-        spread = f" ± {row['spread']:.2f}" if row["n_seeds"] > 1 else ""
+        spread = f" ± {row.spread:.2f}" if row.n_seeds > 1 else ""
         lines.append(
-            f"| {label(row['allocation'], results)} | {row['target_bits']:g} | {row['used_bits']:.2f} | {row['all_in_bits']:.2f} "
-            f"| {row['perplexity']:.2f}{spread} | {row['kl']:.4f} |"
+            f"| {label(row.allocation, measured.deployable)} | {row.target_bits:g} | {row.used_bits:.2f} | {row.all_in_bits:.2f} "
+            f"| {row.perplexity:.2f}{spread} | {row.kl:.4f} |"
         )
-    said = verdict([row for row in results["rows"] if row["target_bits"] <= highest or row["allocation"] == "full"])
+    said = verdict(row for row in measured.rows if row.target_bits <= highest or row.allocation == "full")
     lines += [f"\n{said}"] if said else []
     if capped:
         lines.append(
             f"\nMeasured with all planes. This file holds the first {highest} bits, so between the depths of its slices its "
             "router chooses among fewer of them."
         )
-    lines += [_harness_table(results["lm_eval"])] if results.get("lm_eval") else []
+    lines += [_harness_table(results.lm_eval)] if results.lm_eval else []
     return "\n".join(lines) + "\n"
 
 
-def _guards(results: dict[str, Any]) -> str:
+def _guards(measured: Measured | None) -> str:
     """What the guards of the calibration noticed, which whoever loads the model should know."""
-    lines = sentences(results)
+    lines = [] if measured is None else sentences(measured.guards)
     return "## Noticed while it was calibrated\n\n" + "".join(f"- {line}\n" for line in lines) if lines else ""
 
 
-def _harness_table(entries: list[dict[str, Any]]) -> str:
+def _harness_table(entries: Sequence[HarnessEntry]) -> str:
     lines = ["\n| task | metric | bits | used bits | value |", "|---|---|---:|---:|---:|"]
     for entry in entries:
-        error = f" ± {entry['stderr']:.4f}" if entry.get("stderr") is not None else ""
-        used = f"{entry['used_bits']:.2f}" if entry["used_bits"] is not None else ""
-        lines.append(
-            f"| {entry['task']} | {entry['metric']} | {bits_text(entry)} | {used} | {entry['value']:.4f}{error} |"
-        )
+        error = f" ± {entry.stderr:.4f}" if entry.stderr is not None else ""
+        used = f"{entry.used_bits:.2f}" if entry.used_bits is not None else ""
+        lines.append(f"| {entry.task} | {entry.metric} | {entry.bits_text} | {used} | {entry.value:.4f}{error} |")
     return "\n".join(lines)
 
 

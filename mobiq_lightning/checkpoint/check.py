@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,10 +15,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mobiq_lightning.errors import CheckpointError
-from mobiq_lightning.packing import plane_of
+from mobiq_lightning.packing import TensorKind, carrier_of, kind_of, plane_of
 
 _SHOWN = 6  # problems that a message lists
 _THREADS = 4  # hashlib and the file system work outside of Python's lock
+_PARTS_OF_INPUTS: dict[TensorKind, str] = {
+    "router": "the router of {} is missing",
+    "transform": "the transform of {} is missing",
+    "thresholds": "the thresholds of {} are missing",
+    "budgets": "the thresholds of {} are missing",
+}
 
 
 class Expected(NamedTuple):
@@ -151,16 +157,8 @@ def hash_tensor(tensor: Tensor) -> str:
 
 def _describe_missing(names: Sequence[str]) -> list[str]:
     """Missing tensors, those of one router or one set of tables together."""
-    kinds: dict[str, Callable[[str], bool]] = {
-        "the router of": lambda tail: tail.startswith("router."),
-        "the transform of": lambda tail: tail.startswith("transform."),
-        "the thresholds of": lambda tail: tail.endswith(("thresholds", "budgets")),
-    }
     lines: dict[str, None] = {}
     for name in names:
-        linear, _, tail = name.partition(".input.")
-        kind = next((kind for kind, matches in kinds.items() if tail and matches(tail)), None)
-        lines[
-            f"{kind} {linear} {'are' if 'thresholds' in kind else 'is'} missing" if kind else f"{name} is missing"
-        ] = None
+        part = _PARTS_OF_INPUTS.get(kind_of(name))
+        lines[f"{name} is missing" if part is None else part.format(carrier_of(name))] = None
     return list(lines)

@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 from mobiq_lightning.checkpoint.card import write_card
 from mobiq_lightning.checkpoint.check import describe_problems, hash_tensor
+from mobiq_lightning.checkpoint.format import ElasticFormat
 from mobiq_lightning.checkpoint.loading import resolve
 from mobiq_lightning.checkpoint.write import seal, write_shard
 from mobiq_lightning.errors import BitsError, CheckpointError
@@ -42,13 +43,14 @@ def export(source: str | Path, to: str | Path, max_bits: int | None = None, over
     if folder.exists() and not overwrite:
         raise CheckpointError(f"{folder} exists; give another folder, or --overwrite to replace it")
     config = json.loads((origin / CONFIG).read_text(encoding="utf-8"))
-    elastic = config["quantization_config"]
-    held = elastic.get("max_bits") or sum(elastic["slice_bits"])
+    elastic = ElasticFormat.from_json(config["quantization_config"])
+    held = elastic.n_planes
     n_planes = max_bits or held
-    held_slices(tuple(elastic["slice_bits"]), n_planes)
+    held_slices(tuple(elastic.slice_bits), n_planes)
     if n_planes > held:
         raise BitsError(f"max_bits ({n_planes}) is more than the {held} bits that {origin} holds")
-    elastic["max_bits"] = None if n_planes == sum(elastic["slice_bits"]) else n_planes
+    elastic.max_bits = None if n_planes == sum(elastic.slice_bits) else n_planes
+    config["quantization_config"] = elastic.to_json()
     with folder_replaced_atomically(folder) as temporary:
         for path in sorted(origin.iterdir()):
             if path.suffix != ".safetensors" and path.is_file() and path.name not in (CONFIG, INDEX, HASHES, CARD):

@@ -9,9 +9,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mobiq_lightning.checkpoint.check import describe_problems
-from mobiq_lightning.checkpoint.quantizer import ElasticConfig
+from mobiq_lightning.checkpoint.format import QUANT_METHOD, ElasticFormat, is_elastic
 from mobiq_lightning.errors import CheckpointError, MobiqError
-from mobiq_lightning.packing import QUANT_METHOD
 from mobiq_lightning.runs import CONFIG, ELASTIC
 
 
@@ -52,9 +51,9 @@ def load(
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path / CONFIG} cannot be read: {error}") from error
     stored = getattr(config, "quantization_config", None)
-    if not isinstance(stored, dict) or stored.get("quant_method") != QUANT_METHOD:
+    if not is_elastic(stored):
         raise CheckpointError(f"{path} holds no elastic model (its quant_method is not {QUANT_METHOD!r})")
-    held = ElasticConfig.from_dict(stored).max_bits
+    held = ElasticFormat.from_json(stored).max_bits
     if max_bits is not None and held is not None and max_bits > held:
         raise CheckpointError(f"max_bits ({max_bits}) is more than the {held} bits that {path} holds")
     config.quantization_config = {**stored, "max_bits": max_bits or held, "check_hashes": check_hashes}

@@ -6,11 +6,14 @@ what is imported here.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,13 +25,13 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mobiq_lightning.checkpoint.check import Expected, check_tensors
+from mobiq_lightning.checkpoint.format import QUANT_METHOD, ElasticFormat, check_json
 from mobiq_lightning.errors import CheckpointError
-from mobiq_lightning.nn import BlockLayout, ElasticLinear, RoutedInput, Share, routed_inputs
-from mobiq_lightning.packing import CODES, FORMAT_VERSION, QUANT_METHOD, PackedSlices
+from mobiq_lightning.nn import BlockLayout, ElasticLinear, make_shared_input, routed_inputs
+from mobiq_lightning.packing import deeper_than
 from mobiq_lightning.runs import HASHES
 from mobiq_lightning.runtime import make_elastic
 from mobiq_lightning.strategies.base import Router
-from mobiq_lightning.strategies.thresholds import Scope
 from mobiq_lightning.strategies.transform_base import StoredTransform
 
 SUPPORTED_TRANSFORMERS = (5,)
@@ -37,81 +40,34 @@ SKIP_VERSION_CHECK = "MOBIQ_SKIP_VERSION_CHECK"
 
 
 @register_quantization_config(QUANT_METHOD)
-class ElasticConfig(QuantizationConfigMixin):
-    """What config.json says of an elastic checkpoint.
+@dataclass(kw_only=True)
+class ElasticConfig(ElasticFormat, QuantizationConfigMixin):
+    """The format of an elastic checkpoint as transformers hands it from config.json to the quantizer and back.
 
     Args:
-        slice_bits: Bits of each slice.
-        group_size: Columns per group.
-        router: ``{"class_path", "init_args"}`` of the routers.
-        layout: Arguments of `BlockLayout`.
-        share_routers: Which linears share a router.
-        threshold_scope: Which of the two threshold tables is used unless another is asked for.
-        default_bits: Where the dial stands after loading.
-        max_bits: The depth up to which planes are held; None for all.
-        transform: ``{"class_path", "init_args", "stored"}`` of what was done to weights and inputs before slicing; `stored`
-            names the tensors that are left of it per input.
-        format_version: Of the tensors' names and meaning; by default that of the code.
-        code: How codes become weights, one of `CODES`. Not stored if it is the nested code, which older versions read.
         check_hashes: Whether loading compares the tensors that it reads with hashes.json. Not stored.
     """
 
-    def __init__(
-        self,
-        slice_bits: list[int],
-        group_size: int,
-        router: dict[str, Any],
-        layout: dict[str, Any],
-        share_routers: Share = "input",
-        threshold_scope: Scope = "layer",
-        default_bits: float = 4.0,
-        max_bits: int | None = None,
-        transform: dict[str, Any] | None = None,
-        format_version: int | None = None,
-        code: str = PackedSlices.code,
-        check_hashes: bool = True,
-        **_: Any,
-    ) -> None:
-        self.quant_method = QUANT_METHOD
-        self.format_version, self.code = format_version or CODES[code].format_version, code
-        self.slice_bits, self.group_size = list(slice_bits), group_size
-        self.router, self.layout, self.share_routers = router, layout, share_routers
-        self.threshold_scope: Scope = threshold_scope
-        self.default_bits, self.max_bits = default_bits, max_bits
-        self.transform = transform
-        self.check_hashes = check_hashes
+    check_hashes: bool = True
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """See transformers.
+        """Reads ``quantization_config`` of config.json, as `QuantizationConfigMixin.from_dict` of transformers does.
+
+        Args:
+            config_dict: The keys and values of config.json.
+            return_unused_kwargs: Whether to return those of `kwargs` that are no key beside the format.
+            **kwargs: Values of keys that take the place of those in config.json.
 
         Raises:
-            CheckpointError: If the format is newer than this package, its code is unknown, or a key is missing.
+            CheckpointError: If a key or value cannot be read by this version of the package; see `check_json`.
         """
-        found = config_dict.get("format_version", PackedSlices.format_version)
-        if not isinstance(found, int) or found > FORMAT_VERSION:
-            raise CheckpointError(
-                f"this elastic checkpoint has format version {found}; this version of mobiq-lightning reads up to "
-                f"{FORMAT_VERSION}. Update mobiq-lightning"
-            )
-        code = config_dict.get("code", PackedSlices.code)
-        if code not in CODES:
-            raise CheckpointError(f"config.json: there is no code {code!r}; there are {', '.join(CODES)}")
-        missing = [key for key in ("slice_bits", "group_size", "router", "layout") if key not in config_dict]
-        if missing:
-            raise CheckpointError(
-                f"config.json: quantization_config lacks {', '.join(missing)}; the file is damaged or no elastic "
-                "checkpoint's"
-            )
+        check_json(config_dict, [field.name for field in fields(cls)])
         return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """What is stored."""
-        stored = super().to_dict()
-        stored.pop("check_hashes", None)
-        if self.code == PackedSlices.code:
-            del stored["code"]
-        return dict(stored)
+        """What is stored in config.json."""
+        return copy.deepcopy(self.to_json())
 
 
 @register_quantizer(QUANT_METHOD)
@@ -142,7 +98,7 @@ class ElasticQuantizer(HfQuantizer):
                 known = json.loads(hashes.read_text(encoding="utf-8"))["tensors"]
             check_tensors(files, expected_tensors(model), known)
         if (held := _n_planes(model)) < 8:  # deeper planes than are to be held are left in the file, with their values
-            pattern = rf"\.(plane|slice_[a-z]+)_[{held}-7]$"
+            pattern = deeper_than(held)
             ignored: Any = model._keys_to_ignore_on_load_unexpected  # a set, in earlier versions a list or None
             both = ignored | {pattern} if isinstance(ignored, set) else [*(ignored or []), pattern]
             model._keys_to_ignore_on_load_unexpected = both  # type: ignore[assignment]
@@ -166,40 +122,45 @@ class ElasticQuantizer(HfQuantizer):
         return True
 
 
-def insert_elastic_linears(model: nn.Module, config: ElasticConfig) -> None:
-    """Replaces the linears of a model's decoder blocks by empty elastic ones."""
-    layout = BlockLayout(**config.layout)
-    slice_bits = tuple(config.slice_bits)
-    stored = (config.transform or {}).get("stored", [])
+def insert_elastic_linears(model: nn.Module, stored: ElasticFormat) -> None:
+    """Replaces the linears of a model's decoder blocks by empty elastic ones.
+
+    Args:
+        model: A causal language model of transformers, changed in place.
+        stored: The format of the checkpoint that the elastic linears are to be loaded from.
+
+    Raises:
+        CheckpointError: If router or transform cannot be built.
+        BitsError: If `max_bits` of the format is no prefix of the slices.
+    """
+    layout = BlockLayout(**stored.layout)
+    slice_bits = tuple(stored.slice_bits)
     for block in layout.find(model):
-        for names in layout.group_linears(block, config.share_routers):
+        for names in layout.group_linears(block, stored.share_routers):
             linears: list[Any] = [block.get_submodule(name) for name in names]
             # The model is built in its own dtype, and tensors are loaded in the dtype that they were built in; scores and
             # thresholds need float32, or tokens that differ would compare equal.
             with _default_dtype(torch.float32):
-                routed = RoutedInput(
-                    build_router(config.router, linears[0].in_features, len(slice_bits)),
+                routed = make_shared_input(
+                    linears,
                     slice_bits,
-                    sum(linear.weight.numel() for linear in linears),
-                    config.max_bits,
-                    build_transform(stored, linears[0].in_features),
+                    partial(build_router, stored.router),
+                    partial(build_transform, stored.stored),
+                    stored.max_bits,
                 )
             for name, linear in zip(names, linears, strict=True):
                 elastic = ElasticLinear(
                     linear.in_features,
                     linear.out_features,
                     slice_bits,
-                    config.group_size,
-                    linear.bias is not None or "shift" in stored,
-                    config.max_bits,
+                    stored.group_size,
+                    linear.bias is not None or "shift" in stored.stored,
+                    stored.max_bits,
                     linear.weight.dtype,
-                    config.code,
+                    stored.code,
                 )
-                elastic.attach(routed)
-                if name == names[0]:  # one of the linears carries the input in the model's tree
-                    elastic.add_module("input", routed)
-                parent, _, last = name.rpartition(".")
-                setattr(block.get_submodule(parent), last, elastic)
+                elastic.attach(routed, carries_input=name == names[0])
+                block.set_submodule(name, elastic)
     inputs = routed_inputs(model)
     for position, routed in enumerate(inputs):
         routed.router.place(position, len(inputs))

@@ -12,15 +12,27 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mobiq_lightning.checkpoint.check import read_header
+from mobiq_lightning.checkpoint.format import QUANT_METHOD, ElasticFormat, is_elastic
 from mobiq_lightning.checkpoint.loading import resolve
-from mobiq_lightning.checkpoint.quantizer import ElasticConfig, insert_elastic_linears
+from mobiq_lightning.checkpoint.quantizer import insert_elastic_linears
 from mobiq_lightning.errors import CheckpointError
 from mobiq_lightning.nn import BlockLayout, ElasticLinear, routed_inputs
-from mobiq_lightning.packing import QUANT_METHOD, depths_of
-from mobiq_lightning.runs import CONFIG, PROVENANCE, RESULTS
+from mobiq_lightning.packing import TensorKind, depths_of, kind_of
+from mobiq_lightning.runs import CONFIG, PROVENANCE, RESULTS, Results, read_results
 
 SCALES, VALUE_TABLES = "scales and biases", "value tables"
-"""Kinds of tensors that turn codes into weights."""
+"""What a summary calls the tensors that turn codes into weights."""
+_KINDS: dict[TensorKind, str] = {
+    "plane": "planes",
+    "scale": SCALES,
+    "bias": SCALES,
+    "table": VALUE_TABLES,
+    "router": "routers",
+    "transform": "transforms",
+    "thresholds": "threshold tables",
+    "budgets": "threshold tables",
+    "other": "not sliced",
+}
 
 
 @dataclass
@@ -29,7 +41,7 @@ class Summary:
 
     Args:
         folder: Where it is.
-        config: `quantization_config`.
+        config: The format of the checkpoint, as config.json has it.
         architecture: Class of the model.
         linears: (O, I) -> how many sliced linears of that shape.
         n_weights: Weights of the sliced linears.
@@ -43,7 +55,7 @@ class Summary:
     """
 
     folder: Path
-    config: dict[str, Any]
+    config: ElasticFormat
     architecture: str
     linears: Counter[tuple[int, int]] = field(default_factory=Counter)
     n_weights: int = 0
@@ -53,12 +65,12 @@ class Summary:
     deployable: bool = True
     n_planes: int = 0
     provenance: dict[str, Any] = field(default_factory=dict)
-    results: dict[str, Any] = field(default_factory=dict)
+    results: Results = field(default_factory=Results)
 
     @property
     def depths(self) -> list[int]:
         """Depths at which the held slices can be read."""
-        return [depth for depth in depths_of(tuple(self.config["slice_bits"])) if depth <= self.n_planes]
+        return [depth for depth in depths_of(tuple(self.config.slice_bits)) if depth <= self.n_planes]
 
     def bits_per_weight(self, *kinds: str) -> float:
         """Stored bits per sliced weight of some kinds of tensors."""
@@ -70,18 +82,20 @@ def summarize_checkpoint(source: str | Path) -> Summary:
 
     Raises:
         CheckpointError: If there is no elastic checkpoint, or a header is damaged.
+        ResultsError: If its results.json is damaged or from another version.
     """
     folder = resolve(source)
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    elastic = config.get("quantization_config", {})
-    if elastic.get("quant_method") != QUANT_METHOD:
+    stored = config.get("quantization_config")
+    if not is_elastic(stored):
         raise CheckpointError(f"{folder} holds no elastic model (its quant_method is not {QUANT_METHOD!r})")
+    elastic = ElasticFormat.from_json(stored)
     model = skeleton(folder, elastic)
     summary = Summary(folder, elastic, type(model).__name__)
     for path in sorted(folder.glob("*.safetensors")):
         for name, entry in read_header(path).items():
             start, end = entry["data_offsets"]
-            summary.bytes_by_kind[_kind(name)] += end - start
+            summary.bytes_by_kind[_KINDS[kind_of(name)]] += end - start
     for module in model.modules():
         if isinstance(module, ElasticLinear):
             summary.linears[module.out_features, module.in_features] += 1
@@ -90,30 +104,18 @@ def summarize_checkpoint(source: str | Path) -> Summary:
     inputs = routed_inputs(model)
     summary.n_routers = len(inputs)
     summary.deployable = all(routed.router.deployable for routed in inputs)
-    summary.n_blocks = len(BlockLayout(**elastic["layout"]).find(model))
-    for key, file in (("provenance", PROVENANCE), ("results", RESULTS)):
-        if (folder / file).is_file():
-            setattr(summary, key, json.loads((folder / file).read_text(encoding="utf-8")))
+    summary.n_blocks = len(BlockLayout(**elastic.layout).find(model))
+    if (folder / PROVENANCE).is_file():
+        summary.provenance = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+    summary.results = read_results(folder / RESULTS)
     return summary
 
 
-def skeleton(folder: Path, elastic: dict[str, Any]) -> Any:
+def skeleton(folder: Path, elastic: ElasticFormat) -> Any:
     """The model that a checkpoint is for, without its weights."""
     config = AutoConfig.from_pretrained(folder)
     del config.quantization_config
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-        insert_elastic_linears(model, ElasticConfig.from_dict(elastic))
+        insert_elastic_linears(model, elastic)
     return model
-
-
-def _kind(name: str) -> str:
-    last = name.rpartition(".")[2]
-    if last.startswith("plane_"):
-        return "planes"
-    if last.startswith("slice_"):
-        return VALUE_TABLES if last.startswith("slice_table_") else SCALES
-    if ".input." in name:
-        kinds = {".input.router.": "routers", ".input.transform.": "transforms"}
-        return next((kind for part, kind in kinds.items() if part in name), "threshold tables")
-    return "not sliced"

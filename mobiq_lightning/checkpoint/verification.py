@@ -12,8 +12,10 @@ import torch
 from safetensors import safe_open
 
 from mobiq_lightning.checkpoint.check import differing_tensors, read_header
+from mobiq_lightning.checkpoint.format import ElasticFormat
 from mobiq_lightning.errors import CheckpointError, MobiqError
 from mobiq_lightning.files import sha256
+from mobiq_lightning.packing import BUDGETS, carrier_of, input_tensor_name, kind_of, plane_name
 from mobiq_lightning.runs import CONFIG, HASHES, INDEX
 
 PROBE_TOKENS = 16
@@ -121,21 +123,21 @@ class _Lazy:
 
 
 def _problems_of_tensor(name: str, tensors: _Lazy, falls: bool) -> Iterator[str]:
-    last = name.rpartition(".")[2]
-    if last.startswith("plane_"):
+    kind = kind_of(name)
+    if kind == "plane":
         return  # every byte is a valid code; the padding is checked with the model, which knows the sizes
     value = tensors[name]
     if value.is_floating_point() and not bool(torch.isfinite(value).all()):
         yield f"{name}: {int((~torch.isfinite(value)).sum())} of {value.numel()} values are NaN or infinite"
-    elif last in ("layer_thresholds", "global_thresholds"):
+    elif kind == "thresholds":
         if falls and not bool((value[:, 1:] <= value[:, :-1]).all()):
             row, column = (value[:, 1:] > value[:, :-1]).nonzero()[0].tolist()
-            budgets = tensors[name.replace(last, "budgets")]
+            budgets = tensors[input_tensor_name(carrier_of(name), BUDGETS)]
             yield (
                 f"{name}: thresholds must not rise with the budget; they do from {budgets[column]:g} to "
                 f"{budgets[column + 1]:g} bits (slices held: {row + 1})"
             )
-    elif (last.startswith("slice_scale") or name.endswith(".input.transform.scale")) and not bool((value > 0).all()):
+    elif (kind == "scale" or (kind == "transform" and name.endswith(".scale"))) and not bool((value > 0).all()):
         yield f"{name}: {int((value <= 0).sum())} of {value.numel()} scales are not above 0"
 
 
@@ -144,8 +146,9 @@ def _thresholds_fall(folder: Path) -> bool:
     from mobiq_lightning.checkpoint.quantizer import build_router
 
     try:
-        elastic = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["quantization_config"]
-        return build_router(elastic["router"], 8, len(elastic["slice_bits"])).per_token
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        elastic = ElasticFormat.from_json(config["quantization_config"])
+        return build_router(elastic.router, 8, len(elastic.slice_bits)).per_token
     except (MobiqError, OSError, ValueError, KeyError):
         return True  # what is wrong with config.json is said by another check
 
@@ -166,7 +169,7 @@ def _check_model(folder: Path) -> list[str]:
             for number, plane in enumerate(module.packed.planes):
                 if bool((plane[:, -1] & spare).any()):
                     problems.append(
-                        f"{name}.plane_{number}: bits beyond the last of {module.in_features} weights are set"
+                        f"{name}.{plane_name(number)}: bits beyond the last of {module.in_features} weights are set"
                     )
     ids = torch.arange(PROBE_TOKENS).remainder(model.config.vocab_size).unsqueeze(0)
     depths = [float(depth) for depth in model.dial.inputs[0].depths]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +14,12 @@ from torch import Tensor, nn
 
 from mobiq_lightning.checkpoint.card import write_card
 from mobiq_lightning.checkpoint.check import differing_tensors, hash_tensor, read_header
+from mobiq_lightning.checkpoint.format import ElasticFormat
 from mobiq_lightning.errors import CheckpointError
 from mobiq_lightning.files import replace_folder, sha256, write_atomically, write_json
 from mobiq_lightning.nn import BlockLayout, CalibratedBlock, SlicedLinear
-from mobiq_lightning.runs import COMPANIONS, CONFIG, HASHES, INDEX, LATER, RESULTS, shard_name
+from mobiq_lightning.packing import TRANSFORM, input_tensor_name
+from mobiq_lightning.runs import COMPANIONS, CONFIG, HASHES, INDEX, LATER, PARTIAL_SUFFIX, RESULTS, Results, shard_name
 from mobiq_lightning.sources import Source
 
 
@@ -36,7 +36,7 @@ class CheckpointWriter:
 
     def __init__(self, source: Source, layout: BlockLayout, folder: Path) -> None:
         self.source, self.layout, self.folder = source, layout, folder
-        self.partial = folder.with_name(f"{folder.name}.partial")
+        self.partial = folder.with_name(f"{folder.name}{PARTIAL_SUFFIX}")
         self.blocks = layout.find(source.model)
         self.n_shards = len(self.blocks) + 1
 
@@ -46,13 +46,13 @@ class CheckpointWriter:
         _write_shard(self.partial / shard_name(index, self.n_shards), tensors)
 
     def finish(
-        self, calibrated: Sequence[CalibratedBlock], quantization: Mapping[str, Any], extra: Mapping[str, str]
+        self, calibrated: Sequence[CalibratedBlock], stored: ElasticFormat, extra: Mapping[str, str]
     ) -> list[int]:
         """Writes what is missing, and puts the checkpoint in its place.
 
         Args:
             calibrated: What was learned of each block.
-            quantization: `quantization_config` of config.json.
+            stored: What config.json says of the checkpoint.
             extra: Further text files by name: recipe, provenance.
 
         Returns:
@@ -73,7 +73,7 @@ class CheckpointWriter:
         copy_companions(self.source.folder, self.partial)
         config = json.loads((self.source.folder / CONFIG).read_text(encoding="utf-8"))
         config |= self.source.config_changes or {}
-        config["quantization_config"] = dict(quantization)
+        config["quantization_config"] = stored.to_json()
         write_json(self.partial / CONFIG, config)
         seal(self.partial)
         write_card(self.partial)
@@ -99,9 +99,9 @@ def seal(folder: Path) -> None:
     write_json(folder / HASHES, {"files": files, "tensors": dict(sorted(hashes.items()))})
 
 
-def add_results(folder: Path, results: Mapping[str, Any]) -> None:
+def add_results(folder: Path, results: Results) -> None:
     """Puts what was measured into a checkpoint: results.json and the model card."""
-    write_json(folder / RESULTS, results)
+    write_json(folder / RESULTS, results.to_json())
     write_card(folder)
 
 
@@ -119,26 +119,13 @@ def block_tensors(prefix: str, block: nn.Module) -> dict[str, Tensor]:
                 f"{base}: {kind} packs the {packed.code} code, but its `code` is {linear.scheme.code!r}; nothing could read "
                 f"the checkpoint. Set `code = {type(packed).__name__}.code` in {kind}"
             )
-        tensors |= {f"{base}.plane_{p}": plane for p, plane in enumerate(packed.planes)}
-        tensors |= {f"{base}.{value_name}": value for value_name, value in packed.named_values.items()}
+        tensors |= {f"{base}.{own_name}": tensor for own_name, tensor in packed.named_tensors.items()}
         if (bias := linear.sliced_bias()) is not None:
             tensors[f"{base}.bias"] = bias
     for name, value in block.state_dict().items():
         if not any(name.startswith(f"{linear}.") for linear in sliced):
             tensors[f"{prefix}.{name}"] = value
     return tensors
-
-
-def describe_factory(factory: Callable[..., Any]) -> dict[str, Any]:
-    """``{"class_path", "init_args"}`` of a factory: a class, or a `functools.partial` of one as recipes give."""
-    keywords: dict[str, Any] = {}
-    found: Any = factory
-    if isinstance(factory, functools.partial):
-        keywords = dict(factory.keywords)
-        found = next((a for a in (factory.func, *factory.args) if inspect.isclass(a)), factory.func)
-    if not inspect.isclass(found):
-        raise TypeError(f"a router factory must be a class or a functools.partial of one, not {factory!r}")
-    return {"class_path": f"{found.__module__}.{found.__qualname__}", "init_args": keywords}
 
 
 def copy_companions(source: Path, folder: Path) -> None:
@@ -185,10 +172,11 @@ def _input_tensors(prefix: str, learned: CalibratedBlock) -> dict[str, Tensor]:
     """Routers, transforms and threshold tables of one block."""
     tensors: dict[str, Tensor] = {}
     for key, routed in zip(learned.inputs, learned.routed_inputs(), strict=True):
-        held = {name: value for name, value in routed.state_dict().items() if not name.startswith("transform.")}
+        held = {name: value for name, value in routed.state_dict().items() if not name.startswith(f"{TRANSFORM}.")}
         if routed.transform is not None:
-            held |= {f"transform.{name}": value for name, value in routed.transform.stored().items()}
-        tensors |= {f"{prefix}.{key.replace('-', '.')}.input.{name}": value for name, value in held.items()}
+            held |= {f"{TRANSFORM}.{name}": value for name, value in routed.transform.stored().items()}
+        carrier = f"{prefix}.{key.replace('-', '.')}"
+        tensors |= {input_tensor_name(carrier, name): value for name, value in held.items()}
     return tensors
 
 

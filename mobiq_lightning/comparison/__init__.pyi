@@ -1,2 +1,2 @@
 # What others may use of this package; `__init__.py` loads it when it is asked for.
-from .command import compare as compare
+from .running import compare as compare

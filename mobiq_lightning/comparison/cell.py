@@ -10,12 +10,29 @@ import os
 import signal
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
-from mobiq_lightning.jobs import exit_code
+from mobiq_lightning.comparison.file_names import CELL
+from mobiq_lightning.jobs import exit_code, fit
+from mobiq_lightning.runs import RUN_CONFIG, Record
 
-CELL = "cell.json"
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
+
+
+@dataclass(frozen=True)
+class CellFigures(Record):
+    """Content of cell.json: what a finished cell took.
+
+    Args:
+        seconds: Time of the run; of one that was resumed, that of its last part alone.
+        peak_memory_gb: Memory that it needed at most, in GB.
+        resumed: Whether it was resumed.
+    """
+
+    seconds: float
+    peak_memory_gb: float
+    resumed: bool
 
 
 def run_cell(recipe: str, folder: Path) -> int:
@@ -24,27 +41,20 @@ def run_cell(recipe: str, folder: Path) -> int:
     Returns:
         The exit code of ``fit``.
     """
-    resumed = (folder / "config.yaml").is_file()
+    resumed = (folder / RUN_CONFIG).is_file()
     started = time.monotonic()
-    code = exit_code(lambda: _fit(recipe))
+    code = exit_code(lambda: fit(recipe))
     if code == 0 and not (folder / CELL).is_file():
         from mobiq_lightning.environment import peak_memory_gb
         from mobiq_lightning.files import write_json
 
-        figures = {
-            "seconds": round(time.monotonic() - started, 1),
-            "peak_memory_gb": round(peak_memory_gb(), 3),
-            "resumed": resumed,  # then the seconds are those of the last part alone
-        }
-        write_json(folder / CELL, figures)
+        figures = CellFigures(
+            seconds=round(time.monotonic() - started, 1),
+            peak_memory_gb=round(peak_memory_gb(), 3),
+            resumed=resumed,
+        )
+        write_json(folder / CELL, figures.to_json())
     return code
-
-
-def _fit(recipe: str) -> None:
-    from mobiq_lightning.jobs import ElasticCLI, check_arguments
-
-    check_arguments(["--config", recipe])
-    ElasticCLI(["fit", "--config", recipe])
 
 
 def die_with(parent: int) -> None:

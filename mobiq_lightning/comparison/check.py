@@ -4,25 +4,15 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from pathlib import Path
-
-import yaml
+from dataclasses import replace
 
 from mobiq_lightning.comparison.grid import Cell
 from mobiq_lightning.errors import MobiqError, RecipeError
-from mobiq_lightning.jobs import ElasticCLI
+from mobiq_lightning.jobs import build
+from mobiq_lightning.runs import loaded_class
 
-
-class BuildOnly(ElasticCLI):
-    """Parses a recipe and builds its plug-ins on a tiny layer, without a run folder."""
-
-    def before_instantiate_classes(self) -> None:
-        """Claims nothing."""
-        self.expand_run_folder()
-        self._dump_config()
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Runs nothing."""
+_CALLBACKS = "mobiq_lightning.callbacks"
+_QUIET = {"class_path": f"{_CALLBACKS}.LatencyCheck", "init_args": {"seconds": 0}}
 
 
 def check_cells(cells: Sequence[Cell]) -> None:
@@ -34,14 +24,25 @@ def check_cells(cells: Sequence[Cell]) -> None:
     problems = []
     with tempfile.TemporaryDirectory() as folder:
         for strategy, cell in {cell.strategy: cell for cell in cells}.items():
-            path = Path(folder) / f"{strategy}.yaml"
             # No logger: building one of W&B would start a run.
             trainer = {**cell.recipe["trainer"], "logger": False, "default_root_dir": folder}
-            path.write_text(yaml.safe_dump({**cell.recipe, "trainer": trainer}), encoding="utf-8")
             try:
-                BuildOnly(["fit", "--config", str(path)])
+                build({**cell.recipe, "trainer": trainer})
             except (MobiqError, ModuleNotFoundError) as error:
-                message = str(error).strip().replace(str(path), "its recipe").replace("\n", "\n    ")
+                message = str(error).strip().replace("\n", "\n    ")
                 problems.append(f"strategies.{strategy}: {message}")
     if problems:
         raise RecipeError("\n".join(problems))
+
+
+def without_speed(cell: Cell) -> Cell:
+    """A cell whose run measures no speed: measured while other cells run, it would mean nothing.
+
+    A callback that measures speed says so itself, with a class attribute ``measures_speed`` that is true. Classes are looked
+    up among those that are loaded, so `check_cells` comes first.
+    """
+    trainer = cell.recipe["trainer"]
+    kept = [
+        c for c in trainer.get("callbacks") or [] if not getattr(loaded_class(c, _CALLBACKS), "measures_speed", False)
+    ]
+    return replace(cell, recipe={**cell.recipe, "trainer": {**trainer, "callbacks": [*kept, _QUIET]}})

@@ -9,14 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mobiq_lightning.comparison.cell import CELL
+from mobiq_lightning.comparison.cell import CellFigures
+from mobiq_lightning.comparison.file_names import CELL, CELLS, COMPARISON, COMPARISON_FILES, ROWS
 from mobiq_lightning.comparison.grid import Cell, Grid
-from mobiq_lightning.errors import RunFolderError
+from mobiq_lightning.comparison.table import CellRow
+from mobiq_lightning.errors import ResultsError, RunFolderError
 from mobiq_lightning.files import write_json, write_text
-from mobiq_lightning.runs import RESULTS, RunFolder, differing_keys
-
-COMPARISON, ROWS, LOCK = "comparison.json", "results.jsonl", ".lock"
-_OWN = (COMPARISON, ROWS, "table.csv", "table.json", "report.html", "cells", "recipes", "logs", "shared", "wandb")
+from mobiq_lightning.runs import RESULTS, RUN_CONFIG, Measured, RunFolder, differing_keys, read_json, read_results
 
 
 class ComparisonFolder:
@@ -48,7 +47,7 @@ class ComparisonFolder:
                 "Runs of two recipes cannot share a name. Give another folder (--folder), name the changed strategy "
                 "anew, or --overwrite to remove what was run"
             )
-        if not stored and (self.path / "cells").exists():
+        if not stored and (self.path / CELLS).exists():
             raise RunFolderError(f"{self.path} holds cells but no {COMPARISON}. Give another folder, or --overwrite")
         named = {cell.slug: cell.recipe for cell in cells}
         write_json(self.path / COMPARISON, {"grid": _as_json(asdict(grid)), "cells": _as_json({**stored, **named})})
@@ -56,7 +55,7 @@ class ComparisonFolder:
 
     def clear(self) -> None:
         """Removes what a comparison writes, and nothing else."""
-        for path in [*(self.path / name for name in _OWN), *self.path.glob("*.png")]:
+        for path in [*(self.path / name for name in COMPARISON_FILES), *self.path.glob("*.png")]:
             if path.is_dir():
                 shutil.rmtree(path)
             else:
@@ -66,28 +65,41 @@ class ComparisonFolder:
         """Whether a cell has its results."""
         return RunFolder(cell.folder).finished and (cell.folder / CELL).is_file()
 
-    def figures(self, cell: Cell) -> dict[str, Any]:
-        """Seconds and memory of a finished cell."""
-        return dict(json.loads((cell.folder / CELL).read_text(encoding="utf-8")))
+    def figures(self, cell: Cell) -> CellFigures:
+        """Seconds and memory of a finished cell.
 
-    def results(self, cell: Cell) -> dict[str, Any]:
-        """results.json of a finished cell."""
-        return dict(json.loads((cell.folder / RESULTS).read_text(encoding="utf-8")))
+        Raises:
+            ResultsError: If the file that holds them is damaged.
+        """
+        path = cell.folder / CELL
+        return CellFigures.from_json(read_json(path), path)
 
-    def write_rows(self, cells: Sequence[Cell], failures: Mapping[str, str]) -> list[dict[str, Any]]:
+    def measured(self, cell: Cell) -> Measured:
+        """What a finished cell has measured.
+
+        Raises:
+            ResultsError: If its results.json is damaged, or holds no comparison.
+        """
+        path = cell.folder / RESULTS
+        measured = read_results(path).measured
+        if measured is None:
+            raise ResultsError(f"{path} holds no rows of a comparison; run `validate` with the recipe of {cell.name}")
+        return measured
+
+    def write_rows(self, cells: Sequence[Cell], failures: Mapping[str, str]) -> list[CellRow]:
         """Writes results.jsonl: a line for each row of each finished cell, and one for each failed cell.
 
         Returns:
             The rows of the finished cells.
         """
-        rows: list[dict[str, Any]] = []
+        rows: list[CellRow] = []
         lines: list[dict[str, Any]] = []
         for cell in cells:
             which = {"strategy": cell.strategy, "cell_seed": cell.seed}
             if self.finished(cell):
-                found = [{**which, "status": "finished", **row} for row in self.results(cell)["rows"]]
-                rows += found
-                lines += found
+                found = self.measured(cell).rows
+                rows += [CellRow(cell.strategy, cell.seed, row) for row in found]
+                lines += [{**which, "status": "finished", **row.to_json()} for row in found]
             elif cell.slug in failures:
                 lines.append({**which, "status": "failed", "reason": failures[cell.slug]})
         write_text(self.path / ROWS, "".join(json.dumps(line) + "\n" for line in lines))
@@ -99,7 +111,7 @@ class ComparisonFolder:
 
     def _changes(self, cell: Cell, stored: dict[str, Any] | None) -> Iterator[str]:
         """What differs between a cell that was begun and what the grid now says of it."""
-        if stored is not None and (cell.folder / "config.yaml").is_file():
+        if stored is not None and (cell.folder / RUN_CONFIG).is_file():
             for difference in differing_keys(stored, _as_json(cell.recipe)):
                 yield f"{cell.name}: {difference}"
 

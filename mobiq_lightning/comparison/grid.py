@@ -11,8 +11,9 @@ from typing import Any
 
 import yaml
 
+from mobiq_lightning.comparison.file_names import CELLS, SHARED
 from mobiq_lightning.errors import RecipeError, nearest
-from mobiq_lightning.jobs import GROUPS, check_key, check_recipe, read_recipe
+from mobiq_lightning.jobs import GROUPS, check_key, check_recipe, read_recipe, recipe_path
 
 RULES_SEEDS = 3
 """Seeds below which a comparison says that its spreads mean little."""
@@ -21,7 +22,6 @@ _SET_BY_GRID = ("seed_everything", "data.seed", "model.random_seeds", "model.sha
 """Keys that every cell has from the grid itself; a change of them would be overwritten."""
 _SAME_FOR_ALL = ("model.pretrained", "model.dtype", "data.eval_")
 """Keys, or their beginnings, in which strategies of one comparison must not differ."""
-_QUIET = {"class_path": "mobiq_lightning.callbacks.LatencyCheck", "init_args": {"seconds": 0}}
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Grid:
 
     Args:
         name: Of the comparison; its runs carry it as W&B group.
-        recipe: Base recipe of all strategies, relative to the grid's file.
+        recipe: Base recipe of all strategies: its path, relative to the grid's file, or the name of a shipped recipe.
         strategies: For each strategy, the keys of the recipe that it changes.
         seeds: Every strategy runs once with each.
         bits: Used bits at which strategies are compared.
@@ -96,23 +96,22 @@ class Grid:
         found = []
         for seed in self.seeds:
             for strategy, changes in self.strategies.items():
-                folder = self.root / "cells" / f"{strategy}-seed-{seed}"
+                folder = self.root / CELLS / f"{strategy}-seed-{seed}"
                 found.append(Cell(strategy, seed, self._recipe(strategy, seed, folder), flatten(changes), folder))
         return found
 
     def _recipe(self, strategy: str, seed: int, folder: Path) -> dict[str, Any]:
         """Base recipe, the grid's changes, the strategy's; then what every cell must have."""
-        recipe = copy.deepcopy(read_recipe(str(self.path.parent / self.recipe)))
+        path = self.path.parent / self.recipe
+        recipe = copy.deepcopy(read_recipe(str(path) if path.is_file() else recipe_path(self.recipe)))
         for key, value in {**flatten(self.changes), **flatten(self.strategies[strategy])}.items():
             put(recipe, key, value)
         model, data, trainer = (recipe.setdefault(part, {}) for part in ("model", "data", "trainer"))
         recipe["seed_everything"] = data["seed"] = seed
         model.setdefault("eval_bits", list(self.bits))
         model["random_seeds"] = [seed]  # the draws of different cells differ; their spread is that over seeds
-        model["shared_work"] = str(self.root / "shared")
+        model["shared_work"] = str(self.root / SHARED)
         trainer["default_root_dir"] = str(folder)
-        given = [c for c in trainer.get("callbacks") or [] if not str(c.get("class_path")).endswith("LatencyCheck")]
-        trainer["callbacks"] = [*given, _QUIET]  # speed measured while other cells run would mean nothing
         if self.wandb is not None:
             trainer["logger"] = {
                 "class_path": "mobiq_lightning.loggers.WandbLogger",

@@ -6,9 +6,8 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from mobiq_lightning.runs import CONTROLS, TIE
+from mobiq_lightning.runs import CONTROLS, TIE, Allocation, Metric, Record, Row
 
 INTERPOLATION = (
     "Between two measured points of a curve, the logarithms of perplexity and of KL are taken to be straight lines in the "
@@ -17,10 +16,56 @@ INTERPOLATION = (
 )
 NEAR = 0.05
 """Bits by which the end of a curve may miss the bits asked for."""
-ALLOCATIONS = ("full", "rtn", "router", *CONTROLS)
+ALLOCATIONS: tuple[Allocation, ...] = ("full", "rtn", "router", *CONTROLS)
 _FLOOR = 1e-9  # nats; below it the logarithm of a KL divergence is that of rounding errors
 
-Rows = Sequence[Mapping[str, Any]]
+
+@dataclass(frozen=True)
+class CellRow:
+    """A row of a run of the comparison.
+
+    Args:
+        strategy: Name of the strategy.
+        cell_seed: Seed of the run; that of the row is the seed of what is drawn in it.
+        row: What was measured.
+    """
+
+    strategy: str
+    cell_seed: int
+    row: Row
+
+
+@dataclass(frozen=True)
+class TableRow(Record):
+    """What the runs of a strategy give at equal used bits, of one allocation.
+
+    Args:
+        strategy: Name of the strategy.
+        allocation: Who decides how deep tokens read.
+        used_bits: Used bits at which strategies are compared.
+        n: Runs.
+        perplexity_mean: Mean perplexity over runs.
+        perplexity_spread: Standard deviation of the perplexity over seeds; None for one run, whose spread nobody knows.
+        kl_mean: Mean KL divergence to full precision, nats per token.
+        kl_spread: Standard deviation of the KL divergence over seeds; None for one run.
+    """
+
+    strategy: str
+    allocation: Allocation
+    used_bits: float
+    n: int
+    perplexity_mean: float
+    perplexity_spread: float | None
+    kl_mean: float
+    kl_spread: float | None
+
+    def mean(self, metric: Metric) -> float:
+        """Mean of a metric over runs."""
+        return self.perplexity_mean if metric == "perplexity" else self.kl_mean
+
+    def spread(self, metric: Metric) -> float | None:
+        """Standard deviation of a metric over seeds; None for one run."""
+        return self.perplexity_spread if metric == "perplexity" else self.kl_spread
 
 
 @dataclass(frozen=True)
@@ -35,20 +80,22 @@ class Point:
     perplexity: float
     kl: float
 
+    def figure(self, metric: Metric) -> float:
+        """The figure of a metric."""
+        return self.perplexity if metric == "perplexity" else self.kl
 
-def at_bits(rows: Rows, bits: float) -> Point | None:
+
+def at_bits(rows: Sequence[Row], bits: float) -> Point | None:
     """A run's perplexity and KL at `bits` used bits, interpolated on the curve of its rows.
 
     Args:
-        rows: Of one run and one allocation, with used_bits, perplexity and kl; several with the same bits are averaged.
+        rows: Rows of one run and one allocation.
         bits: Used bits.
 
     Returns:
         None if the curve does not reach them.
     """
-    curve = sorted(
-        (float(row["used_bits"]), math.log(row["perplexity"]), math.log(max(row["kl"], _FLOOR))) for row in rows
-    )
+    curve = sorted((float(row.used_bits), math.log(row.perplexity), math.log(max(row.kl, _FLOOR))) for row in rows)
     if not curve or not curve[0][0] - NEAR <= bits <= curve[-1][0] + NEAR:
         return None
     bits = min(max(bits, curve[0][0]), curve[-1][0])
@@ -59,48 +106,55 @@ def at_bits(rows: Rows, bits: float) -> Point | None:
     return Point(perplexity, kl)
 
 
-Points = dict[tuple[str, str, float], dict[int, Point]]
+Points = dict[tuple[str, Allocation, float], dict[int, Point]]
 """By strategy, allocation and used bits: the point of each seed."""
 
 
-def points_of(rows: Rows, bits: Iterable[float]) -> Points:
+def points_of(rows: Iterable[CellRow], bits: Iterable[float]) -> Points:
     """Points of every strategy and allocation at equal used bits.
 
     Args:
-        rows: Of all finished runs, with strategy and cell_seed beside what a run's rows have.
+        rows: Rows of all finished runs.
         bits: Used bits.
     """
-    curves: dict[tuple[str, str, int], list[Mapping[str, Any]]] = {}
-    for row in rows:
-        curves.setdefault((row["strategy"], row["allocation"], row["cell_seed"]), []).append(row)
+    curves: dict[tuple[str, Allocation, int], list[Row]] = {}
+    for one in rows:
+        curves.setdefault((one.strategy, one.row.allocation, one.cell_seed), []).append(one.row)
     points: Points = {}
     for (strategy, allocation, seed), curve in curves.items():
-        for asked in [float(curve[0]["used_bits"])] if allocation == "full" else bits:
+        for asked in [float(curve[0].used_bits)] if allocation == "full" else bits:
             found = at_bits(curve, asked)
-            exact = allocation != "rtn" or any(row["used_bits"] == asked for row in curve)  # rtn has whole bits only
+            exact = allocation != "rtn" or any(row.used_bits == asked for row in curve)  # rtn has whole bits only
             if found is not None and exact:
                 points.setdefault((strategy, allocation, asked), {})[seed] = found
     return points
 
 
-def long_table(points: Points) -> list[dict[str, Any]]:
+def long_table(points: Points) -> list[TableRow]:
     """One row for each strategy, allocation and used bits: mean over seeds, and their standard deviation as spread."""
     table = []
     for (strategy, allocation, bits), by_seed in points.items():
-        row: dict[str, Any] = {"strategy": strategy, "allocation": allocation, "used_bits": bits, "n": len(by_seed)}
-        for name in ("perplexity", "kl"):
-            values = [getattr(point, name) for point in by_seed.values()]
-            row[f"{name}_mean"] = statistics.fmean(values)
-            row[f"{name}_spread"] = spread(values)
-        table.append(row)
-    strategies = list(dict.fromkeys(row["strategy"] for row in table))
+        perplexity, kl = [point.perplexity for point in by_seed.values()], [point.kl for point in by_seed.values()]
+        table.append(
+            TableRow(
+                strategy=strategy,
+                allocation=allocation,
+                used_bits=bits,
+                n=len(by_seed),
+                perplexity_mean=statistics.fmean(perplexity),
+                perplexity_spread=spread(perplexity),
+                kl_mean=statistics.fmean(kl),
+                kl_spread=spread(kl),
+            )
+        )
+    strategies = list(dict.fromkeys(row.strategy for row in table))
     return sorted(
         table,
         key=lambda row: (
-            row["allocation"] != "full",
-            row["used_bits"],
-            strategies.index(row["strategy"]),
-            ALLOCATIONS.index(row["allocation"]),
+            row.allocation != "full",
+            row.used_bits,
+            strategies.index(row.strategy),
+            ALLOCATIONS.index(row.allocation),
         ),
     )
 

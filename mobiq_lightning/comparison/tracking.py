@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from mobiq_lightning.comparison.grid import Grid
+from mobiq_lightning.comparison.report import ReportInput
 from mobiq_lightning.loggers import WandbLogger, as_table
 
 
-def log_comparison(grid: Grid, summary: Mapping[str, Any], plots: Sequence[Path]) -> None:
+def log_comparison(grid: Grid, report: ReportInput, plots: Sequence[Path]) -> None:
     """Logs the long table, the verdicts and the plots as one run of job type ``compare``.
 
     Args:
         grid: Its W&B arguments; the grid is the config of the run, nested as it is.
-        summary: What `publish` has gathered.
+        report: What the comparison has found.
         plots: PNGs of the report.
     """
     import wandb
@@ -26,10 +27,10 @@ def log_comparison(grid: Grid, summary: Mapping[str, Any], plots: Sequence[Path]
     logger.use_folder(grid.root)
     logger.log_recipe({"grid": {**asdict(grid), "path": str(grid.path)}})
     run = logger.experiment
-    run.log({"comparison": as_table(summary["table"])})
+    run.log({"comparison": as_table([row.to_json() for row in report.table])})
     run.log({f"plots/{path.stem}": wandb.Image(str(path)) for path in plots})
-    for row in summary["table"]:
-        if row["allocation"] == "router":
-            run.summary[f"{row['strategy']}/ppl_at_{row['used_bits']:g}_bits"] = row["perplexity_mean"]
-    run.summary["verdicts"] = "\n".join(summary["verdicts"])
+    for row in report.table:
+        if row.allocation == "router":
+            run.summary[f"{row.strategy}/ppl_at_{row.used_bits:g}_bits"] = row.perplexity_mean
+    run.summary["verdicts"] = "\n".join(report.verdicts)
     run.finish()

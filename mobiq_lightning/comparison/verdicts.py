@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 
 from mobiq_lightning.comparison.grid import RULES_SEEDS
-from mobiq_lightning.comparison.table import Lead, Points, Rows, lead
+from mobiq_lightning.comparison.table import CellRow, Lead, Points, lead
 from mobiq_lightning.runs import CONTROLS, SHORT, TIE
 
 _SAME = 1e-6  # relative; at the ends of the range, and on whole slices, all allocations read the same weights
@@ -89,13 +89,13 @@ def strategy_verdicts(points: Points, strategies: Sequence[str], bits: Sequence[
     return sentences
 
 
-def storage_verdict(rows: Rows, strategies: Sequence[str]) -> list[str]:
+def storage_verdict(rows: Sequence[CellRow], strategies: Sequence[str]) -> list[str]:
     """What strategies store beside the codes, if that differs: equal used bits are then not equal bits."""
     stored = {
         strategy: statistics.fmean(
-            row["all_in_bits"] - row["used_bits"]
-            for row in rows
-            if row["strategy"] == strategy and row["allocation"] == "router"
+            one.row.all_in_bits - one.row.used_bits
+            for one in rows
+            if one.strategy == strategy and one.row.allocation == "router"
         )
         for strategy in strategies
     }

@@ -14,6 +14,7 @@ from typing import IO, Any
 
 import yaml
 
+from mobiq_lightning.comparison.file_names import LOGS, RECIPES
 from mobiq_lightning.comparison.grid import Cell
 from mobiq_lightning.console import say
 from mobiq_lightning.environment import format_seconds
@@ -82,11 +83,11 @@ class Workers:
 
     def log_of(self, cell: Cell) -> Path:
         """Where a cell's output goes."""
-        return self.root / "logs" / f"{cell.slug}.log"
+        return self.root / LOGS / f"{cell.slug}.log"
 
     def recipe_of(self, cell: Cell) -> Path:
         """Where its recipe lies."""
-        return self.root / "recipes" / f"{cell.slug}.yaml"
+        return self.root / RECIPES / f"{cell.slug}.yaml"
 
     def _start(self, cell: Cell) -> _Running:
         recipe = self.recipe_of(cell)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from mobiq_lightning.nn import fixed_depth, routed_inputs
+from mobiq_lightning.nn import Borrowed, fixed_depth, routed_inputs
 from mobiq_lightning.strategies.objectives.block_reconstruction import relative_error
 
 
@@ -39,10 +39,10 @@ class BlockErrors(Metric):
     ) -> None:
         super().__init__()
         self.basis = basis
-        # In a tuple, not registered: the models are the comparison's, not the metric's to move.
-        self._pairs = tuple(zip(full, elastic, [routed_inputs(block) for block in elastic], strict=True))
+        pairs = tuple(zip(full, elastic, [routed_inputs(block) for block in elastic], strict=True))
+        self._pairs = Borrowed(pairs)  # the models are the comparison's, not the metric's to move
         self.depths = tuple(depths)
-        shape = (len(self._pairs), len(self.depths))
+        shape = (len(pairs), len(self.depths))
         self.add_state("error", torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
@@ -56,7 +56,7 @@ class BlockErrors(Metric):
         """
         handles = [
             block.register_forward_hook(self._beside(number, mask), with_kwargs=True)
-            for number, (block, _, _) in enumerate(self._pairs)
+            for number, (block, _, _) in enumerate(self._pairs.value)
         ]
         try:
             model(input_ids=ids, use_cache=False)
@@ -71,7 +71,7 @@ class BlockErrors(Metric):
 
     def _beside(self, number: int, mask: Tensor) -> Any:
         """A hook that reads elastic block `number` at every depth on what the full-precision one was given."""
-        _, elastic, inputs = self._pairs[number]
+        _, elastic, inputs = self._pairs.value[number]
 
         def measure(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             hidden, *rest = args if args else (kwargs.pop("hidden_states"),)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,18 +20,19 @@ from mobiq_lightning.nn import (
     SlicedLinear,
     fixed_depth,
     full_precision,
+    input_names,
     record_gates,
+    routed_by,
     routed_inputs,
     stored_bits,
 )
 from mobiq_lightning.packing import n_groups
-from mobiq_lightning.runs import CONTROLS, Control
+from mobiq_lightning.runs import CONTROLS, Allocation, Row
 from mobiq_lightning.sources import IGNORED, ComparisonPass
 from mobiq_lightning.strategies import ResidualSlices, StaticRouter
 from mobiq_lightning.strategies.base import DEFAULT_SLICE_BITS
 from mobiq_lightning.strategies.thresholds import Scope
 
-Allocation = Literal["full", "rtn", "router"] | Control
 RTN_BITS = (2, 3, 4, 6, 8)
 
 
@@ -85,12 +86,12 @@ class Comparison:
         scope: Scope,
         device: torch.device,
         seed: int | None = None,
-        rounded_rows: Sequence[dict[str, Any]] | None = None,
+        rounded_rows: Sequence[Row] | None = None,
         gains: Tensor | None = None,
     ) -> None:
         self.full, self.elastic, self.device, self.scope = full.to(device), elastic.to(device), device, scope
         self.inputs = routed_inputs(elastic)
-        self.names = [n.removesuffix(".input") for n, m in elastic.named_modules() if isinstance(m, RoutedInput)]
+        self.names = input_names(elastic)
         self.sizes = [routed.n_weights for routed in self.inputs]
         self.slice_bits = self.inputs[0].slice_bits
         linears = [m for m in elastic.modules() if isinstance(m, ElasticLinear)]
@@ -147,8 +148,8 @@ class Comparison:
             arm.perplexity.update(log_probs, wanted)
             arm.kl.update(log_probs, reference, reference_probs)
 
-    def rows(self) -> list[dict[str, Any]]:
-        """One dict per arm: allocation, target_bits, used_bits, all_in_bits, perplexity, kl, seed."""
+    def rows(self) -> list[Row]:
+        """What was measured of each arm, full precision first."""
         first = [self._row(arm) for arm in self.first]
         return [first[0], *(self.rounded_rows or []), *first[1:], *map(self._row, self.second)]
 
@@ -181,37 +182,32 @@ class Comparison:
             logits = self.elastic(input_ids=ids, use_cache=False).logits
         return logits, [record[0] for record in records]
 
-    @contextmanager
-    def _controls(self, arm: Arm, batch_idx: int) -> Iterator[None]:
+    def _controls(self, arm: Arm, batch_idx: int) -> AbstractContextManager[None]:
         """Within it, the inputs are allocated by the arm's control instead of their own router."""
         if arm.thresholds is None:
-            yield
-            return
+            return nullcontext()
         assert arm.seed is not None
+        controls = []
         for position, (routed, threshold) in enumerate(zip(self.inputs, arm.thresholds, strict=True)):
             control = control_router(arm.allocation, routed, arm.seed, threshold)  # type: ignore[arg-type]
             control.place(position, len(self.inputs))
             control.reseed(batch_idx)
-            routed.control = control.to(self.device)
-        try:
-            yield
-        finally:
-            for routed in self.inputs:
-                routed.control = None
+            controls.append(control.to(self.device))
+        return routed_by(self.inputs, controls)
 
-    def _row(self, arm: Arm) -> dict[str, Any]:
+    def _row(self, arm: Arm) -> Row:
         used = float(arm.target_bits) if arm.used is None else float(arm.used.compute())
         extra = {"full": 0.0, "rtn": self.rounded_overhead}.get(arm.allocation, self.overhead_bits)
         extra += self.router_bits if arm.allocation == "router" else 0.0
-        return {
-            "allocation": arm.allocation,
-            "target_bits": float(arm.target_bits),
-            "used_bits": used,
-            "all_in_bits": used + extra,
-            "perplexity": float(arm.perplexity.compute()),
-            "kl": float(arm.kl.compute()),
-            "seed": arm.seed,
-        }
+        return Row(
+            allocation=arm.allocation,
+            target_bits=float(arm.target_bits),
+            used_bits=used,
+            all_in_bits=used + extra,
+            perplexity=float(arm.perplexity.compute()),
+            kl=float(arm.kl.compute()),
+            seed=arm.seed,
+        )
 
 
 def wrap_for_rounding(
@@ -238,6 +234,5 @@ def wrap_for_rounding(
             scheme = ResidualSlices(linear.out_features, linear.in_features, bits, columns).to(linear.weight.device)
             spent += 32 * linear.out_features * n_groups(linear.in_features, columns)
             n_weights += linear.weight.numel()
-            parent, _, last = name.rpartition(".")
-            setattr(block.get_submodule(parent), last, SlicedLinear(linear, scheme, routed))
+            block.set_submodule(name, SlicedLinear(linear, scheme, routed))
     return [routed], spent / n_weights

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mobiq_lightning.nn import CalibratedBlock, RoutedInput, fixed_depth
+from mobiq_lightning.runs import TokenGains, TokenSpread
 from mobiq_lightning.strategies.routers.features import root_mean_square
 from mobiq_lightning.strategies.thresholds import prefix_scores
 
@@ -62,7 +63,7 @@ def token_views(
     return [TokenView(torch.cat([v.log_norm for v in views]), torch.cat([v.scores for v in views])) for views in seen]
 
 
-def token_rows(gains: Tensor, views: Sequence[TokenView], seq_len: int) -> list[dict[str, float]]:
+def token_rows(gains: Tensor, views: Sequence[TokenView], seq_len: int) -> list[TokenSpread]:
     """How the gains of each input and slice spread over tokens.
 
     Args:
@@ -71,36 +72,28 @@ def token_rows(gains: Tensor, views: Sequence[TokenView], seq_len: int) -> list[
         seq_len: Tokens per window.
 
     Returns:
-        For each input and slice after the first: ``token_std`` over tokens, ``first_token`` the mean of the first tokens of
-        windows, ``norm_rank`` and ``router_rank`` the rank correlations (Spearman) of the gain with the norm of the token
-        and with the score of the router; 0 where all are alike.
+        One for each input and slice after the first, in order.
     """
     first = torch.arange(gains.shape[-1]) % seq_len == 0
     return [
-        {
-            "token_std": float(saved.std()),
-            "first_token": float(saved[first].mean()),
-            "norm_rank": rank_correlation(saved, view.log_norm),
-            "router_rank": rank_correlation(saved, view.scores[:, number]),
-        }
+        TokenSpread(
+            token_std=float(saved.std()),
+            first_token=float(saved[first].mean()),
+            norm_rank=rank_correlation(saved, view.log_norm),
+            router_rank=rank_correlation(saved, view.scores[:, number]),
+        )
         for of_input, view in zip(gains.double(), views, strict=True)
         for number, saved in enumerate(of_input)
     ]
 
 
-def token_summary(gains: Tensor, rows: Sequence[dict[str, float]], sizes: Sequence[float]) -> dict[str, float]:
+def token_summary(gains: Tensor, rows: Sequence[TokenSpread], sizes: Sequence[float]) -> TokenGains:
     """Where the variance of what a bit saves lies.
 
     Args:
         gains: (I, S - 1, T) nats.
         rows: Of `token_rows`.
         sizes: Bits times weights of each input and slice, in the order of the rows.
-
-    Returns:
-        ``between_layers`` and ``between_tokens``: standard deviations of the gain per bit, relative to its mean, over inputs
-        and slices and, within these, over tokens. ``shared``: share of the variance between tokens that all inputs and
-        slices have in common. ``first_token``: gain of the first token relative to the mean. ``norm_rank``,
-        ``router_rank``: mean rank correlations, weighted by the variance between tokens.
     """
     flat, weights = gains.double().flatten(0, 1), torch.tensor(list(sizes), dtype=torch.float64)
     per_bit, share = flat / weights[:, None], weights / weights.sum()
@@ -109,16 +102,17 @@ def token_summary(gains: Tensor, rows: Sequence[dict[str, float]], sizes: Sequen
     within = float((share * spreads).sum())
     importance = share * spreads / max(within, 1e-300)
     relative = 1 / abs(overall) if overall else 0.0
-    first = torch.tensor([row["first_token"] for row in rows], dtype=torch.float64)
-    found = {
-        "between_layers": float((share * (means - overall).square()).sum().sqrt()) * relative,
-        "between_tokens": within**0.5 * relative,
-        "shared": float((share[:, None] * per_bit).sum(0).var()) / within if within else 0.0,
-        "first_token": float((share * first / weights).sum()) / overall if overall else 0.0,
-    }
-    for key in ("norm_rank", "router_rank"):
-        found[key] = float((importance * torch.tensor([row[key] for row in rows], dtype=torch.float64)).sum())
-    return found
+    first = torch.tensor([row.first_token for row in rows], dtype=torch.float64)
+    norm_ranks = torch.tensor([row.norm_rank for row in rows], dtype=torch.float64)
+    router_ranks = torch.tensor([row.router_rank for row in rows], dtype=torch.float64)
+    return TokenGains(
+        between_layers=float((share * (means - overall).square()).sum().sqrt()) * relative,
+        between_tokens=within**0.5 * relative,
+        shared=float((share[:, None] * per_bit).sum(0).var()) / within if within else 0.0,
+        first_token=float((share * first / weights).sum()) / overall if overall else 0.0,
+        norm_rank=float((importance * norm_ranks).sum()),
+        router_rank=float((importance * router_ranks).sum()),
+    )
 
 
 def rank_correlation(one: Tensor, other: Tensor) -> float:

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
 
-from mobiq_lightning.checkpoint import add_results, load, resolve
+from mobiq_lightning.checkpoint import load, resolve, write_card
 from mobiq_lightning.console import say
 from mobiq_lightning.environment import environment
-from mobiq_lightning.errors import DataError, RecipeError, nearest
-from mobiq_lightning.files import write_json
-from mobiq_lightning.runs import ELASTIC, RESULTS
+from mobiq_lightning.errors import DataError, MissingExtraError, RecipeError, nearest
+from mobiq_lightning.runs import ELASTIC, RESULTS, HarnessEntry, add_to_results, read_results
 
 
 def evaluate_checkpoint(
@@ -32,7 +30,7 @@ def evaluate_checkpoint(
     include_path: Path | None = None,
     source: str | None = None,
     max_bits: int | None = None,
-) -> list[dict[str, Any]]:
+) -> list[HarnessEntry]:
     """Runs tasks at several budgets and appends what they give to results.json of the checkpoint and of its run.
 
     Args:
@@ -47,10 +45,11 @@ def evaluate_checkpoint(
         max_bits: Load only the planes up to this depth.
 
     Returns:
-        One dict per task, metric and budget: task, metric, bits (or "full"), used_bits, value, stderr, n_examples.
+        One entry per task, metric and budget.
 
     Raises:
-        RecipeError: If the harness is not installed, or a task is not known.
+        MissingExtraError: If the harness is not installed.
+        RecipeError: If a task is not known.
         BitsError: If a budget is out of range.
     """
     folder = resolve(run)
@@ -60,14 +59,13 @@ def evaluate_checkpoint(
     for bits in budgets:  # before hours are spent on the first
         model.set_bits(bits)
     runner = _Runner(names, manager, limit, num_fewshot, batch_size, folder)
-    entries: list[dict[str, Any]] = []
+    entries: list[HarnessEntry] = []
     for bits in budgets:
         say(f"{', '.join(names)} at {bits:g} bits")
         with model.bits(bits):
-            found = runner.run(model)
+            raw = runner.run(model)
         used = model.bits_used()
-        measured = {"used_bits": used.code_bits, "all_in_bits": used.all_in_bits}
-        found = [{**entry, "bits": bits, **measured} for entry in found]
+        found = list(runner.entries(raw, bits, used.code_bits, used.all_in_bits))
         _append(folder, found)  # at once: nothing finished is lost
         entries += found
     if source is not None:
@@ -75,7 +73,7 @@ def evaluate_checkpoint(
 
         say(f"{', '.join(names)} in full precision")
         full = load_source(source).model.to(device)
-        found = [{**e, "bits": "full", "used_bits": None, "all_in_bits": None} for e in runner.run(full)]
+        found = list(runner.entries(runner.run(full), "full", None, None))
         _append(folder, found)
         entries += found
     return entries
@@ -99,8 +97,12 @@ class _Runner:
         self.num_fewshot, self.batch_size = num_fewshot, batch_size
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
 
-    def run(self, model: Any) -> list[dict[str, Any]]:
-        """One dict per task and metric."""
+    def run(self, model: Any) -> Any:
+        """What the harness gives for a model.
+
+        Raises:
+            DataError: If the text of a task cannot be loaded.
+        """
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
@@ -122,38 +124,52 @@ class _Runner:
                     "dataset_path is json and whose data_files is a local file"
                 ) from error
         assert results is not None
-        return list(self._entries(results))
+        return results
 
-    def _entries(self, results: Any) -> Iterator[dict[str, Any]]:
+    def entries(
+        self, results: Any, bits: float | Literal["full"], used_bits: float | None, all_in_bits: float | None
+    ) -> Iterator[HarnessEntry]:
+        """Entries for what `run` gives: one per task and metric.
+
+        Args:
+            results: What the harness gave.
+            bits: Bits per weight that were asked for, or ``full``.
+            used_bits: Mean code bits per weight that tokens read; None in full precision.
+            all_in_bits: Used bits with all that is stored beside the codes; None in full precision.
+        """
         for task, metrics in results["results"].items():
             for key, value in metrics.items():
                 metric, _, _ = key.partition(",")
                 if not isinstance(value, float) or metric.endswith("_stderr"):
                     continue
                 error = metrics.get(key.replace(metric, f"{metric}_stderr", 1))
-                yield {
-                    "task": task,
-                    "metric": metric,
-                    "value": value,
-                    "stderr": error if isinstance(error, float) else None,
-                    "n_examples": results["n-samples"][task]["effective"] if task in results["n-samples"] else None,
-                    "num_fewshot": results["n-shot"].get(task),
-                    "limit": self.limit,
-                    "lm_eval": version("lm_eval"),
-                    "environment": environment(),
-                }
+                yield HarnessEntry(
+                    task=task,
+                    metric=metric,
+                    value=value,
+                    stderr=error if isinstance(error, float) else None,
+                    n_examples=results["n-samples"][task]["effective"] if task in results["n-samples"] else None,
+                    num_fewshot=results["n-shot"].get(task),
+                    limit=self.limit,
+                    lm_eval=version("lm_eval"),
+                    environment=environment(),
+                    bits=bits,
+                    used_bits=used_bits,
+                    all_in_bits=all_in_bits,
+                )
 
 
 def _known_tasks(tasks: Sequence[str], include_path: Path | None) -> tuple[list[str], Any]:
     """Names of the tasks and the harness's index that knows them.
 
     Raises:
-        RecipeError: If the harness is not installed, or does not know a task.
+        MissingExtraError: If the harness is not installed.
+        RecipeError: If it does not know a task.
     """
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise RecipeError(
+        raise MissingExtraError(
             'evaluate needs lm-evaluation-harness: pip install "mobiq-lightning[evaluate]" (or lm-eval[hf])'
         ) from error
     for name in ("lm_eval", "lm-eval", "evaluate"):
@@ -187,16 +203,18 @@ class _TaskLoader(yaml.SafeLoader):
 _TaskLoader.add_multi_constructor("!", lambda loader, suffix, node: None)
 
 
-def _append(folder: Path, entries: list[dict[str, Any]]) -> None:
+def _append(folder: Path, entries: Sequence[HarnessEntry]) -> None:
     """Appends to results.json of the checkpoint, and of the run that it lies in."""
-    path = folder / RESULTS
-    results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    results["lm_eval"] = [*results.get("lm_eval", []), *entries]
-    add_results(folder, results)
+    _append_to(folder / RESULTS, entries)
+    write_card(folder)
     of_run = folder.parent / RESULTS
     if folder.name == ELASTIC and of_run.is_file():  # not whatever lies beside an exported copy
-        stored = json.loads(of_run.read_text(encoding="utf-8"))
-        write_json(of_run, {**stored, "lm_eval": [*stored.get("lm_eval", []), *entries]})
+        _append_to(of_run, entries)
+
+
+def _append_to(path: Path, entries: Sequence[HarnessEntry]) -> None:
+    known = read_results(path).lm_eval or ()
+    add_to_results(path, lm_eval=[entry.to_json() for entry in (*known, *entries)])
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mobiq_lightning.nn import RoutedInput, SlicedLinear, fixed_depth, full_precision
-from mobiq_lightning.strategies.base import GainMethod
+from mobiq_lightning.runs import GainMethod, LayerGainRow, LayerGainsFile, read_json
 from mobiq_lightning.strategies.objectives.logit_distillation import divergences_of_tokens
 
 Readers = Sequence[tuple[RoutedInput, Sequence[SlicedLinear]]]
@@ -112,16 +111,26 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
 
 def rows_of(
     gains: Mapping[GainMethod, Tensor], names: Sequence[str], sizes: Sequence[int], slice_bits: Sequence[int]
-) -> list[dict[str, Any]]:
-    """One row for each input and slice after the first: input, weights, slice (from 2), bits, and a gain by each method."""
+) -> list[LayerGainRow]:
+    """Puts gains into rows.
+
+    Args:
+        gains: By method, (I, S - 1) nats per token.
+        names: Names of the I inputs.
+        sizes: Weights that read each input.
+        slice_bits: Bits of the S slices.
+
+    Returns:
+        One row for each input and slice after the first.
+    """
     return [
-        {
-            "input": name,
-            "weights": size,
-            "slice": number,
-            "bits": bits,
-            **{method: float(values[row, number - 2]) for method, values in gains.items()},
-        }
+        LayerGainRow(
+            input=name,
+            weights=size,
+            slice=number,
+            bits=bits,
+            gains={method: float(values[row, number - 2]) for method, values in gains.items()},
+        )
         for row, (name, size) in enumerate(zip(names, sizes, strict=True))
         for number, bits in enumerate(slice_bits[1:], 2)
     ]
@@ -137,11 +146,16 @@ def read_probes(path: Path, names: Sequence[str], slice_bits: Sequence[int]) -> 
 
     Returns:
         None if there is no such file, or it holds no probes of these inputs and slices.
+
+    Raises:
+        ResultsError: If the file is damaged or from another version.
     """
     if not path.is_file():
         return None
-    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    rows = LayerGainsFile.from_json(read_json(path), path).rows
     expected = [(name, number, bits) for name in names for number, bits in enumerate(slice_bits[1:], 2)]
-    if [(row["input"], row["slice"], row["bits"]) for row in rows] != expected or any("probes" not in r for r in rows):
+    if [(row.input, row.slice, row.bits) for row in rows] != expected or any("probes" not in r.gains for r in rows):
         return None
-    return torch.tensor([row["probes"] for row in rows], dtype=torch.float64).reshape(len(names), len(slice_bits) - 1)
+    return torch.tensor([row.gains["probes"] for row in rows], dtype=torch.float64).reshape(
+        len(names), len(slice_bits) - 1
+    )

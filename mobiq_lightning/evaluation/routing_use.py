@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from mobiq_lightning.runs import ClassUse
+
 _EDGES = (1, 2, 3, *(2**power for power in range(2, 24)))
 """Where classes of positions begin: 0, 1, 2, 3 for themselves, then doubling."""
 
@@ -69,16 +71,30 @@ class RoutingUse(Metric):
         count += torch.bincount(index, minlength=len(count))
 
 
-def use_by_position(sums: dict[str, Tensor]) -> list[dict[str, float | str]]:
-    """Of what `RoutingUse` computes: dicts ``tokens``, their mean ``bits``, and in words the positions, as ``class``."""
+def use_by_position(sums: dict[str, Tensor]) -> list[ClassUse]:
+    """Bits by position in the window.
+
+    Args:
+        sums: What `RoutingUse` computes.
+
+    Returns:
+        Classes of positions that have tokens: 0, 1, 2, 3 for themselves, then in classes that double.
+    """
     starts = (0, *_EDGES)
     return _classes(
         sums["position_bits"], sums["position_count"], [_span(a, b) for a, b in zip(starts, _EDGES, strict=False)]
     )
 
 
-def use_by_frequency(sums: dict[str, Tensor]) -> list[dict[str, float | str]]:
-    """Likewise by how often a token occurs in the text, in classes that double: 1, 2-3, 4-7, ..."""
+def use_by_frequency(sums: dict[str, Tensor]) -> list[ClassUse]:
+    """Bits by how often a token occurs in the text.
+
+    Args:
+        sums: What `RoutingUse` computes.
+
+    Returns:
+        Classes of numbers of occurrences that have tokens; they double: 1, 2-3, 4-7, ...
+    """
     seen = sums["token_count"] > 0
     counts = sums["token_count"][seen]
     powers = torch.frexp(counts.double()).exponent.long() - 1
@@ -94,7 +110,7 @@ def _span(first: int, end: int) -> str:
     return f"{first}" if end == first + 1 else f"{first}-{end - 1}"
 
 
-def _classes(bits: Tensor, tokens: Tensor, names: Sequence[str]) -> list[dict[str, float | str]]:
-    """One dict per class that has tokens."""
+def _classes(bits: Tensor, tokens: Tensor, names: Sequence[str]) -> list[ClassUse]:
+    """The classes that have tokens."""
     rows = zip(names, bits.tolist(), tokens.tolist(), strict=False)
-    return [{"class": name, "tokens": count, "bits": total / count} for name, total, count in rows if count]
+    return [ClassUse(name, count, total / count) for name, total, count in rows if count]

@@ -1,23 +1,21 @@
-"""``fit`` and ``validate``: LightningCLI with our defaults, run folders, resume and retries."""
+"""What ``fit`` and ``validate`` are made of: LightningCLI with our defaults, run folders, resume and retries."""
 
 from __future__ import annotations
 
 import json
-import logging
 import os
-import sys
-import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, Literal, NoReturn, TypeAlias
 
 import yaml
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from mobiq_lightning.calibration import ElasticCalibration, SafeCheckpointIO
+from mobiq_lightning.calibration import ElasticCalibration, SafeCheckpointIO, finish_checkpoint
 from mobiq_lightning.callbacks import (
     BlockExport,
     CalibrationProgress,
@@ -30,15 +28,16 @@ from mobiq_lightning.callbacks import (
     ThresholdTuning,
 )
 from mobiq_lightning.callbacks.base import CalibrationCallback
-from mobiq_lightning.callbacks.block_export import finish_checkpoint
 from mobiq_lightning.callbacks.visit_checkpoint import VisitCheckpoint
-from mobiq_lightning.console import say
+from mobiq_lightning.console import program, say
 from mobiq_lightning.errors import MobiqError, NonFiniteError, RecipeError, RunFolderError
 from mobiq_lightning.evaluation import print_table
 from mobiq_lightning.latency import print_budgets
 from mobiq_lightning.loggers import JsonlLogger, WandbLogger
-from mobiq_lightning.runs import CHECKPOINTS, ELASTIC, RESULTS, RunFolder
+from mobiq_lightning.runs import CHECKPOINTS, CONFIG, CSV_LOG, ELASTIC, RESULTS, RunFolder, read_results
 from mobiq_lightning.sources import TextWindows
+
+Command: TypeAlias = Literal["fit", "validate", "build"]
 
 MAX_RETRIES = 2
 RETRY_FACTOR = 0.2
@@ -70,47 +69,50 @@ class RecipeParser(LightningArgumentParser):
 
 
 class ElasticCLI(LightningCLI):
-    """Parses a command line and runs ``fit`` or ``validate``.
+    """Parses the command line of a job, claims its run folder and builds model, data and trainer; `run` does the work.
 
     Args:
-        arguments: The command and what follows it.
+        command: ``fit`` makes the run folder this recipe's, ``validate`` wants a finished run in it, ``build`` leaves it alone.
+        arguments: What follows the command.
+
+    Raises:
+        RecipeError: If a key or value cannot be used.
+        RunFolderError: If the run folder holds something else than what the command needs.
     """
 
     datamodule: TextWindows
     model: ElasticCalibration
     trainer: Trainer
-    own_keys: tuple[str, ...] = ("overwrite", "config")
+    own_keys: ClassVar[tuple[str, ...]] = ("overwrite", "config")
     """Keys of the command line that are no part of the recipe."""
 
-    def __init__(self, arguments: list[str]) -> None:
-        _quiet_libraries()
+    def __init__(self, command: Command, arguments: Sequence[str]) -> None:
+        self.command = command
         self.run_folder = RunFolder(".")
         self.resumes = False
         self.recipe: dict[str, Any] = {}
-        # LightningCLI reads sys.argv, and DDP starts the other processes with it.
-        argv, sys.argv = sys.argv, [sys.argv[0], *_with_whole_stages(arguments)]
-        try:
-            super().__init__(
-                ElasticCalibration,
-                TextWindows,
-                seed_everything_default=0,
-                trainer_defaults=_TRAINER_DEFAULTS,
-                save_config_callback=None,
-                auto_configure_optimizers=False,
-                parser_class=RecipeParser,
-                run=True,
-            )
-        finally:
-            sys.argv = argv
+        super().__init__(
+            ElasticCalibration,
+            TextWindows,
+            seed_everything_default=0,
+            trainer_defaults=_TRAINER_DEFAULTS,
+            save_config_callback=None,
+            auto_configure_optimizers=False,
+            parser_class=RecipeParser,
+            parser_kwargs={"prog": f"{program()} {command}"},
+            args=_with_whole_stages(arguments),
+            run=False,  # the command is no part of what is parsed: one recipe fits all, and a run resumes by itself
+        )
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Both commands take the recipe's keys alone: one recipe fits both, and a run resumes by itself."""
-        skipped = {"model", "datamodule", "ckpt_path", "weights_only"}
-        return {
-            "fit": skipped | {"train_dataloaders", "val_dataloaders"},
-            "validate": skipped | {"dataloaders", "verbose"},
-        }
+    def run(self) -> RunFolder:
+        """Calibrates, or compares again.
+
+        Returns:
+            The run folder, finished.
+        """
+        jobs: dict[str, Callable[[], None]] = {"fit": self.fit, "validate": self.validate}
+        jobs[self.command]()
+        return self.run_folder
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the one key that is no part of a recipe."""
@@ -123,11 +125,11 @@ class ElasticCLI(LightningCLI):
         recipe = {k: v for k, v in self.config_dump.items() if k not in self.own_keys}
         self.recipe = json.loads(json.dumps(recipe))
         self.run_folder = RunFolder(self.recipe["trainer"]["default_root_dir"])
-        if self.subcommand == "fit":
+        if self.command == "fit":
             self.resumes = self.run_folder.claim(self.recipe, bool(self._get(self.config, "overwrite")))
-        elif not (self.run_folder.path / ELASTIC / "config.json").is_file():
+        elif self.command == "validate" and not (self.run_folder.checkpoint / CONFIG).is_file():
             raise RunFolderError(
-                f"{self.run_folder.path} holds no finished run (no {ELASTIC}/config.json). Run `fit` with this recipe "
+                f"{self.run_folder.path} holds no finished run (no {ELASTIC}/{CONFIG}). Run `fit` with this recipe "
                 "first, or give the run's folder as --trainer.default_root_dir"
             )
 
@@ -195,18 +197,19 @@ class ElasticCLI(LightningCLI):
             if isinstance(logger, WandbLogger):
                 logger.use_folder(folder)
                 logger.log_recipe(self.config_dump)
-        return [CSVLogger(folder, name="csv"), JsonlLogger(folder), *more]
+        return [CSVLogger(folder, name=CSV_LOG), JsonlLogger(folder), *more]
 
-    def fit(self, model: LightningModule, datamodule: LightningDataModule) -> None:
+    def fit(self) -> None:
         """Calibrates, or goes on calibrating; then exports and compares."""
         if self.resumes and self.run_folder.finished:
             say(
                 f"{self.run_folder.path} holds this run, finished; --overwrite starts it again, `validate` compares it again."
             )
-            results = json.loads((self.run_folder.path / RESULTS).read_text(encoding="utf-8"))
-            print_table(results)
-            if "latency" in results:
-                print_budgets(results["latency"])
+            results = read_results(self.run_folder.path / RESULTS)
+            if results.measured is not None:
+                print_table(results.measured)
+            if results.latency is not None:
+                print_budgets(results.latency)
             return
         while True:
             try:
@@ -218,7 +221,7 @@ class ElasticCLI(LightningCLI):
         self.trainer.strategy.barrier()  # the other ranks load what the first one has written
         self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
 
-    def validate(self, model: LightningModule, datamodule: LightningDataModule) -> None:
+    def validate(self) -> None:
         """Compares the run's checkpoint again and replaces its results."""
         self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
 
@@ -265,30 +268,14 @@ class ElasticCLI(LightningCLI):
         say(f"Elastic checkpoint written to {folder}.")
 
 
-def _with_whole_stages(arguments: list[str]) -> list[str]:
+def _with_whole_stages(arguments: Sequence[str]) -> list[str]:
     """Arguments under which stages replace those of the recipe; as many as it has would be merged with them, key by key."""
     given = [a for a in arguments if a == "--model.stages" or a.startswith("--model.stages=")]
     if not given:
-        return arguments
+        return list(arguments)
     first = arguments.index(given[0])
     return [*arguments[:first], "--model.stages=null", *arguments[first:]]
 
 
 def _is_checkpoint(callback: Callback) -> bool:
     return isinstance(callback, ModelCheckpoint)
-
-
-def _quiet_libraries() -> None:
-    """Leaves out what Lightning says about hardware that is not there and about loaders that need no workers."""
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
-    warnings.filterwarnings("ignore", message=".*Total length of `list` across ranks is zero.*")
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-    warnings.filterwarnings("ignore", message=".*The dirpath has changed.*")  # a run folder may be moved
-    warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
-    warnings.filterwarnings("ignore", message=".*`instantiate_classes` was deprecated.*")
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()

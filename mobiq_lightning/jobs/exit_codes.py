@@ -5,23 +5,23 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from mobiq_lightning.errors import MobiqError, RecipeError
+from mobiq_lightning.errors import MissingExtraError, MobiqError, RecipeError
 
 
-def exit_code(job: Callable[[], None]) -> int:
+def exit_code(job: Callable[[], object]) -> int:
     """Runs a job, and says in a line what went wrong.
 
     Args:
         job: What to run.
 
     Returns:
-        0 done, 1 failed, 2 asked for something that does not exist, 130 interrupted.
+        0 done, 1 failed, 2 asked for something that does not exist or is not installed, 130 interrupted.
     """
     try:
         job()
     except MobiqError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, RecipeError) else 1
+        return 2 if isinstance(error, (RecipeError, MissingExtraError)) else 1
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last finished epoch", file=sys.stderr)
         return 130

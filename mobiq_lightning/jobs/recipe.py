@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from typing import Any
 import yaml
 
 from mobiq_lightning.errors import RecipeError, nearest
+from mobiq_lightning.extras import require
+from mobiq_lightning.jobs.shipped import shipped_recipes
 
 _PACKAGE = Path(__file__).parents[1]
 _STRATEGY_KEYS = {
@@ -44,14 +46,14 @@ _RENAMED_TRAINED = {
 _TOP_LEVEL = ("seed_everything", "trainer", "model", "data", "overwrite")
 
 
-def check_arguments(arguments: list[str], options: Collection[str] = ()) -> None:
+def check_arguments(arguments: Sequence[str]) -> None:
     """Checks the recipes and the keys of a ``fit`` or ``validate`` command line.
 
     Args:
         arguments: What follows the command.
-        options: Keys that the command has beside those of a recipe.
 
     Raises:
+        MissingExtraError: If calibrating is not installed.
         RecipeError: With one line for every key or class that does not exist.
     """
     problems: list[str] = []
@@ -65,12 +67,11 @@ def check_arguments(arguments: list[str], options: Collection[str] = ()) -> None
         if name in ("--config", "-c"):
             path = value if equals else (pending.pop(0) if pending else "")
             recipe = read_recipe(path)
-            problems += [f"{path}: {problem}" for problem in check_recipe(recipe)]
+            where = "the recipe" if path.startswith("{") else path
+            problems += [f"{where}: {problem}" for problem in check_recipe(recipe)]
             classes |= {key: _class_name(value) for key, value in _strategies(recipe)}
         elif name.startswith("--") and not name.startswith("--print_") and not name.endswith(".help"):
             keys = name[2:].rstrip("+").split(".")
-            if name[2:] in options:
-                continue
             given = value if equals else (pending[0] if pending else "")
             problems += check_key(keys) or _check_override(keys, given, classes)
     if problems:
@@ -78,22 +79,30 @@ def check_arguments(arguments: list[str], options: Collection[str] = ()) -> None
 
 
 def read_recipe(path: str) -> dict[str, Any]:
-    """The content of a recipe file.
+    """The content of a recipe.
+
+    Args:
+        path: Its file; or the content itself, as YAML that begins with a brace.
 
     Raises:
         RecipeError: If there is no such file, or it is not YAML.
     """
-    if not Path(path).is_file():
-        folder = Path(path).parent
-        hint = nearest(path, [str(p) for p in folder.glob("*.yaml")]) if folder.is_dir() else ""
-        raise RecipeError(f"--config {path}: no such file. {hint}".rstrip())
+    if not path.startswith("{") and not Path(path).is_file():
+        raise RecipeError(f"--config {path}: no such file. {_nearest_recipe(path)}".rstrip())
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.safe_load(path if path.startswith("{") else Path(path).read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise RecipeError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"{path} holds no recipe: a mapping with the keys {', '.join(_TOP_LEVEL[:4])} is expected")
     return content
+
+
+def _nearest_recipe(path: str) -> str:
+    """The closest recipes beside `path`, else the closest shipped ones, which go by their names."""
+    folder = Path(path).parent
+    beside = nearest(path, [str(p) for p in folder.glob("*.yaml")]) if folder.is_dir() else ""
+    return beside or nearest(path.removeprefix("recipes/").removesuffix(".yaml"), shipped_recipes())
 
 
 def check_recipe(recipe: dict[str, Any]) -> list[str]:
@@ -158,7 +167,7 @@ def check_key(keys: list[str]) -> list[str]:
 
     Below the second level, keys of groups are known here; those of classes are looked at with the class.
     """
-    accepted = _accepted()
+    accepted = accepted_keys()
     above = ".".join(keys[:2])
     if above in _RENAMED:
         return [f"{above}: renamed to {_RENAMED[above]}"]
@@ -257,8 +266,9 @@ def _fields(path: Path, name: str) -> tuple[str, ...]:
 
 
 @cache
-def _accepted() -> dict[str, tuple[str, ...]]:
+def accepted_keys() -> dict[str, tuple[str, ...]]:
     """Top-level keys, each with the keys below it."""
+    require("calibrate", "a recipe")
     return {
         "seed_everything": (),
         "overwrite": (),
@@ -274,8 +284,8 @@ def _trainer_keys() -> tuple[str, ...]:
     Its source is not ours: where its ``__init__`` is moved to another file or base class, a recipe must still run.
     """
     spec = importlib.util.find_spec("lightning")
-    if spec is None or not spec.submodule_search_locations:
-        raise RecipeError("the package lightning is not installed: pip install lightning")
+    assert spec is not None
+    assert spec.submodule_search_locations
     path = Path(next(iter(spec.submodule_search_locations))) / "pytorch" / "trainer" / "trainer.py"
     try:
         return _classes(path)["Trainer"][1]

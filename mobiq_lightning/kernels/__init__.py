@@ -1,7 +1,8 @@
 """Products with sliced weights. The public function is `sliced_linear`; `reference` defines what is correct.
 
 `layout` brings the saved bit planes into the kernels' order; `dispatch` chooses among `decode`, `grouped` and `dequantize`;
-`prepare` is what runs in front of them. Nothing here needs Triton until a kernel is asked for.
+`prepare` is what runs in front of them. Nothing here needs Triton until a kernel is asked for. README.md in this folder is
+an introduction.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def sliced_linear(
 
     Args:
         x: (T, I) tokens; for the kernels bfloat16 or float16.
-        packed: The weight.
+        packed: Sliced weight, as it is saved or in the kernels' order.
         bits_per_token: (T,) integers, each a depth that the weight holds.
         weight_at: Only for the reference: where to take a dequantized weight (O, I) from instead of unpacking it here, for
             callers that keep them. Not used while a model is compiled.
@@ -61,7 +62,7 @@ def missing_for_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
 
     Args:
         device: Where tokens and weights are.
-        dtype: Of the tokens.
+        dtype: dtype of the tokens.
     """
     if device.type != "cuda":
         return f"they need a CUDA device, the model is on {device.type}"
@@ -82,7 +83,7 @@ def missing_for_code(code: str) -> str | None:
     """Why the Triton kernels cannot read a code, or None if they can.
 
     Args:
-        code: Its name, see `PackedWeight.code`.
+        code: Name of the code, an entry of `mobiq_lightning.packing.CODES`.
     """
     if code == PackedSlices.code:
         return None

@@ -20,9 +20,10 @@ from torch.nn import functional as F
 
 from mobiq_lightning.kernels.decode import decode, decode_columns
 from mobiq_lightning.kernels.dequantize import dequantize, dequantized_product
+from mobiq_lightning.kernels.form import Form, Prepared
 from mobiq_lightning.kernels.grouped import grouped, plan_tiles
 from mobiq_lightning.kernels.layout import ROW_BLOCK, KernelWeights
-from mobiq_lightning.kernels.prepare import Form, Prepared, prepare
+from mobiq_lightning.kernels.prepare import prepare
 from mobiq_lightning.kernels.routing import MAX_ROUTED, Routing
 from mobiq_lightning.kernels.tuning import Table, table_for
 
@@ -31,19 +32,23 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether Triton's interpreter runs the kernels, on a CPU, to check them."""
 
 
-def path_for(tokens: int, weights: KernelWeights, dtype: torch.dtype) -> Path:
-    """The product that so many tokens take.
+def path_for(tokens: int, weights: KernelWeights, dtype: torch.dtype | None) -> Path:
+    """The product that some tokens take.
 
     Args:
-        tokens: M.
-        weights: In the kernels' order.
-        dtype: Of the tokens.
+        tokens: Number of tokens M.
+        weights: Weights in the kernels' order.
+        dtype: dtype of the tokens; None if all read one depth that the host knows, because plain weights of one depth are
+            multiplied in any dtype.
+
+    Returns:
+        ``decode``, ``grouped`` or ``dequantize``.
     """
     if tokens <= MAX_ROUTED:
         return "decode"
     table = _device(weights.units.device)[1]
     # The grouped product of cuBLAS and CUTLASS takes bfloat16 rows of whole 16 bytes.
-    possible = INTERPRETED or (dtype == torch.bfloat16 and weights.in_features % 8 == 0)
+    possible = INTERPRETED or (dtype in (None, torch.bfloat16) and weights.in_features % 8 == 0)
     return "dequantize" if tokens > table.grouped_until and possible else "grouped"
 
 
@@ -58,10 +63,10 @@ def multiply(
 
     Args:
         x: (M, I) bfloat16 or float16.
-        weights: In the kernels' order.
+        weights: Weights in the kernels' order.
         bits: (M,) integers, each one of `weights.depths`.
-        index: One of the linears; by default all of them, the rows of each padded to a multiple of 128.
-        prepared: What `prepare` made of the tokens, if they are at hand.
+        index: Which of the linears is computed; by default all, the rows of each padded to a multiple of 128.
+        prepared: What `prepare` made of the tokens, if it is at hand.
 
     Returns:
         (M, rows) in the dtype of `x`.
@@ -90,9 +95,18 @@ def multiply(
 
 
 def multiply_uniform(x: Tensor, weights: KernelWeights, depth: int) -> Tensor:
-    """``y[t] = W(depth) @ x[t]`` for a depth that the host knows. Arguments and result as in `multiply`."""
+    """``y[t] = W(depth) @ x[t]`` for a depth that the host knows, so that plain weights of that depth alone are enough.
+
+    Args:
+        x: (M, I) bfloat16 or float16.
+        weights: Weights in the kernels' order.
+        depth: Bits that all tokens read, one of `weights.depths`.
+
+    Returns:
+        (M, rows) in the dtype of `x`; the rows of each linear are padded to a multiple of 128.
+    """
     tokens = x.shape[0]
-    if tokens > 0 and path_for(tokens, weights, torch.bfloat16) == "dequantize":
+    if tokens > 0 and path_for(tokens, weights, None) == "dequantize":
         with _on(x):
             return F.linear(x, dequantize(weights, depth, x.dtype))
     return multiply(x, weights, torch.full((tokens,), depth, dtype=torch.int32, device=x.device))
@@ -105,14 +119,14 @@ def route_and_prepare(
     norm: tuple[Tensor, float] | None = None,
     up: Tensor | None = None,
 ) -> tuple[Tensor, Prepared]:
-    """Norm or gating, router and preparation in one launch; see `prepare`.
+    """Runs norm or gating, the router, and the preparation for products with `weights` in one launch.
 
     Args:
-        x: (M, I), M up to `MAX_ROUTED`.
-        weights: In the kernels' order.
-        routing: Router, thresholds and counters.
-        norm: Weight and epsilon of an RMS norm in front.
-        up: Second factor of a gated input.
+        x: (M, I) tokens, up to `MAX_ROUTED`; in front of the norm if `norm` is given, the gate's output if `up` is.
+        weights: Weights in the kernels' order.
+        routing: The router, its thresholds, and counters of what it decides.
+        norm: Weight (I,) and epsilon of an RMS norm that comes first.
+        up: (M, I) second factor of a gated input.
 
     Returns:
         The tokens (M, I) that the linears are given; the prepared ones, with their depths.
@@ -124,7 +138,7 @@ def route_and_prepare(
 
 @functools.cache
 def _device(device: torch.device) -> tuple[tuple[int, int], Table, int]:
-    """Compute capability, table and streaming multiprocessors."""
+    """Compute capability, tuned table and number of streaming multiprocessors of a device."""
     if INTERPRETED:
         return (9, 0), table_for("interpreter"), 4
     properties = torch.cuda.get_device_properties(device)

@@ -9,21 +9,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mobiq_lightning.kernels.layout import TILE_COLUMNS, KernelWeights
-from mobiq_lightning.kernels.prepare import Prepared
-from mobiq_lightning.kernels.step import centre_of, multiply_step
+from mobiq_lightning.kernels.form import Prepared
+from mobiq_lightning.kernels.layout import ROW_BLOCK, WORDS_PER_ROW, KernelWeights
+from mobiq_lightning.kernels.step import TWO_UNITS, UPPER_BIT, centre_of, multiply_tile, next_tile
 
-_TILE = tl.constexpr(TILE_COLUMNS)
+_ROW_BLOCK = tl.constexpr(ROW_BLOCK)
+_WORDS = tl.constexpr(WORDS_PER_ROW)
 _DEEPEST = 8
 BLOCK_ROWS, BLOCK_TOKENS, WARPS = 128, 64, 8
-"""Of a program; tiles of 128 tokens spill registers."""
-WEIGHT_BLOCKS_TOGETHER = 8
+"""Rows, tokens and warps of a program; with tiles of 128 tokens it would spill registers."""
+ROW_BLOCKS_TOGETHER = 8
 """Row blocks that all tiles of tokens go through before the next ones, so that their units stay in the cache."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Which tokens a tile takes. Made on the device, with shapes that depend on the number of tokens alone.
+    """Which tokens each tile of a grouped product takes, made on the device.
+
+    Its shapes depend on the number of tokens alone, so that the host need not know how they were routed.
 
     Args:
         order: (M,) int32, tokens sorted by depth.
@@ -45,7 +48,7 @@ def plan_tiles(bits: Tensor, n_depths: int, block: int) -> Plan:
 
     Args:
         bits: (M,) int32 depths, 1 to 8.
-        n_depths: How many different ones there may be.
+        n_depths: How many different depths there may be.
         block: Tokens of a tile.
     """
     tokens = bits.numel()
@@ -84,79 +87,98 @@ def grouped_kernel(
     meta,
     y,
     M,
-    R,
-    NY,
+    N,
+    N_OUT,
     T,
     block0,
     BN: tl.constexpr,
     BM: tl.constexpr,
-    NS: tl.constexpr,
-    TOGETHER: tl.constexpr,
-    STEP: tl.constexpr,
-    SUB: tl.constexpr,
-    BACK: tl.constexpr,
-    KW4: tl.constexpr,
-    ODD: tl.constexpr,
+    BK: tl.constexpr,
+    STAGES: tl.constexpr,
+    ROW_BLOCKS_TOGETHER: tl.constexpr,
+    HAS_ODD_DEPTHS: tl.constexpr,
+    CODES_ARE_SUBNORMAL: tl.constexpr,
+    MMA_SYNC_ORDER: tl.constexpr,
+    UNSCALE: tl.constexpr,
 ):
-    """One program: BN rows, one tile of BM tokens. Arguments as in `decode_kernel` and `Plan`."""
-    DT: tl.constexpr = x_one.dtype.element_ty
-    NB: tl.constexpr = BN // 16
-    PIECES: tl.constexpr = _TILE // STEP
-    row_blocks = NY // BN
+    """Multiplies one tile of up to BM tokens, all of one depth, with BN rows of the weights.
+
+    Args:
+        x_one: (M, T * 128) tokens prepared for one unit at a time.
+        x_two: (M, T * 128) tokens prepared for two units at once.
+        sums: (T * 128 / BK, M) float32 sums of the tokens over each step of columns.
+        order: (M,) int32, tokens sorted by depth.
+        tile_depth: (P,) int32 depth of each of P tiles of tokens; 0 for tiles that are left over.
+        tile_start: (P,) int32, where in `order` each tile begins.
+        tile_count: (P,) int32, how many tokens each tile has.
+        units: (U, T, N * 8) int32 words, see `KernelWeights`.
+        meta: (T * 128 / BK, N) int32 words of scale and bias, see `KernelWeights`.
+        y: (M, N_OUT) result; its column 0 is the first row of block `block0`.
+        M: Tokens.
+        N: Padded rows of the weights.
+        N_OUT: Padded rows that are computed.
+        T: Tiles of 128 columns.
+        block0: First block of 128 rows that is computed.
+        BN: Rows of a program.
+        BM: Tokens of a tile.
+        BK: Columns that are multiplied before a scale is applied: 32, 64 or 128.
+        STAGES: Stages of the software pipeline.
+        ROW_BLOCKS_TOGETHER: Row blocks that all tiles of tokens go through before the next ones.
+        HAS_ODD_DEPTHS: Whether a tile may read the upper bit of a unit alone.
+        CODES_ARE_SUBNORMAL: Whether codes are used as subnormal floating-point numbers instead of being converted.
+        MMA_SYNC_ORDER: Whether tokens were prepared in the order that ``mma.sync`` wants, instead of that of ``wgmma``.
+        UNSCALE: Factor of the sums that makes codes worth what they are.
+    """
+    DTYPE: tl.constexpr = x_one.dtype.element_ty
+    row_blocks = N_OUT // BN
     tiles = tl.num_programs(0) // row_blocks
     pid = tl.program_id(0)
-    width = TOGETHER * tiles
-    first = (pid // width) * TOGETHER
-    together = tl.minimum(row_blocks - first, TOGETHER)
+    width = ROW_BLOCKS_TOGETHER * tiles
+    first = (pid // width) * ROW_BLOCKS_TOGETHER
+    together = tl.minimum(row_blocks - first, ROW_BLOCKS_TOGETHER)
     pn = first + (pid % width) % together
     pt = (pid % width) // together
     depth = tl.load(tile_depth + pt)
     if depth != 0:
-        rm = tl.arange(0, BM)
-        rw = tl.arange(0, BN * 8)
-        ry = pn * BN + tl.arange(0, BN)
-        rn = block0 * 128 + ry
-        live = rm < tl.load(tile_count + pt)
-        token = tl.load(order + tl.load(tile_start + pt) + rm, mask=live, other=0).to(tl.int64)
-        base = units + (block0 * 128 + pn * BN) * 8
-        stride = T * R * 8
+        i = tl.arange(0, BM)  # [BM]
+        word = tl.arange(0, BN * _WORDS)  # [BN * 8]
+        n_out = pn * BN + tl.arange(0, BN)  # [BN]
+        n = block0 * _ROW_BLOCK + n_out  # [BN]
+        is_token = i < tl.load(tile_count + pt)  # [BM]
+        m = tl.load(order + tl.load(tile_start + pt) + i, mask=is_token, other=0).to(tl.int64)  # [BM]
+        base = units + (block0 * _ROW_BLOCK + pn * BN) * _WORDS
+        unit_stride = T * N * _WORDS
         centre = centre_of(depth)
-        whole = depth // 2
+        whole_units = depth // 2
         acc = tl.zeros([BN, BM], dtype=tl.float32)
-        columns = tl.arange(0, STEP)
 
         t = 0
         unit = 0
-        for _ in tl.range(0, T * ((whole + 1) // 2), num_stages=NS):
-            at = base + unit * stride + t * R * 8 + rw
-            a = tl.load(at)
+        for _ in tl.range(0, T * ((whole_units + 1) // 2), num_stages=STAGES):
+            at = base + unit * unit_stride + t * N * _WORDS + word  # [BN * 8]
+            words = tl.load(at)  # [BN * 8]
             # A unit that these tokens do not need is neither read nor counted.
-            b = tl.load(at + stride, mask=rw >= tl.where(unit + 1 < whole, 0, BN * 8), other=0)
-            for piece in tl.static_range(PIECES):
-                step = t * PIECES + piece
-                where = token[:, None] * (T * _TILE) + (step * STEP + columns)[None, :]
-                xv = tl.load(x_two + where, mask=live[:, None], other=0.0)
-                xg = tl.load(sums + step * M + token, mask=live, other=0.0)
-                mv = tl.load(meta + step * R + rn)
-                acc = multiply_step(acc, a, b, xv, xg, centre, mv, unit, piece, 2, NB, STEP, SUB, KW4, DT)
-            t += 1
-            wrapped = t == T
-            t = tl.where(wrapped, 0, t)
-            unit = tl.where(wrapped, unit + 2, unit)
+            is_read = word >= tl.where(unit + 1 < whole_units, 0, BN * _WORDS)  # [BN * 8]
+            next_words = tl.load(at + unit_stride, mask=is_read, other=0)  # [BN * 8]
+            acc = multiply_tile(
+                acc, words, next_words, x_two, sums, meta, is_token, centre, m, n, t, unit, M, T, N,
+                PASS=TWO_UNITS, BN=BN, BK=BK,
+                CODES_ARE_SUBNORMAL=CODES_ARE_SUBNORMAL, MMA_SYNC_ORDER=MMA_SYNC_ORDER, DTYPE=DTYPE,
+            )  # fmt: skip
+            t, unit = next_tile(t, unit, unit + 2, 0, T, 1)
 
-        if ODD:
-            for t in tl.range(0, T * (depth % 2), num_stages=NS):
-                a = tl.load(base + whole * stride + t * R * 8 + rw)
-                for piece in tl.static_range(PIECES):
-                    step = t * PIECES + piece
-                    where = token[:, None] * (T * _TILE) + (step * STEP + columns)[None, :]
-                    xv = tl.load(x_one + where, mask=live[:, None], other=0.0)
-                    xg = tl.load(sums + step * M + token, mask=live, other=0.0)
-                    mv = tl.load(meta + step * R + rn)
-                    acc = multiply_step(acc, a, a, xv, xg, centre, mv, whole, piece, 1, NB, STEP, SUB, KW4, DT)
+        if HAS_ODD_DEPTHS:
+            for t in tl.range(0, T * (depth % 2), num_stages=STAGES):
+                words = tl.load(base + whole_units * unit_stride + t * N * _WORDS + word)  # [BN * 8]
+                acc = multiply_tile(
+                    acc, words, words, x_one, sums, meta, is_token, centre, m, n, t, whole_units, M, T, N,
+                    PASS=UPPER_BIT, BN=BN, BK=BK,
+                    CODES_ARE_SUBNORMAL=CODES_ARE_SUBNORMAL, MMA_SYNC_ORDER=MMA_SYNC_ORDER, DTYPE=DTYPE,
+                )  # fmt: skip
 
-        acc = acc * BACK
-        tl.store(y + token[None, :] * NY + ry[:, None], acc.to(y.dtype.element_ty), mask=live[None, :])
+        acc = acc * UNSCALE
+        at = y + m[None, :] * N_OUT + n_out[:, None]  # [BN, BM]
+        tl.store(at, acc.to(y.dtype.element_ty), mask=is_token[None, :])
 
 
 def grouped(
@@ -167,48 +189,48 @@ def grouped(
     dtype: torch.dtype | None = None,
     block: int = BLOCK_TOKENS,
 ) -> Tensor:
-    """Tokens times weights.
+    """Multiplies any number of tokens with a sliced weight, each at its own depth.
 
     Args:
-        x: Any number of tokens, prepared for this product.
-        weights: In the kernels' order, on the same device.
+        x: M tokens, prepared for this product.
+        weights: Weights in the kernels' order, on the same device.
         block0: First block of 128 padded rows that is computed.
-        rows: Padded rows from there on; by default all.
-        dtype: Of the result; by default that of the tokens.
+        rows: Padded rows that are computed from there on; by default all.
+        dtype: dtype of the result; by default that of the tokens.
         block: Tokens of a tile.
 
     Returns:
         (M, rows).
     """
-    rows = weights.rows - block0 * 128 if rows is None else rows
+    rows = weights.rows - block0 * ROW_BLOCK if rows is None else rows
     tokens = x.bits.shape[0]
     y = torch.empty(tokens, rows, dtype=dtype or x.dtype, device=x.bits.device)
     plan = plan_tiles(x.bits, len(weights.depths), block)
     grouped_kernel[(rows // BLOCK_ROWS * len(plan.depth),)](
-        x.one,
-        x.two,
-        x.sums,
-        plan.order,
-        plan.depth,
-        plan.start,
-        plan.count,
-        weights.units,
-        weights.meta,
-        y,
-        tokens,
-        weights.rows,
-        rows,
-        weights.tiles,
-        block0,
+        x_one=x.one,
+        x_two=x.two,
+        sums=x.sums,
+        order=plan.order,
+        tile_depth=plan.depth,
+        tile_start=plan.start,
+        tile_count=plan.count,
+        units=weights.units,
+        meta=weights.meta,
+        y=y,
+        M=tokens,
+        N=weights.rows,
+        N_OUT=rows,
+        T=weights.tiles,
+        block0=block0,
         BN=BLOCK_ROWS,
         BM=block,
-        NS=3,
-        TOGETHER=WEIGHT_BLOCKS_TOGETHER,
-        STEP=weights.step,
-        SUB=int(x.form.sub),
-        BACK=x.form.back,
-        KW4=int(x.form.kw4),
-        ODD=int(any(depth % 2 for depth in weights.depths)),
+        BK=weights.step,
+        STAGES=3,
+        ROW_BLOCKS_TOGETHER=ROW_BLOCKS_TOGETHER,
+        HAS_ODD_DEPTHS=any(depth % 2 for depth in weights.depths),
+        CODES_ARE_SUBNORMAL=x.form.codes_are_subnormal,
+        MMA_SYNC_ORDER=x.form.mma_sync_order,
+        UNSCALE=x.form.unscale,
         num_warps=WARPS,
         enable_fp_fusion=True,
     )

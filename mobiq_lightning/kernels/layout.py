@@ -7,8 +7,9 @@ columns become a *tile* of 128 words that one warp reads with one 16-byte load p
     word ((r * 4 + t) * 2 + h) * 2 + c,   bits 16 p + 2 j, + 1    holds    row 8 h + r,   column 64 c + 8 j + 2 t + p
 
 with r < 8, t < 4, h < 2, c < 2, j < 8, p < 2. ``(word >> shift) & 0x00030003`` then is a pair of neighbouring columns in the
-place where the operand of `mma` wants it. Only units that some token needs are read: a token at an odd depth reads one bit
-of its last unit, but the traffic of that unit is that of two.
+place where the operand of `mma` wants it. README.md in this folder goes through it with an example.
+
+Axes here and in the kernels: U units, T tiles of 128 columns, N padded rows of all linears, O and I the features of one.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from mobiq_lightning.packing import PackedSlices, PackedWeight, depths_of, pack_
 
 TILE_COLUMNS = 128
 TILE_ROWS = 16
+WORDS_PER_ROW = 8
+"""32-bit words that a row takes of a tile: sixteen 2-bit codes lie in one."""
 ROW_BLOCK = 128
 """Rows of each linear are padded to a multiple of it, so that a program works for one linear alone."""
 COLUMN_BLOCK = 256
@@ -35,10 +38,10 @@ class KernelWeights:
     """Sliced weights of the linears that share an input, their rows one below the other, in the kernels' order.
 
     Args:
-        units: (U, T, R * 8) int32: 2-bit codes of U units, T tiles along the columns, R padded rows.
-        meta: (T * 128 / step, R) int32: for each step of columns and each row, the bits of the bfloat16 scale in the low
+        units: (U, T, N * 8) int32: 2-bit codes of U units, T tiles along the columns, N padded rows.
+        meta: (T * 128 / step, N) int32: for each step of columns and each row, the bits of the bfloat16 scale in the low
             half, those of the bias in the high half.
-        counters: (R / 16,) int32 zeros: how many programs have finished a block of rows. Kernels leave them at zero, so
+        counters: (N / 16,) int32 zeros: how many programs have finished a block of rows. Kernels leave them at zero, so
             one weight must not be used by two streams at once.
         out_features: Rows of each linear, unpadded.
         in_features: I.
@@ -56,12 +59,12 @@ class KernelWeights:
 
     @property
     def rows(self) -> int:
-        """R."""
+        """Padded rows N of all linears together."""
         return self.meta.shape[1]
 
     @property
     def tiles(self) -> int:
-        """T."""
+        """Tiles T of 128 columns, a whole number of pairs."""
         return self.units.shape[1]
 
     @property
@@ -97,13 +100,17 @@ class KernelWeights:
         return 4 * (units * self.units[0].numel() + self.meta.numel())
 
     def to(self, device: torch.device | str) -> KernelWeights:
-        """The same on another device."""
+        """The weights on another device."""
         moved = {name: getattr(self, name).to(device) for name in ("units", "meta", "counters")}
         return replace(self, **moved)
 
 
 def padded_group(group_size: int) -> int:
-    """Columns that a group takes in the kernels' order; those after the group's own are empty."""
+    """Columns that a group takes in the kernels' order; those after the group's own are empty.
+
+    Args:
+        group_size: Columns that share a scale.
+    """
     return next((step for step in _STEPS if group_size <= step), _padded(group_size, TILE_COLUMNS))
 
 
@@ -111,7 +118,7 @@ def relay(weights: Sequence[PackedWeight]) -> KernelWeights:
     """Brings the saved weights of linears that share an input into the kernels' order.
 
     Args:
-        weights: The linears' weights; of one input, group size and slicing, in the nested code.
+        weights: Weights of the linears, all of one input, group size and slicing, in the nested code.
 
     Raises:
         ValueError: If they are in another code, differ in what they must share, or are too large for 32-bit offsets.
@@ -142,7 +149,7 @@ def restore(weights: KernelWeights, index: int) -> PackedSlices:
     """The saved form of one of the linears; what `relay` was given, bit by bit.
 
     Args:
-        weights: In the kernels' order.
+        weights: Weights in the kernels' order.
         index: Which of the linears.
     """
     start, rows = weights.row_starts[index], weights.out_features[index]
@@ -158,8 +165,7 @@ def restore(weights: KernelWeights, index: int) -> PackedSlices:
 
     return PackedSlices(
         tuple(pack_planes(codes.to(torch.uint8), n_bits).unbind()),
-        half(_signed(meta & 0xFFFF, 16)),
-        half(meta >> 16),
+        (half(_signed(meta & 0xFFFF, 16)), half(meta >> 16)),
         weights.in_features,
         weights.group_size,
         weights.slice_bits,
@@ -167,7 +173,16 @@ def restore(weights: KernelWeights, index: int) -> PackedSlices:
 
 
 def codes_of(weights: KernelWeights, start: int, rows: int) -> Tensor:
-    """Codes (rows, I) int32 of all units, 2 U bits each, of the padded rows from `start` on."""
+    """Codes as the planes hold them, read back from the kernels' order.
+
+    Args:
+        weights: Weights in the kernels' order.
+        start: First padded row.
+        rows: How many rows.
+
+    Returns:
+        (rows, I) int32, 2 U bits each.
+    """
     n_units, tiles = weights.units.shape[:2]
     first, last = start // TILE_ROWS, -(-(start + rows) // TILE_ROWS)
     words = weights.units.view(n_units, tiles, -1, 8, 4, 2, 2)[:, :, first:last]  # u g nb r t h c
@@ -185,7 +200,11 @@ def codes_of(weights: KernelWeights, start: int, rows: int) -> Tensor:
 
 
 def column_map(weights: KernelWeights) -> Tensor:
-    """For each column in the kernels' order the column of the input that it holds, or -1 where it is empty: int64."""
+    """Which column of the input each column in the kernels' order holds.
+
+    Returns:
+        (T * 128,) int64, -1 where a column is empty.
+    """
     column = torch.arange(weights.tiles * TILE_COLUMNS, device=weights.units.device)
     within = column % weights.padded_group
     source = column // weights.padded_group * weights.group_size + within
@@ -193,7 +212,7 @@ def column_map(weights: KernelWeights) -> Tensor:
 
 
 def _units(packed: PackedSlices) -> Tensor:
-    """(U, T, R * 8) of one linear."""
+    """`KernelWeights.units` (U, T, N * 8) of one linear."""
     n_bits = len(packed.planes)
     codes = unpack_codes(list(packed.planes), packed.in_features).to(torch.int32)
     codes = _spread_groups(codes, packed)
@@ -214,7 +233,7 @@ def _units(packed: PackedSlices) -> Tensor:
 
 
 def _meta(packed: PackedSlices, tiles: int) -> Tensor:
-    """(T * 128 / step, R) of one linear."""
+    """`KernelWeights.meta` (T * 128 / step, N) of one linear."""
     padded = padded_group(packed.group_size)
     step = min(padded, TILE_COLUMNS)
 

@@ -89,7 +89,7 @@ def _sliced_linear(
     code: str,
 ) -> Tensor:
     """`reference_linear` as one operator: which depths occur is data, which a compiler cannot look through."""
-    packed = CODES[code].of(tuple(planes), values, in_features, group_size, tuple(slice_bits))
+    packed = CODES[code](tuple(planes), tuple(values), in_features, group_size, tuple(slice_bits))
     return reference_linear(x, packed, bits_per_token)
 
 

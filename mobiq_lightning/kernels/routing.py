@@ -19,10 +19,10 @@ class TwoLayerWeights:
     """Weights of a router ``score(silu(hidden([x / rms(x), log rms(x)])))``.
 
     Args:
-        hidden_weight: (H, I + 1).
-        hidden_bias: (H,).
-        score_weight: (S - 1, H).
-        score_bias: (S - 1,).
+        hidden_weight: (H, I + 1); the last column is multiplied with log rms(x).
+        hidden_bias: (H,) bias of the hidden layer.
+        score_weight: (S - 1, H); the first slice is always read and has no score.
+        score_bias: (S - 1,) bias of the scores.
     """
 
     hidden_weight: Tensor
@@ -33,14 +33,14 @@ class TwoLayerWeights:
 
 @dataclass(frozen=True)
 class RouterWeights:
-    """The same in the kernels' order, float32.
+    """Weights of a router of two layers in the kernels' order, float32.
 
     Args:
-        hidden: (T * 128, W): weights of the columns, in the order of the prepared tokens' source; W is H padded.
+        hidden: (T * 128, W): weights of the columns in the kernels' order, before `prepare` places them; W is H padded.
         small: Rows of W: weights of log(rms), biases of the hidden layer, weights of each score; then the scores' biases.
         depths: (S,) int32, bits read with 1, 2, ... slices.
         counters: (65,) int32 zeros; a router must not be used by two streams at once.
-        width: W.
+        width: Units W of the hidden layer, padded to a power of two of at least 16.
     """
 
     hidden: Tensor
@@ -55,7 +55,7 @@ class Routing:
     """A router with where its dial stands and what it counts.
 
     Args:
-        router: Its weights.
+        router: Weights of the router.
         thresholds: (R,) float32, one for each row of the batch, or one.
         bits_read: (R,) int64, increased by the bits that tokens read.
         tokens_read: (R,) int64, increased by the tokens.
@@ -74,7 +74,7 @@ def relay_router(router: TwoLayerWeights, weights: KernelWeights) -> RouterWeigh
 
     Args:
         router: Scores at least the slices that `weights` holds.
-        weights: Of the linears that it decides for.
+        weights: Weights of the linears that it decides for, in the kernels' order.
     """
     hidden = router.hidden_weight.detach().float()
     n_hidden, columns = hidden.shape

@@ -26,7 +26,7 @@ class DecodeConfig:
     Args:
         block_rows: Rows of a program: 64 or 128.
         tiles_per_iteration: Tiles of 128 columns that a program reads at once: 1 or 2.
-        stages: Of the software pipeline.
+        stages: Stages of the software pipeline.
         programs_per_processor: Programs per streaming multiprocessor that columns are split for.
     """
 
@@ -51,7 +51,13 @@ class Table:
     source: str
 
     def decode_config(self, columns: int, rows: int, in_features: int) -> DecodeConfig:
-        """For a product of up to `columns` tokens with weights (rows, in_features)."""
+        """The configuration for a product: that of its shape, or that of its number of tokens.
+
+        Args:
+            columns: Columns of the tensor core's product: 8, 16, 32 or 64.
+            rows: Padded rows of the weights.
+            in_features: Columns of the weights.
+        """
         exact = self.decode.get(f"{columns}:{rows}:{in_features}")
         return exact or self.decode[str(columns)]
 
@@ -75,7 +81,7 @@ def table_for(device_name: str) -> Table:
 
 
 def file_name(device_name: str) -> str:
-    """``NVIDIA H200`` -> ``nvidia-h200``."""
+    """Name of a table's file without its ending: ``NVIDIA H200`` becomes ``nvidia-h200``."""
     return "-".join(device_name.lower().split())
 
 
@@ -84,7 +90,7 @@ def table_json(decode: Mapping[str, DecodeConfig], grouped_until: int, measured:
 
     Args:
         decode: Configurations by key.
-        grouped_until: See `Table`.
+        grouped_until: Tokens up to which the grouped product is used.
         measured: Machine, versions and date of the measurement.
     """
     return {

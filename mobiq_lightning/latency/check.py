@@ -6,12 +6,8 @@ import torch
 from torch import Tensor
 
 from mobiq_lightning.errors import KernelError
-from mobiq_lightning.kernels import dispatch, relay
-from mobiq_lightning.kernels.decode import decode, decode_columns
-from mobiq_lightning.kernels.dequantize import dequantize
-from mobiq_lightning.kernels.grouped import grouped
+from mobiq_lightning.kernels import relay
 from mobiq_lightning.kernels.layout import KernelWeights
-from mobiq_lightning.kernels.prepare import prepare
 from mobiq_lightning.kernels.routing import MAX_ROUTED
 from mobiq_lightning.kernels.tuning import table_for
 from mobiq_lightning.latency.kernel_products import form_for
@@ -43,6 +39,8 @@ def check_kernels(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
         KernelError: If one is off, naming kernel, sizes and error; or if the tensor cores drop subnormal numbers, which
             the kernels unpack codes into.
     """
+    from mobiq_lightning.kernels.dequantize import dequantize
+
     if device.type == "cuda":
         check_subnormals(device)
     generator = torch.Generator(device).manual_seed(0)
@@ -73,9 +71,14 @@ def products_in_float32(x: Tensor, weights: KernelWeights, bits: Tensor) -> dict
         weights: In the kernels' order.
         bits: (M,) int32.
     """
+    from mobiq_lightning.kernels.decode import decode, decode_columns
+    from mobiq_lightning.kernels.dispatch import INTERPRETED
+    from mobiq_lightning.kernels.grouped import grouped
+    from mobiq_lightning.kernels.prepare import prepare
+
     prepared = prepare(x, weights, form_for(x), bits)[1]
-    name = "interpreter" if dispatch.INTERPRETED else torch.cuda.get_device_name(x.device)
-    processors = 4 if dispatch.INTERPRETED else torch.cuda.get_device_properties(x.device).multi_processor_count
+    name = "interpreter" if INTERPRETED else torch.cuda.get_device_name(x.device)
+    processors = 4 if INTERPRETED else torch.cuda.get_device_properties(x.device).multi_processor_count
     found: dict[str, Tensor] = {}
     if len(x) <= MAX_ROUTED:
         config = table_for(name).decode_config(decode_columns(len(x)), weights.rows, weights.in_features)

@@ -18,7 +18,6 @@ from mobiq_lightning.kernels import missing_for_code, missing_for_kernels
 from mobiq_lightning.latency import report, sections
 from mobiq_lightning.latency.journal import PLOT, RESULTS, Journal
 from mobiq_lightning.latency.shapes import Shape, parse_shapes, shapes_of_checkpoint
-from mobiq_lightning.latency.targets import beside_targets
 from mobiq_lightning.latency.timing import CACHES, MAX_COPIES, Clock, cache_bytes
 from mobiq_lightning.latency.whole_model import model
 
@@ -70,7 +69,7 @@ def measure(
         for name in wanted:
             _run_section(name, journal, products, listed)
     finally:
-        journal.put("targets", beside_targets(journal.rows))
+        journal.save()  # what is known is on disk even if the first section failed
     if report.has_plot(journal.rows):
         write_atomically(folder / PLOT, lambda file: report.plot(journal.content, file))
     report.print_report(journal)

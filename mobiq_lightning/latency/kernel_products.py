@@ -1,4 +1,7 @@
-"""The products of the Triton kernels, and what stands beside them: other libraries' on the same machine."""
+"""The products of the Triton kernels, and what stands beside them: other libraries' on the same machine.
+
+Kernels are imported where they are called, so that every module of `latency` can be imported without Triton.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mobiq_lightning.kernels import dispatch
+from mobiq_lightning.kernels.form import Form, Prepared
 from mobiq_lightning.kernels.layout import KernelWeights, relay
-from mobiq_lightning.kernels.prepare import Form, Prepared, prepare
 from mobiq_lightning.latency.journal import Candidate
 from mobiq_lightning.latency.reference_products import launches_for, plain_product
 from mobiq_lightning.latency.shapes import Shape
@@ -42,11 +44,13 @@ class KernelProducts:
 
     def weights(self, shape: Shape) -> list[KernelWeights]:
         """Random weights to rotate over, made once as long as the shape stays."""
+        from mobiq_lightning.kernels.dispatch import INTERPRETED
+
         if self._weights is None or self._weights[0] != shape:
             self._weights = None  # before there are others
             first = random_kernel_weights(shape, self.device, self.generator)
             read = first.bytes_read(shape.depths[0])
-            copies = 2 if dispatch.INTERPRETED else copies_for(read, cache_bytes(self.device))
+            copies = 2 if INTERPRETED else copies_for(read, cache_bytes(self.device))
             more = (random_kernel_weights(shape, self.device, self.generator) for _ in range(copies - 1))
             self._weights = (shape, [first, *more])
         return self._weights[1]
@@ -78,6 +82,8 @@ class KernelProducts:
                 yield f"gemlite-{bits}", partial(gemlite_product, shape, x, bits)
 
     def _preparation(self, shape: Shape, x: Tensor) -> Candidate:
+        from mobiq_lightning.kernels.prepare import prepare
+
         weights = self.weights(shape)[0]
         bits = torch.full((x.shape[0],), shape.depths[0], dtype=torch.int32, device=x.device)
         form = form_for(x)
@@ -93,21 +99,33 @@ def elastic_product(x: Tensor, weights: Sequence[KernelWeights], bits: list[int]
         bits: Depth of each token. An odd one reads the whole unit of two planes that its last bit is in, and
             `Candidate.n_bytes` counts it.
     """
+    from mobiq_lightning.kernels.dispatch import multiply
+
     prepared = prepared_for(x, weights[0], bits)
-    calls = [partial(dispatch.multiply, x, w, prepared.bits, None, prepared) for w in weights]
+    calls = [partial(multiply, x, w, prepared.bits, None, prepared) for w in weights]
     label = bits[0] if len(set(bits)) == 1 else "mixed"
     return Candidate("elastic", label, weights[0].bytes_read(max(bits)), [*calls], launches_for(x))
 
 
 def prepared_for(x: Tensor, weights: KernelWeights, bits: list[int]) -> Prepared:
-    """Tokens as the products want them."""
+    """Tokens as the products want them.
+
+    Args:
+        x: (M, I) tokens.
+        weights: Weights that they are multiplied with, in the kernels' order.
+        bits: Depth of each token.
+    """
+    from mobiq_lightning.kernels.prepare import prepare
+
     return prepare(x, weights, form_for(x), torch.tensor(bits, dtype=torch.int32, device=x.device))[1]
 
 
 def form_for(x: Tensor) -> Form:
     """Order and scale of tokens on their device."""
-    capability = (9, 0) if dispatch.INTERPRETED else torch.cuda.get_device_capability(x.device)
-    return Form.of(x.shape[0], x.dtype, capability, dispatch.INTERPRETED)
+    from mobiq_lightning.kernels.dispatch import INTERPRETED
+
+    capability = (9, 0) if INTERPRETED else torch.cuda.get_device_capability(x.device)
+    return Form.of(x.shape[0], x.dtype, capability, INTERPRETED)
 
 
 def random_kernel_weights(shape: Shape, device: torch.device, generator: torch.Generator) -> KernelWeights:
@@ -131,7 +149,7 @@ def _outline(shape: Shape, rows: int) -> PackedSlices:
     plane = torch.empty(rows, -(-shape.in_features // 8), dtype=torch.uint8, device="meta")
     scale = torch.empty(rows, n_groups(shape.in_features, shape.group_size), dtype=torch.bfloat16, device="meta")
     planes = (plane,) * shape.depths[-1]
-    return PackedSlices(planes, scale, scale, shape.in_features, shape.group_size, shape.slice_bits)
+    return PackedSlices(planes, (scale, scale), shape.in_features, shape.group_size, shape.slice_bits)
 
 
 def int4_product(shape: Shape, x: Tensor, generator: torch.Generator) -> Candidate:

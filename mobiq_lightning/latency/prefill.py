@@ -9,10 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mobiq_lightning.kernels.dequantize import dequantize, dequantized_product
-from mobiq_lightning.kernels.grouped import grouped, plan_tiles
 from mobiq_lightning.kernels.layout import KernelWeights
-from mobiq_lightning.kernels.prepare import prepare
 from mobiq_lightning.kernels.routing import MAX_ROUTED
 from mobiq_lightning.latency.journal import Candidate, Journal
 from mobiq_lightning.latency.kernel_products import KernelProducts, form_for
@@ -65,27 +62,47 @@ def grouped_tokens(x: Tensor, weights: Sequence[KernelWeights], bits: list[int])
 
 
 def dequantized_uniform(x: Tensor, weights: Sequence[KernelWeights], bits: list[int]) -> Candidate:
-    """Plain weights at the one depth of all tokens, then cuBLAS. Arguments as in `grouped_tokens`."""
+    """Plain weights at the one depth of all tokens, then cuBLAS.
+
+    Args:
+        x: (M, I) tokens.
+        weights: Weights to rotate over.
+        bits: Depth of each token, all the same.
+    """
     calls = [partial(_uniform, x, w, bits[0]) for w in _few(x, weights)]
     return _candidate("dequantized", x, weights[0], bits, calls)
 
 
 def dequantized_mixed(x: Tensor, weights: Sequence[KernelWeights], bits: list[int]) -> Candidate:
-    """Plain weights at every depth, then one grouped product over sorted tokens. Arguments as in `grouped_tokens`."""
+    """Plain weights at every depth, then one grouped product over sorted tokens.
+
+    Args:
+        x: (M, I) tokens.
+        weights: Weights to rotate over.
+        bits: Depth of each token.
+    """
     depths = torch.tensor(bits, dtype=torch.int32, device=x.device)
     calls = [partial(_mixed, x, w, depths) for w in _few(x, weights)]
     return _candidate("dequantized", x, weights[0], bits, calls)
 
 
 def _grouped(x: Tensor, weights: KernelWeights, depths: Tensor) -> Tensor:
+    from mobiq_lightning.kernels.grouped import grouped
+    from mobiq_lightning.kernels.prepare import prepare
+
     return grouped(prepare(x, weights, form_for(x), depths)[1], weights)
 
 
 def _uniform(x: Tensor, weights: KernelWeights, depth: int) -> Tensor:
+    from mobiq_lightning.kernels.dequantize import dequantize
+
     return F.linear(x, dequantize(weights, depth, x.dtype))
 
 
 def _mixed(x: Tensor, weights: KernelWeights, depths: Tensor) -> Tensor:
+    from mobiq_lightning.kernels.dequantize import dequantized_product
+    from mobiq_lightning.kernels.grouped import plan_tiles
+
     return dequantized_product(x, weights, plan_tiles(depths, len(weights.depths), MAX_ROUTED))
 
 

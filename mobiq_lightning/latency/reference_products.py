@@ -95,8 +95,7 @@ def random_slices(shape: Shape, rows: int, device: torch.device, generator: torc
     bias = (torch.rand(rows, groups, **place) - 0.5) * 0.02  # type: ignore[call-overload]
     return PackedSlices(
         tuple(planes),
-        scale.to(torch.bfloat16),
-        bias.to(torch.bfloat16),
+        (scale.to(torch.bfloat16), bias.to(torch.bfloat16)),
         shape.in_features,
         shape.group_size,
         shape.slice_bits,

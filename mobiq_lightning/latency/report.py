@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from mobiq_lightning.console import table_console
 from mobiq_lightning.latency.journal import Journal, Row
-from mobiq_lightning.latency.targets import NOT_MEASURED, TARGETS
 
 TITLES = {
     "decode": "one token",
@@ -22,8 +20,8 @@ TITLES = {
 
 
 def print_report(journal: Journal) -> None:
-    """Prints every section that was measured, what could not be, and the targets."""
-    output = console()
+    """Prints every section that was measured, and what could not be."""
+    output = table_console()
     for section, title in TITLES.items():
         rows = [row for row in journal.rows if row["section"] == section]
         if rows:
@@ -32,32 +30,6 @@ def print_report(journal: Journal) -> None:
         output.print(line, highlight=False)
     for left in journal.not_measured:
         output.print(f"Not measured: {left}", highlight=False)
-    print_targets(journal, output)
-
-
-def print_targets(journal: Journal, output: Console) -> None:
-    """Prints the targets beside what was measured; a line of it where no kernel was."""
-    if journal.path != "kernels":
-        output.print(
-            f"The {len(TARGETS)} targets of the kernels, set for an H200, are not measured: they need a CUDA device.",
-            highlight=False,
-        )
-        return
-    table = Table(title=f"Targets, set for an H200; measured on {journal.head['environment']['device']}")
-    for column in ("figure", "good", "world class", "measured", ""):
-        table.add_column(column, justify="left" if column in ("figure", "") else "right", no_wrap=True)
-    for target in TARGETS:
-        verdict = target.verdict(journal.rows)
-        style = {"missed": "red", "not measured": "dim"}.get(verdict, "green")
-        measured = target.text(target.value(journal.rows))
-        bounds = (target.text(target.good), target.text(target.world_class))
-        table.add_row(target.name, *bounds, measured, f"[{style}]{verdict}[/]")
-    output.print(table)
-
-
-def console() -> Console:
-    """Wide enough for the tables where there is no terminal."""
-    return Console(width=None if sys.stdout.isatty() else max(110, shutil.get_terminal_size().columns))
 
 
 def _ceilings(head: dict[str, Any]) -> list[str]:
@@ -145,7 +117,7 @@ def _points(rows: list[Row], shape: str) -> list[tuple[float, float]]:
     )
 
 
-def print_budgets(latency: dict[str, Any]) -> None:
+def print_budgets(latency: Mapping[str, Any]) -> None:
     """Prints what `LatencyCheck` measured of a model at each budget."""
     table = Table(title=f"Speed on {latency['device']}: {latency['what']}")
     columns = ("target bits", "used bits", "linears, µs", "GB/s", "of copy", f"against {latency['plain']}", "tokens/s")
@@ -160,6 +132,6 @@ def print_budgets(latency: dict[str, Any]) -> None:
             f"{row['gb_per_s']:,.1f}",
             f"{row['of_copy']:.0%}",
             f"{row['times_plain']:.2f}x",
-            NOT_MEASURED if speed is None else f"{speed:,.1f}",
+            "not measured" if speed is None else f"{speed:,.1f}",
         )
-    console().print(table)
+    table_console().print(table)

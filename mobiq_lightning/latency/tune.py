@@ -17,7 +17,6 @@ from mobiq_lightning.console import say
 from mobiq_lightning.errors import KernelError, RecipeError
 from mobiq_lightning.files import write_json
 from mobiq_lightning.kernels import missing_for_kernels
-from mobiq_lightning.kernels.decode import decode
 from mobiq_lightning.kernels.tuning import TUNED_FOLDER, DecodeConfig, file_name, table_json
 from mobiq_lightning.latency.check import check_kernels
 from mobiq_lightning.latency.command import DEFAULT_SHAPES, chosen_shapes, versions
@@ -191,6 +190,8 @@ def _try_all(
     found: Found,
 ) -> dict[DecodeConfig, float]:
     """Microseconds of every candidate: the geometric mean over `DEPTHS`."""
+    from mobiq_lightning.kernels.decode import decode
+
     us: dict[DecodeConfig, float] = {}
     count = 1 if tokens == 8 else tokens
     x, weights = products.tokens(shape, count), products.weights(shape)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -116,24 +116,23 @@ def cut(network: Any) -> None:
     Its routers give every token the same scores, and its thresholds are such that at the budget of a depth all tokens read
     that depth: what a budget costs does not depend on random weights. Routers are computed as always.
     """
-    from mobiq_lightning.checkpoint import ElasticConfig, insert_elastic_linears
+    from mobiq_lightning.checkpoint import ElasticFormat, insert_elastic_linears
     from mobiq_lightning.nn import BlockLayout
     from mobiq_lightning.runtime import make_elastic
 
     device = network.device
-    layout = BlockLayout()
-    settings = {"blocks": layout.blocks, "shared_inputs": layout.shared_inputs}
+    stored = ElasticFormat(
+        slice_bits=list(SLICE_BITS), group_size=GROUP_SIZE, router=_ROUTER, layout=asdict(BlockLayout())
+    )
     with device:
-        insert_elastic_linears(network, ElasticConfig(list(SLICE_BITS), GROUP_SIZE, _ROUTER, settings))
+        insert_elastic_linears(network, stored)
     generator = torch.Generator(device).manual_seed(0)
     for module in network.modules():
         if isinstance(module, ElasticLinear):
             shape = Shape("", "", (module.out_features,), module.in_features)
             packed = random_slices(shape, module.out_features, device, generator)
-            for number, plane in enumerate(packed.planes):
-                module.get_buffer(f"plane_{number}").copy_(plane)
-            module.get_buffer("slice_scale").copy_(packed.scale)
-            module.get_buffer("slice_bias").copy_(packed.bias)
+            for name, tensor in packed.named_tensors.items():
+                module.get_buffer(name).copy_(tensor)
             routed = module.routed
             router: Any = routed.router
             router.score.weight.data.zero_()

@@ -8,7 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from mobiq_lightning.nn.borrowed import Borrowed
 from mobiq_lightning.nn.routed_input import RoutedInput
+from mobiq_lightning.nn.shared_input import make_shared_input
 from mobiq_lightning.nn.sliced_linear import SlicedLinear
 from mobiq_lightning.strategies.base import Router, SliceScheme
 from mobiq_lightning.strategies.transform_base import InputTransform, Transform
@@ -45,26 +47,25 @@ class CalibratedBlock(nn.Module):
         super().__init__()
         self.schemes = nn.ModuleDict()
         self.inputs = nn.ModuleDict()
-        # Not registered, like the block itself: for each input, the linears that read it.
-        self.readers: list[tuple[RoutedInput, list[SlicedLinear]]] = []
+        readers: list[tuple[RoutedInput, list[SlicedLinear]]] = []
         for names in groups:
             linears: list[Any] = [block.get_submodule(name) for name in names]
             schemes = [slices(linear.out_features, linear.in_features) for linear in linears]
             slice_bits = schemes[0].slice_bits
-            n_weights = sum(linear.weight.numel() for linear in linears)
-            in_features = linears[0].in_features
-            of_input = None if transform is None else transform.for_input(in_features)
-            routed = RoutedInput(
-                router(in_features, len(slice_bits)), slice_bits, n_weights, max_bits=None, transform=of_input
-            )
+            routed = make_shared_input(linears, slice_bits, router, (transform or Transform()).for_input)
             self.inputs[_key(names[0])] = routed
-            readers: list[SlicedLinear] = []
-            self.readers.append((routed, readers))
+            sliced: list[SlicedLinear] = []
+            readers.append((routed, sliced))
             for name, linear, scheme in zip(names, linears, schemes, strict=True):
                 self.schemes[_key(name)] = scheme
-                parent, _, last = name.rpartition(".")
-                readers.append(SlicedLinear(linear, scheme, routed))
-                setattr(block.get_submodule(parent), last, readers[-1])
+                sliced.append(SlicedLinear(linear, scheme, routed))
+                block.set_submodule(name, sliced[-1])
+        self._readers = Borrowed(readers)  # the linears belong to the decoder block
+
+    @property
+    def readers(self) -> list[tuple[RoutedInput, list[SlicedLinear]]]:
+        """For each input of this block, in order, the linears that read it."""
+        return self._readers.value
 
     def routed_inputs(self) -> list[RoutedInput]:
         """The inputs of this block, in the order of its modules."""

@@ -14,11 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mobiq_lightning.errors import BitsError
 from mobiq_lightning.kernels import mixed_depth_product, sliced_linear
+from mobiq_lightning.nn.borrowed import Borrowed
 from mobiq_lightning.nn.kept_weights import KeptWeights
+from mobiq_lightning.nn.reading import FixedSlices, FullPrecision
 from mobiq_lightning.nn.routed_input import RoutedInput, held_slices, without_casts
 from mobiq_lightning.nn.sliced_linear import SlicedLinear
-from mobiq_lightning.packing import CODES, SCALE_DTYPE, PackedSlices, PackedWeight
+from mobiq_lightning.packing import CODES, INPUT, SCALE_DTYPE, PackedSlices, PackedWeight, plane_name
 
 if TYPE_CHECKING:
     from mobiq_lightning.nn.fused_products import FusedProducts
@@ -57,37 +60,53 @@ class ElasticLinear(nn.Module):
         self.n_planes, self.code = sum(self.slice_bits), code
         row = -(-in_features // 8)
         for plane in range(self.n_planes):
-            self.register_buffer(f"plane_{plane}", torch.zeros(out_features, row, dtype=torch.uint8))
+            self.register_buffer(plane_name(plane), torch.zeros(out_features, row, dtype=torch.uint8))
         shapes = CODES[code].value_shapes(out_features, in_features, group_size, self.slice_bits)
         for name, shape in shapes.items():
             self.register_buffer(name, torch.zeros(shape, dtype=SCALE_DTYPE))
         self._value_names = tuple(shapes)
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype), requires_grad=False) if bias else None
         self.kept: KeptWeights | None = None
-        self._unregistered: tuple[RoutedInput, ...] = ()
+        self._routed: Borrowed[RoutedInput] | None = None
+        self.carries_input = False
 
     @property
     def routed(self) -> RoutedInput:
-        """The input of this layer."""
-        return self._unregistered[0]
+        """The input of this layer.
+
+        Raises:
+            RuntimeError: If `attach` has not set it yet.
+        """
+        if self._routed is None:
+            raise RuntimeError(f"{type(self).__name__}({self.extra_repr()}) has no input; call attach(routed) first")
+        return self._routed.value
 
     @property
     def kernel(self) -> FusedProducts | None:
         """What holds the weights in the kernels' order, if they are multiplied by kernels."""
-        return self._unregistered[0].kernel if self._unregistered else None
+        return None if self._routed is None else self._routed.value.kernel
 
-    def attach(self, routed: RoutedInput) -> None:
-        """Sets the input of this layer."""
-        self._unregistered = (routed,)
+    def attach(self, routed: RoutedInput, carries_input: bool = False) -> None:
+        """Sets the input of this layer.
+
+        Args:
+            routed: The input, which other linears may read as well.
+            carries_input: Whether this is the one of them that has the input as its submodule, under which name the input
+                is saved, and that counts the tokens.
+        """
+        self._routed = Borrowed(routed)
+        self.carries_input = carries_input
+        if carries_input:
+            self.add_module(INPUT, routed)
 
     @property
     def packed(self) -> PackedWeight:
         """The stored weight."""
         if self.kernel is not None:
             return self.kernel.packed(self)
-        return CODES[self.code].of(
-            tuple(self.get_buffer(f"plane_{p}") for p in range(self.n_planes)),
-            [self.get_buffer(name) for name in self._value_names],
+        return CODES[self.code](
+            tuple(self.get_buffer(plane_name(p)) for p in range(self.n_planes)),
+            tuple(self.get_buffer(name) for name in self._value_names),
             self.in_features,
             self.group_size,
             self.slice_bits,
@@ -106,12 +125,12 @@ class ElasticLinear(nn.Module):
     def give_up_planes(self) -> None:
         """Drops the planes, which `RoutedInput.kernel` holds in the kernels' order from now on."""
         for plane in range(self.n_planes):
-            setattr(self, f"plane_{plane}", None)
+            setattr(self, plane_name(plane), None)
 
     def take_planes(self, planes: Sequence[Tensor]) -> None:
         """Takes planes back, each (O, ceil(I / 8)) uint8."""
         for number, plane in enumerate(planes):
-            setattr(self, f"plane_{number}", plane)
+            setattr(self, plane_name(number), plane)
 
     def weight_at(self, n_bits: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight read to a depth of `n_bits`, (O, I); unpacked once if it can be `kept`."""
@@ -131,15 +150,24 @@ class ElasticLinear(nn.Module):
         return sliced_linear(x, self.packed, bits, weight_at)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., I) -> (..., O) in the dtype of `x`."""
-        routed = self.routed
+        """(..., I) -> (..., O) in the dtype of `x`.
+
+        Raises:
+            BitsError: If full precision is asked for, which bit planes do not hold.
+        """
+        routed, reading = self.routed, self.routed.reading
+        if isinstance(reading, FullPrecision):
+            raise BitsError(
+                f"full precision was asked of {type(self).__name__}({self.extra_repr()}), which holds no full-precision "
+                f"weight; ask the source model, or read {routed.depths[-1]} bits with fixed_depth"
+            )
         if routed.kernel is not None:
             y = routed.kernel.product(x, self)
-        elif routed.fixed_slices is not None:
-            y = F.linear(routed.read(x), self.weight_at(routed.depths[routed.fixed_slices - 1], x.dtype))
+        elif isinstance(reading, FixedSlices):
+            y = F.linear(routed.read(x), self.weight_at(routed.depths[reading.n_slices - 1], x.dtype))
         else:
             bits = routed.bits_of(routed.gates(x)).long()
-            if "input" in self._modules:  # the first of the linears that share the input
+            if self.carries_input:  # the first of the linears that share the input
                 routed.count(bits)
             product = self.multiply(routed.read(x).flatten(0, -2), bits.flatten())
             y = product.unflatten(0, x.shape[:-1])
@@ -157,7 +185,7 @@ class ElasticLinear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.kernel is not None:
             for number, plane in enumerate(self.packed.planes):
-                destination[f"{prefix}plane_{number}"] = plane
+                destination[f"{prefix}{plane_name(number)}"] = plane
 
     def _load_from_state_dict(self, *args: Any) -> None:
         self._changes()
@@ -186,6 +214,13 @@ def routed_inputs(model: nn.Module) -> list[RoutedInput]:
     return list(found.values())
 
 
+def input_names(model: nn.Module) -> list[str]:
+    """Names of the routed inputs of a model, in the order of `routed_inputs`: the dotted path of the linear carrying each."""
+    return [
+        name for name, module in model.named_modules() if isinstance(module, ElasticLinear) and module.carries_input
+    ]
+
+
 def stored_bits(model: nn.Module) -> tuple[float, float]:
     """Bits per linear weight that an elastic model spends beside its codes.
 
@@ -207,7 +242,7 @@ def _transform_bits(linear: ElasticLinear) -> int:
     if transform is None:
         return 0
     stored = transform.stored()
-    shared = sum(32 * value.numel() for value in stored.values()) if "input" in linear._modules else 0
+    shared = sum(32 * value.numel() for value in stored.values()) if linear.carries_input else 0
     own = (
         torch.finfo(linear.bias.dtype).bits * linear.out_features
         if "shift" in stored and linear.bias is not None

@@ -23,3 +23,6 @@ class FusedProducts(Protocol):
 
     def release(self) -> None:
         """Gives the planes back to the linears, which then are multiplied by the reference."""
+
+    def forget(self) -> None:
+        """Drops what is kept for the last tensor, since tokens are read in another way from now on."""

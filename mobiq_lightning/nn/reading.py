@@ -1,103 +1,85 @@
-"""How deep routed inputs are read within a `with` statement, and what is recorded meanwhile."""
+"""How deep the tokens of an input are read: one value, of one of three kinds.
+
+`FullPrecision` reads the weights that were never sliced, `FixedSlices` the same slices for every token, `Routed` lets the
+scores of a router decide token by token. A `Routed` reading says whose scores these are and which threshold they must pass.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from mobiq_lightning.errors import BitsError
-
-if TYPE_CHECKING:
-    pass
-from mobiq_lightning.nn.routed_input import RoutedInput
+from mobiq_lightning.strategies.base import Router
 
 
-@contextmanager
-def _with(inputs: Sequence[RoutedInput], attribute: str, values: Sequence[Any]) -> Iterator[None]:
-    """Within it, an attribute of each input has another value."""
-    before = [getattr(routed, attribute) for routed in inputs]
-    for routed, value in zip(inputs, values, strict=True):
-        routed.forget()
-        setattr(routed, attribute, value)
-    try:
-        yield
-    finally:
-        for routed, value in zip(inputs, before, strict=True):
-            routed.forget()
-            setattr(routed, attribute, value)
+@dataclass(frozen=True)
+class FullPrecision:
+    """Linears multiply by their full-precision weight. Only linears that are being calibrated hold one."""
 
 
-def full_precision(inputs: Sequence[RoutedInput]) -> AbstractContextManager[None]:
-    """Within it, calibrated linears use their full-precision weights."""
-    return _with(inputs, "full_precision", [True] * len(inputs))
-
-
-def fixed_depth(inputs: Sequence[RoutedInput], bits: int) -> AbstractContextManager[None]:
-    """Within it, all tokens read `bits` bits.
-
-    Raises:
-        BitsError: If no prefix of the slices has `bits` bits.
-    """
-    for routed in inputs:
-        if bits not in routed.depths:
-            raise BitsError(f"no prefix of the slices has {bits} bits; depths are {list(routed.depths)}")
-    return _with(inputs, "fixed_slices", [routed.depths.index(bits) + 1 for routed in inputs])
-
-
-def meet_budget(inputs: Sequence[RoutedInput], bits: float) -> AbstractContextManager[None]:
-    """Within it, each input takes the quantile of its current scores as threshold, so that its average is `bits`."""
-    return _with(inputs, "target_bits", [bits] * len(inputs))
-
-
-@contextmanager
-def common_threshold(
-    inputs: Sequence[RoutedInput], threshold: Tensor, opened: Sequence[Tensor] | None = None
-) -> Iterator[None]:
-    """Within it, all inputs share one threshold (scalar), with the gradient that it has.
+@dataclass(frozen=True)
+class FixedSlices:
+    """All tokens read the same slices.
 
     Args:
-        inputs: Of the model.
-        threshold: In the space of bounded scores where routers are trained, else of scores.
-        opened: For each input, which gates (B, T, S - 1) are open, if that is decided already.
+        n_slices: How many, coarsest first: 1 to S.
     """
-    decided = [None] * len(inputs) if opened is None else opened
-    with _with(inputs, "common_threshold", [threshold] * len(inputs)), _with(inputs, "opened", decided):
-        yield
+
+    n_slices: int
 
 
-@contextmanager
-def record_gates(inputs: Sequence[RoutedInput]) -> Iterator[list[list[Tensor]]]:
-    """Within it, routed forward passes append the bits of their tokens to the list of their input.
+@dataclass(frozen=True)
+class OwnThreshold:
+    """Slices open above the threshold of the router, which the dial sets for a model that is served."""
 
-    Yields:
-        For each input, a list with one tensor (...) of code bits per forward pass.
+
+@dataclass(frozen=True)
+class MeetBudget:
+    """Slices open above the quantile of the current scores at which the tokens at hand read `bits` on average.
+
+    Args:
+        bits: Average bits per weight.
     """
-    lists: list[list[Tensor]] = [[] for _ in inputs]
-    with _with(inputs, "recorded", lists):
-        yield lists
+
+    bits: float
 
 
-@contextmanager
-def record_scores(inputs: Sequence[RoutedInput]) -> Iterator[list[list[Tensor]]]:
-    """Within it, routed forward passes append the scores of their tokens to the list of their input.
+@dataclass(frozen=True, eq=False)
+class CommonThreshold:
+    """Slices open above a threshold that is given, with the gradient that it has.
 
-    Yields:
-        For each input, a list with one tensor (N, S - 1) of scores under the prefix rule per forward pass.
+    Args:
+        threshold: Scalar; in the space of bounded scores (`Router.bounded`) where routers are trained, else of scores.
+        opened: (B, T, S - 1) bool, which gates are open, if that is decided already; then the threshold gives gradients
+            alone.
     """
-    lists: list[list[Tensor]] = [[] for _ in inputs]
-    with _with(inputs, "recorded_scores", lists):
-        yield lists
+
+    threshold: Tensor
+    opened: Tensor | None = None
 
 
-@contextmanager
-def record_live_scores(inputs: Sequence[RoutedInput]) -> Iterator[list[list[Tensor]]]:
-    """Within it, as `record_scores`, but the scores have gradients for the routers, even where nothing else has any.
+Rule = OwnThreshold | MeetBudget | CommonThreshold
+"""Which threshold the scores of a routed reading must pass."""
 
-    Tokens count as given: a router's scores have no gradient for what the blocks before made.
+
+@dataclass(frozen=True)
+class Routed:
+    """A router scores every token, and a slice is read by the tokens whose score is above a threshold.
+
+    Args:
+        rule: Which threshold.
+        router: Whose scores; None for the router of the input itself. Another one is not registered as a part of the model.
     """
-    lists: list[list[Tensor]] = [[] for _ in inputs]
-    with _with(inputs, "live_scores", lists):
-        yield lists
+
+    rule: Rule = OwnThreshold()
+    router: Router | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing differs from how a served model reads: by its own router, at that router's threshold."""
+        return self == Routed()
+
+
+Reading = FullPrecision | FixedSlices | Routed
+"""How the tokens of an input are read at present."""

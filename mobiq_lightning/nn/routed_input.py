@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,10 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from mobiq_lightning.errors import BitsError
+from mobiq_lightning.nn.observers import Observer
+from mobiq_lightning.nn.reading import CommonThreshold, MeetBudget, Reading, Routed
 from mobiq_lightning.packing import depths_of
 from mobiq_lightning.strategies.base import Router
 from mobiq_lightning.strategies.thresholds import prefix_scores, threshold_for_budget, with_budget_gradient
 from mobiq_lightning.strategies.transform_base import InputTransform
+from mobiq_lightning.tensor_memo import TensorMemo
 
 if TYPE_CHECKING:
     from mobiq_lightning.nn.fused_products import FusedProducts
@@ -67,8 +69,8 @@ class ReadState:
 class RoutedInput(nn.Module):
     """One distinct input of a block: its router, and how deep its tokens are read at present.
 
-    At present means, first match counts: full precision if `full_precision`; the first `fixed_slices` slices for all
-    tokens if that is set; else the gates of `control` if that is set, else those of `router`.
+    How deep is said by `reading`; `observers` are told what a routed reading decides. Both are set by the context managers
+    of `contexts`, which also `forget` what was decided before.
 
     Args:
         router: Scores the tokens of this input; built for all of `slice_bits`.
@@ -105,50 +107,36 @@ class RoutedInput(nn.Module):
         self.register_buffer("global_thresholds", torch.zeros(len(slice_bits), len(budgets)))
         self.register_buffer("bits_read", torch.zeros(1, dtype=torch.int64), persistent=False)
         self.register_buffer("tokens_read", torch.zeros(1, dtype=torch.int64), persistent=False)
-        self.full_precision = False
-        self.fixed_slices: int | None = None
-        self.control: Router | None = None
-        self.target_bits: float | None = None
-        self.common_threshold: Tensor | None = None
-        self.opened: Tensor | None = None
+        self.reading: Reading = Routed()
+        self.observers: tuple[Observer, ...] = ()
         self.state = ReadState()
         self.kernel: FusedProducts | None = None
-        self.recorded: list[Tensor] | None = None
-        self.recorded_scores: list[Tensor] | None = None
-        self.live_scores: list[Tensor] | None = None
-        self._last: tuple[weakref.ref[Tensor], Tensor] | None = None
-        self._last_gated: Tensor | None = None
-        self._last_read: tuple[weakref.ref[Tensor], Tensor] | None = None
+        self._gates = TensorMemo[Tensor]()
+        self._gated = TensorMemo[Tensor]()
+        self._transformed = TensorMemo[Tensor]()
 
     @property
     def depths(self) -> tuple[int, ...]:
         """Bits read by the first 1, 2, ... slices that are held."""
         return depths_of(self.slice_bits)
 
+    @property
+    def reads_plainly(self) -> bool:
+        """Whether tokens are read as by a served model, to the router's own threshold, and nobody observes that."""
+        return isinstance(self.reading, Routed) and self.reading.is_plain and not self.observers
+
     def gates(self, x: Tensor) -> Tensor:
-        """Gates (..., S) of tokens (..., I), computed once for all linears that are given the same tensor."""
-        if torch.compiler.is_compiling():  # the compiler finds the common part by itself and cannot hold references
-            return self._gates(x)
-        if self._last is None or self._last[0]() is not x:
-            self._last, self._last_gated = (weakref.ref(x), self._gates(x)), None
-            if self.recorded is not None:
-                self.recorded.append(self.bits_of(self._last[1]))
-        return self._last[1]
+        """Gates (..., S) of tokens (..., I), decided once for all linears that are given the same tensor.
+
+        Raises:
+            RuntimeError: If the input is not routed at present, so that there are no gates to decide.
+        """
+        return self._gates.get(x, lambda: self._decide(x))
 
     def read(self, x: Tensor) -> Tensor:
         """What linears multiply instead of tokens (..., I): transformed, once for all that are given the same tensor."""
-        if self.transform is None:
-            return x
-        if torch.compiler.is_compiling():
-            return self.transform.to_input(x)
-        if self._last_read is None or self._last_read[0]() is not x:
-            self._last_read = (weakref.ref(x, self._drop_read), self.transform.to_input(x))
-        return self._last_read[1]
-
-    def _drop_read(self, tokens: weakref.ref[Tensor]) -> None:
-        """Once tokens are gone, nobody reads them again; all inputs of a model together would hold on to a lot."""
-        if self._last_read is not None and self._last_read[0] is tokens:
-            self._last_read = None
+        transform = self.transform
+        return x if transform is None else self._transformed.get(x, lambda: transform.to_input(x))
 
     def gated(self, x: Tensor) -> Tensor:
         """What is read of tokens (..., I) beside itself once per slice, closed slices as zeros: (..., S * I).
@@ -156,13 +144,14 @@ class RoutedInput(nn.Module):
         One product of this with the slices beside each other is the sum over slices, and serves all linears of the input.
         """
         gates = self.gates(x).to(x.dtype)
-        if self._last_gated is None:
-            self._last_gated = (gates.unsqueeze(-1) * self.read(x).unsqueeze(-2)).flatten(-2)
-        return self._last_gated
+        return self._gated.get(x, lambda: (gates.unsqueeze(-1) * self.read(x).unsqueeze(-2)).flatten(-2))
 
     def forget(self) -> None:
-        """Drops what is kept for the last tensor; needed whenever the way to depths changes."""
-        self._last = self._last_gated = self._last_read = None
+        """Drops what is kept for the last tensor. Call after any change of router, threshold, transform or reading."""
+        for memo in (self._gates, self._gated, self._transformed):
+            memo.forget()
+        if self.kernel is not None:
+            self.kernel.forget()
 
     def set_tables(self, layer: Tensor, pooled: Tensor) -> None:
         """Stores thresholds (S, budgets) of both scopes; row k is for a model that holds the first k + 1 slices."""
@@ -194,27 +183,35 @@ class RoutedInput(nn.Module):
         self.bits_read += bits.reshape(rows, -1).sum(1)
         self.tokens_read += tokens.reshape(rows, -1).sum(1)
 
-    def _gates(self, x: Tensor) -> Tensor:
-        router = self.control or self.router
+    def _decide(self, x: Tensor) -> Tensor:
+        """Gates (..., S) of tokens (..., I), by the present reading; observers are told."""
+        reading = self.reading
+        if not isinstance(reading, Routed):
+            raise RuntimeError(
+                f"tokens have no gates while they are read as {reading}; only a routed reading decides them"
+            )
+        router, rule = self.router if reading.router is None else reading.router, reading.rule
         scores = router.scores(x)[..., : len(self.slice_bits) - 1]
         trained = router.training and torch.is_grad_enabled()
-        if trained and (self.common_threshold is not None or self.target_bits is not None):
+        if trained and isinstance(rule, (CommonThreshold, MeetBudget)):
             scores = router.bounded(scores)  # these thresholds are quantiles of bounded scores
         flat = prefix_scores(scores).flatten(0, -2)
-        if self.recorded_scores is not None:
-            self.recorded_scores.append(flat.detach())
-        if self.live_scores is not None:
-            with torch.enable_grad():
-                live = router.scores(x.detach())[..., : len(self.slice_bits) - 1]
-                self.live_scores.append(prefix_scores(live).flatten(0, -2))
-        if self.common_threshold is not None:
-            return router.gates(scores, self.common_threshold, self.opened)
-        if self.target_bits is None:
-            return router.gates(scores, self._threshold_of_rows(router, x) if self.state.per_row else router.threshold)
-        threshold = threshold_for_budget(flat, self.slice_bits, [self.target_bits])[0]
-        if trained:
-            threshold = with_budget_gradient(threshold, flat, self.slice_bits, router.temperature)
-        return router.gates(scores, threshold)
+        for observer in self.observers:
+            observer.on_scores(router, x, flat)
+        if isinstance(rule, CommonThreshold):
+            gates = router.gates(scores, rule.threshold, rule.opened)
+        elif isinstance(rule, MeetBudget):
+            threshold = threshold_for_budget(flat, self.slice_bits, [rule.bits])[0]
+            if trained:
+                threshold = with_budget_gradient(threshold, flat, self.slice_bits, router.temperature)
+            gates = router.gates(scores, threshold)
+        else:
+            gates = router.gates(scores, self._threshold_of_rows(router, x) if self.state.per_row else router.threshold)
+        if self.observers:
+            bits = self.bits_of(gates)
+            for observer in self.observers:
+                observer.on_bits(bits)
+        return gates
 
     def _threshold_of_rows(self, router: Router, x: Tensor) -> Tensor:
         """Thresholds that fit tokens (B, T, I), one for each row: (B, 1, 1)."""
@@ -238,10 +235,6 @@ class RoutedInput(nn.Module):
         if self.kernel is not None:
             self.kernel.release()
         return super()._apply(without_casts(fn), recurse)  # type: ignore[no-untyped-call]
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without what is kept for the last tensor, which cannot be pickled and is of no use elsewhere."""
-        return {**self.__dict__, "_last": None, "_last_gated": None, "_last_read": None}
 
     def bits_of(self, gates: Tensor) -> Tensor:
         """Code bits (...) that gates (..., S) read."""

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mobiq_lightning.kernels import mixed_depth_product
+from mobiq_lightning.nn.borrowed import Borrowed
+from mobiq_lightning.nn.reading import FixedSlices, FullPrecision
 from mobiq_lightning.nn.routed_input import RoutedInput
 from mobiq_lightning.strategies.base import SliceScheme
-
-if TYPE_CHECKING:
-    pass
 
 
 class SlicedLinear(nn.Module):
@@ -33,29 +30,29 @@ class SlicedLinear(nn.Module):
         self.weight = linear.weight
         self.bias = linear.bias
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self._unregistered: tuple[SliceScheme, RoutedInput] = (scheme, routed)
+        self._scheme, self._routed = Borrowed(scheme), Borrowed(routed)
 
     @property
     def scheme(self) -> SliceScheme:
         """How the weight is sliced."""
-        return self._unregistered[0]
+        return self._scheme.value
 
     @property
     def routed(self) -> RoutedInput:
         """The input of this layer."""
-        return self._unregistered[1]
+        return self._routed.value
 
     def slice_by(self, scheme: SliceScheme) -> None:
         """Slices the weight by another scheme from now on."""
-        self._unregistered = (scheme, self._unregistered[1])
+        self._scheme = Borrowed(scheme)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O) in the dtype of `x`."""
-        routed = self.routed
-        if routed.full_precision:
+        routed, reading = self.routed, self.routed.reading
+        if isinstance(reading, FullPrecision):
             return F.linear(x, self.weight, self.bias)
-        if routed.fixed_slices is not None:
-            y = F.linear(routed.read(x), self.scheme.weight_at(self.sliced_weight(), routed.fixed_slices).to(x.dtype))
+        if isinstance(reading, FixedSlices):
+            y = F.linear(routed.read(x), self.scheme.weight_at(self.sliced_weight(), reading.n_slices).to(x.dtype))
         elif torch.is_grad_enabled():
             slices = self.scheme(self.sliced_weight()).to(x.dtype)
             y = F.linear(routed.gated(x), slices.transpose(0, 1).flatten(1))

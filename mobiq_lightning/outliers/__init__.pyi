@@ -16,6 +16,5 @@ from .tables import print_overlaps as print_overlaps
 from .token_record import TokenRecord as TokenRecord
 from .token_record import read_uniformly as read_uniformly
 from .token_record import spread_windows as spread_windows
-from .writing import FILES as FILES
 from .writing import overlap_metrics as overlap_metrics
 from .writing import write_outliers as write_outliers

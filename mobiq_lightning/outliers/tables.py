@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from mobiq_lightning.console import table_console
 from mobiq_lightning.outliers.findings import ALL, NONE, matrix_verdict, overlap_verdict
 
 CALIBRATIONS = {ALL: "all depths at once", NONE: "not calibrated"}
@@ -70,6 +68,6 @@ def _bracket(row: dict[str, Any]) -> str:
 
 
 def _print(table: Table, verdict: str) -> None:
-    console = Console(width=None if sys.stdout.isatty() else max(110, shutil.get_terminal_size().columns))
+    console = table_console()
     console.print(table)
     console.print(verdict, highlight=False)

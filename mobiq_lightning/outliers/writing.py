@@ -10,8 +10,7 @@ from typing import Any
 from mobiq_lightning.files import write_atomically, write_json, write_text
 from mobiq_lightning.outliers.figure import plot_outliers
 from mobiq_lightning.outliers.token_record import TokenRecord
-
-FILES = ("outliers.json", "outliers.csv", "outliers.png")
+from mobiq_lightning.runs import OUTLIERS, OUTLIERS_PLOT, OUTLIERS_TABLE
 
 
 def write_outliers(found: dict[str, Any], record: TokenRecord, tokenizer: Any, folder: Path) -> None:
@@ -23,9 +22,9 @@ def write_outliers(found: dict[str, Any], record: TokenRecord, tokenizer: Any, f
         tokenizer: Names the tokens.
         folder: The run folder.
     """
-    write_json(folder / FILES[0], found)
-    write_text(folder / FILES[1], _token_table(record, tokenizer))
-    write_atomically(folder / FILES[2], lambda path: plot_outliers(found, record, path))
+    write_json(folder / OUTLIERS, found)
+    write_text(folder / OUTLIERS_TABLE, _token_table(record, tokenizer))
+    write_atomically(folder / OUTLIERS_PLOT, lambda path: plot_outliers(found, record, path))
 
 
 def _token_table(record: TokenRecord, tokenizer: Any) -> str:

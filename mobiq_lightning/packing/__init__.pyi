@@ -1,6 +1,4 @@
 # What others may use of this package; `__init__.py` loads it when it is asked for.
-from .nested import FORMAT_VERSION as FORMAT_VERSION
-from .nested import QUANT_METHOD as QUANT_METHOD
 from .nested import SCALE_DTYPE as SCALE_DTYPE
 from .nested import WHOLE_ROW as WHOLE_ROW
 from .nested import PackedSlices as PackedSlices
@@ -9,7 +7,6 @@ from .nested import depths_of as depths_of
 from .nested import dequantize as dequantize
 from .nested import n_groups as n_groups
 from .nested import pack_planes as pack_planes
-from .nested import plane_of as plane_of
 from .nested import spread as spread
 from .nested import unpack_codes as unpack_codes
 from .other_codes import CODES as CODES
@@ -18,3 +15,16 @@ from .other_codes import PackedResiduals as PackedResiduals
 from .other_codes import PackedTables as PackedTables
 from .other_codes import binary_prefixes as binary_prefixes
 from .other_codes import look_up as look_up
+from .tensor_names import BUDGETS as BUDGETS
+from .tensor_names import INPUT as INPUT
+from .tensor_names import ROUTER as ROUTER
+from .tensor_names import THRESHOLDS as THRESHOLDS
+from .tensor_names import TRANSFORM as TRANSFORM
+from .tensor_names import TensorKind as TensorKind
+from .tensor_names import carrier_of as carrier_of
+from .tensor_names import deeper_than as deeper_than
+from .tensor_names import input_tensor_name as input_tensor_name
+from .tensor_names import kind_of as kind_of
+from .tensor_names import plane_name as plane_name
+from .tensor_names import plane_of as plane_of
+from .tensor_names import value_name as value_name

@@ -14,9 +14,7 @@ in float32, with or without fused multiply-add, gives the same bits.
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import ClassVar
@@ -25,16 +23,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-QUANT_METHOD = "mobiq"
-FORMAT_VERSION = 2
-"""The newest that this package reads, of the names and the meaning of the saved tensors. A checkpoint has the version of its
-code (`PackedWeight.format_version`), so that what older packages can read, they do."""
+from mobiq_lightning.packing.tensor_names import plane_name, value_name
 
 SCALE_DTYPE = torch.bfloat16
 WHOLE_ROW = 2**16
 """A group size that no row exceeds: one group per row."""
 _BIT_WEIGHTS = (128, 64, 32, 16, 8, 4, 2, 1)
-_OF_PLANE = re.compile(r"(?:^|\.)(?:plane|slice_[a-z]+)_(\d)$")
 
 
 def depths_of(slice_bits: tuple[int, ...]) -> tuple[int, ...]:
@@ -45,12 +39,6 @@ def depths_of(slice_bits: tuple[int, ...]) -> tuple[int, ...]:
 def n_groups(in_features: int, group_size: int) -> int:
     """Groups along one row; the last one may be shorter than `group_size`."""
     return -(-in_features // group_size)
-
-
-def plane_of(name: str) -> int | None:
-    """The last plane without which a stored tensor is of no use, by its name: None if it belongs to all depths."""
-    found = _OF_PLANE.search(name)
-    return None if found is None else int(found.group(1))
 
 
 def pack_planes(codes: Tensor, n_bits: int) -> Tensor:
@@ -81,7 +69,12 @@ def unpack_codes(planes: Tensor | list[Tensor], in_features: int) -> Tensor:
 
     Returns:
         (O, I) uint8 codes of p bits.
+
+    Raises:
+        ValueError: If there is no plane.
     """
+    if len(planes) == 0:
+        raise ValueError("no bit planes were given to unpack; a code is read from at least one, the most significant")
     shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=planes[0].device)
     codes = torch.zeros_like(planes[0]).repeat_interleave(8, dim=1)
     for plane in planes:
@@ -112,19 +105,26 @@ def spread(per_group: Tensor, group_size: int, columns: int) -> Tensor:
     return per_group.float().repeat_interleave(min(group_size, columns), dim=1)[:, :columns]
 
 
+@dataclass(frozen=True)
 class PackedWeight(ABC):
-    """A sliced weight as it is stored: planes, and the values of its code.
+    """A sliced weight as it is stored: bit planes, and the values that its code turns them into weights with.
 
     Names of values that belong to some depths alone end in ``_p``, p being the last plane that they need: a part of a
     checkpoint without that plane does without them.
+
+    Args:
+        planes: Tensors (O, ceil(I / 8)) uint8, most significant bit first.
+        values: The values of the code, bfloat16, in the order of `value_shapes`.
+        in_features: I.
+        group_size: Columns per group; the last group may be shorter.
+        slice_bits: Bits of each slice; they add up to at least the number of planes.
     """
 
     code: ClassVar[str]
     """Name of the code in config.json."""
-    format_version: ClassVar[int]
-    """Of checkpoints that hold it."""
 
     planes: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
     in_features: int
     group_size: int
     slice_bits: tuple[int, ...]
@@ -135,23 +135,6 @@ class PackedWeight(ABC):
         cls, out_features: int, in_features: int, group_size: int, slice_bits: tuple[int, ...]
     ) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the values, bfloat16, that belong to the planes of `slice_bits`."""
-
-    @classmethod
-    @abstractmethod
-    def of(
-        cls,
-        planes: tuple[Tensor, ...],
-        values: Sequence[Tensor],
-        in_features: int,
-        group_size: int,
-        slice_bits: tuple[int, ...],
-    ) -> PackedWeight:
-        """A weight of planes and of values in the order of `value_shapes`."""
-
-    @property
-    @abstractmethod
-    def values(self) -> tuple[Tensor, ...]:
-        """The values in the order of `value_shapes`."""
 
     @abstractmethod
     def weight_at(self, n_bits: int) -> Tensor:
@@ -182,57 +165,41 @@ class PackedWeight(ABC):
         names = self.value_shapes(self.out_features, self.in_features, self.group_size, self.slice_bits)
         return dict(zip(names, self.values, strict=True))
 
+    @property
+    def named_tensors(self) -> dict[str, Tensor]:
+        """The planes, then the values, by the names under which they are stored."""
+        return {plane_name(number): plane for number, plane in enumerate(self.planes)} | self.named_values
 
-@dataclass(frozen=True)
+
 class PackedSlices(PackedWeight):
-    """A weight in the nested code.
-
-    Args:
-        planes: B tensors (O, ceil(I / 8)) uint8, most significant bit first.
-        scale: (O, G) bfloat16.
-        bias: (O, G) bfloat16.
-        in_features: I.
-        group_size: Columns per group; the last group may be shorter.
-        slice_bits: Bits of each slice; they add up to at least the number of planes.
-    """
+    """A weight in the nested code: its values are the scale and the bias of each group, (O, G) bfloat16 each."""
 
     code: ClassVar[str] = "nested"
-    format_version: ClassVar[int] = 1
-
-    planes: tuple[Tensor, ...]
-    scale: Tensor
-    bias: Tensor
-    in_features: int
-    group_size: int
-    slice_bits: tuple[int, ...]
 
     @classmethod
     def value_shapes(
         cls, out_features: int, in_features: int, group_size: int, slice_bits: tuple[int, ...]
     ) -> dict[str, tuple[int, ...]]:
-        """See `PackedWeight.value_shapes`."""
-        return dict.fromkeys(("slice_scale", "slice_bias"), (out_features, n_groups(in_features, group_size)))
-
-    @classmethod
-    def of(
-        cls,
-        planes: tuple[Tensor, ...],
-        values: Sequence[Tensor],
-        in_features: int,
-        group_size: int,
-        slice_bits: tuple[int, ...],
-    ) -> PackedSlices:
-        """See `PackedWeight.of`."""
-        scale, bias = values
-        return cls(planes, scale, bias, in_features, group_size, slice_bits)
+        """Names and shapes of scale and bias, (O, G) each."""
+        shape = (out_features, n_groups(in_features, group_size))
+        return dict.fromkeys((value_name("scale"), value_name("bias")), shape)
 
     @property
-    def values(self) -> tuple[Tensor, ...]:
-        """Scale and bias."""
-        return self.scale, self.bias
+    def scale(self) -> Tensor:
+        """Width ``hi - lo`` of the range of each group, (O, G) bfloat16."""
+        return self.values[0]
+
+    @property
+    def bias(self) -> Tensor:
+        """Centre ``(hi + lo) / 2`` of the range of each group, (O, G) bfloat16."""
+        return self.values[1]
 
     def weight_at(self, n_bits: int) -> Tensor:
-        """The weight read to a depth of `n_bits`, (O, I) float32."""
+        """The weight read to a depth of `n_bits`, any number of stored planes: (O, I) float32.
+
+        Raises:
+            ValueError: If there are fewer planes, or `n_bits` is below 1.
+        """
         if not 1 <= n_bits <= len(self.planes):
             raise ValueError(f"n_bits ({n_bits}) must be between 1 and the stored planes ({len(self.planes)})")
         codes = unpack_codes(list(self.planes[:n_bits]), self.in_features)

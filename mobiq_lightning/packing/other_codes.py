@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,47 +20,21 @@ from mobiq_lightning.packing.nested import (
     spread,
     unpack_codes,
 )
+from mobiq_lightning.packing.tensor_names import value_name
 
 
-@dataclass(frozen=True)
 class PackedValues(PackedWeight):
-    """A weight with any number of value tensors, readable at the depths of its slices.
+    """A weight with any number of value tensors, readable at the depths of its slices and at no other.
 
-    Args:
-        planes: Tensors (O, ceil(I / 8)) uint8, most significant bit first; as many as `slice_bits` add up to.
-        stored: The values, bfloat16, in the order of `value_shapes`.
-        in_features: I.
-        group_size: Columns per group; the last group may be shorter.
-        slice_bits: Bits of each slice.
+    It has as many planes as its `slice_bits` add up to.
     """
 
-    format_version: ClassVar[int] = 2
-
-    planes: tuple[Tensor, ...]
-    stored: tuple[Tensor, ...]
-    in_features: int
-    group_size: int
-    slice_bits: tuple[int, ...]
-
-    @classmethod
-    def of(
-        cls,
-        planes: tuple[Tensor, ...],
-        values: Sequence[Tensor],
-        in_features: int,
-        group_size: int,
-        slice_bits: tuple[int, ...],
-    ) -> PackedValues:
-        """See `PackedWeight.of`."""
-        return cls(planes, tuple(values), in_features, group_size, slice_bits)
-
-    @property
-    def values(self) -> tuple[Tensor, ...]:
-        """See `PackedWeight.values`."""
-        return self.stored
-
     def weight_at(self, n_bits: int) -> Tensor:
-        """See `PackedWeight.weight_at`."""
+        """The weight read to a depth of `n_bits`, which whole slices must reach: (O, I) float32.
+
+        Raises:
+            ValueError: If no number of slices has `n_bits` bits.
+        """
         depths = depths_of(self.slice_bits)
         if n_bits not in depths:
             raise ValueError(f"n_bits ({n_bits}) is no depth of the stored slices; depths are {list(depths)}")
@@ -85,15 +57,15 @@ class PackedResiduals(PackedValues):
     def value_shapes(
         cls, out_features: int, in_features: int, group_size: int, slice_bits: tuple[int, ...]
     ) -> dict[str, tuple[int, ...]]:
-        """See `PackedWeight.value_shapes`."""
+        """Names and shapes of a scale and a bias for each slice, (O, G) each."""
         shape = (out_features, n_groups(in_features, group_size))
-        names = [f"slice_{kind}_{depth - 1}" for depth in depths_of(slice_bits) for kind in ("scale", "bias")]
-        return dict.fromkeys(names, shape)
+        lasts = [depth - 1 for depth in depths_of(slice_bits)]
+        return {name: shape for last in lasts for name in (value_name("scale", last), value_name("bias", last))}
 
     def _read(self, codes: Tensor, n_slices: int) -> Tensor:
         depths = depths_of(self.slice_bits)[:n_slices]
         total: Tensor | None = None
-        for bits, depth, scale, bias in zip(self.slice_bits, depths, self.stored[::2], self.stored[1::2], strict=False):
+        for bits, depth, scale, bias in zip(self.slice_bits, depths, self.values[::2], self.values[1::2], strict=False):
             own = (codes >> (depths[-1] - depth)) & (2**bits - 1)
             read = dequantize(own, bits, scale, bias, self.group_size)
             total = read if total is None else total + read
@@ -110,13 +82,13 @@ class PackedBinary(PackedValues):
     def value_shapes(
         cls, out_features: int, in_features: int, group_size: int, slice_bits: tuple[int, ...]
     ) -> dict[str, tuple[int, ...]]:
-        """See `PackedWeight.value_shapes`."""
-        names = ["slice_bias", *(f"slice_scale_{plane}" for plane in range(sum(slice_bits)))]
+        """Names and shapes of the bias and of a scale for each plane, (O, G) each."""
+        names = [value_name("bias"), *(value_name("scale", plane) for plane in range(sum(slice_bits)))]
         return dict.fromkeys(names, (out_features, n_groups(in_features, group_size)))
 
     def _read(self, codes: Tensor, n_slices: int) -> Tensor:
         depth = depths_of(self.slice_bits)[n_slices - 1]
-        *_, read = binary_prefixes(codes, self.stored[1 : depth + 1], self.stored[0], self.group_size)
+        *_, read = binary_prefixes(codes, self.values[1 : depth + 1], self.values[0], self.group_size)
         return read
 
 
@@ -129,12 +101,12 @@ class PackedTables(PackedValues):
     def value_shapes(
         cls, out_features: int, in_features: int, group_size: int, slice_bits: tuple[int, ...]
     ) -> dict[str, tuple[int, ...]]:
-        """See `PackedWeight.value_shapes`."""
+        """Names and shapes of a table for each depth p of the slices, (O, G, 2^p)."""
         groups = n_groups(in_features, group_size)
-        return {f"slice_table_{depth - 1}": (out_features, groups, 2**depth) for depth in depths_of(slice_bits)}
+        return {value_name("table", depth - 1): (out_features, groups, 2**depth) for depth in depths_of(slice_bits)}
 
     def _read(self, codes: Tensor, n_slices: int) -> Tensor:
-        return look_up(codes, self.stored[n_slices - 1], self.group_size)
+        return look_up(codes, self.values[n_slices - 1], self.group_size)
 
 
 CODES: dict[str, type[PackedWeight]] = {

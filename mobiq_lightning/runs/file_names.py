@@ -1,12 +1,89 @@
-"""Names of the files of an elastic checkpoint."""
+"""Names of all files and folders in a run folder and in a checkpoint, each with who writes it."""
 
 from __future__ import annotations
 
-ELASTIC = "elastic"
-"""Folder of the checkpoint in its run folder."""
+# ------------------------------------------------------------------ run folder
 
-CONFIG, INDEX, HASHES = "config.json", "model.safetensors.index.json", "hashes.json"
-PROVENANCE, RECIPE, RESULTS, SPEED, CARD = "provenance.json", "recipe.yaml", "results.json", "speed.json", "README.md"
+RUN_CONFIG = "config.yaml"
+"""The recipe of the run, every key of it; written by `RunFolder.claim` before anything else."""
+IDENTITY = "identity.json"
+"""Hashes of model and text that the run was started with; written by `check_identity`."""
+RETRIES = "retries.json"
+"""How often each block was started anew; written by `RunFolder.note_retry`."""
+CHECKPOINTS = "checkpoints"
+"""Folder of the training checkpoints, from which a run goes on; written by Lightning's `ModelCheckpoint`."""
+HIDDEN_STATES = "hidden_states"
+"""Folder of the hidden states that do not fit in memory, one folder per rank; written by the calibration."""
+GENERATED = "generated_text"
+"""Folder of the calibration windows that the model wrote itself; written by the calibration."""
+JOURNAL = "metrics.jsonl"
+"""Every logged metric as a line; written by `JsonlLogger`."""
+CSV_LOG = "csv"
+"""Folder of the metrics as CSV; written by Lightning's `CSVLogger`."""
+WANDB = "wandb"
+"""Folder of an offline run of Weights & Biases; written by `WandbLogger`."""
+LAYER_GAINS = "layer_gains.json"
+"""What slices gain the whole model; written by the callback `LayerGains`."""
+ELASTIC = "elastic"
+"""Folder of the checkpoint; written by the callback `BlockExport`."""
+PARTIAL_SUFFIX = ".partial"
+"""What the name of a checkpoint's folder ends with until it is whole."""
+PARTIAL = f"{ELASTIC}{PARTIAL_SUFFIX}"
+"""Folder of the checkpoint until it is whole; written by the callback `BlockExport`."""
+RESULTS = "results.json"
+"""What the comparison has measured, also in the checkpoint; written by the callback `Results`, `evaluate` adds to it."""
+RESULTS_TABLE = "results.csv"
+"""The rows of the comparison as a table; written by the callback `Results`."""
+RESULTS_PLOT = "results.png"
+"""Perplexity against used bits; written by the callback `Results`."""
+DIAGNOSTICS = "diagnostics.json"
+"""What routers do and how good blocks are; written by the callback `RoutingDiagnostics`."""
+OUTLIERS = "outliers.json"
+"""Which tokens suffer most at each precision; written by the callback `OutlierMigration` and by `outliers`."""
+OUTLIERS_TABLE = "outliers.csv"
+"""Every token of that study as a line; written with it."""
+OUTLIERS_PLOT = "outliers.png"
+"""The plot of that study; written with it."""
+
+RUN_FILES = (
+    RUN_CONFIG,
+    IDENTITY,
+    RETRIES,
+    CHECKPOINTS,
+    HIDDEN_STATES,
+    GENERATED,
+    JOURNAL,
+    CSV_LOG,
+    WANDB,
+    LAYER_GAINS,
+    ELASTIC,
+    PARTIAL,
+    RESULTS,
+    RESULTS_TABLE,
+    RESULTS_PLOT,
+    DIAGNOSTICS,
+    OUTLIERS,
+    OUTLIERS_TABLE,
+    OUTLIERS_PLOT,
+)
+"""All that a run writes into its folder, and that starting it anew removes from there."""
+
+# ------------------------------------------------------------------ checkpoint
+
+CONFIG = "config.json"
+"""Config of transformers, with `quantization_config`; written when all blocks are done."""
+INDEX = "model.safetensors.index.json"
+"""Which tensor is in which shard; written with the tensors."""
+HASHES = "hashes.json"
+"""Hashes of the files, which `verify` checks; written last."""
+PROVENANCE = "provenance.json"
+"""Where the checkpoint comes from; written with the tensors."""
+RECIPE = "recipe.yaml"
+"""The recipe that made it; written with the tensors."""
+SPEED = "speed.json"
+"""How fast it decodes on one machine; written by `store_speed`."""
+CARD = "README.md"
+"""The model card; written anew whenever results change."""
 
 LATER = (RESULTS, SPEED, CARD, HASHES)
 """Files that are written, or written anew, after the tensors; hashes.json does not hold theirs."""
@@ -29,5 +106,10 @@ COMPANIONS = (
 
 
 def shard_name(index: int, count: int) -> str:
-    """Of shard `index`, from 0, of `count`."""
+    """Name of a file of tensors.
+
+    Args:
+        index: Number of the shard, from 0.
+        count: Shards in all.
+    """
     return f"model-{index + 1:05d}-of-{count:05d}.safetensors"

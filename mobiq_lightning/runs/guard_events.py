@@ -1,10 +1,17 @@
-"""What guards have noticed, in words."""
+"""What guards of a calibration have noticed: events of results.json, and in words."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from mobiq_lightning.runs.record import Record
+
+GuardName = Literal["worse_block", "exploding_probe", "collapsed_router"]
+GuardAction = Literal["stop", "repair", "record"]
+"""What was done about an event: the run ended, it was mended, or nothing."""
 
 _DONE = {
     ("worse_block", True): "the block fell back to round-to-nearest at all depths",
@@ -13,36 +20,61 @@ _DONE = {
 }
 
 
-def sentence(event: Mapping[str, Any], n_epochs: int | None = None) -> str:
-    """One line about an event of `guards` in results.json.
+@dataclass(frozen=True)
+class GuardEvent(Record):
+    """One thing that a guard has noticed.
 
     Args:
-        event: guard, block (from 0; None: the whole model), input (of a router), depth (in bits), value and limit (None: not
-            finite), action, epoch (from 0).
-        n_epochs: Of the whole fit, if known.
+        guard: The guard.
+        block: Index of the block, from 0; None if the whole model was looked at.
+        input: Name of the input whose router collapsed; None for the other guards.
+        action: What was done about it.
+        epoch: Epoch in which it was seen, from 0.
+        depth: Depth or budget at which it was seen, in bits.
+        value: What was measured: a relative error, a KL divergence in nats, a perplexity, or a share of the tokens; None
+            in files if it was not finite.
+        limit: What it should not have exceeded; None in files if it was not finite.
     """
-    guard, depth, of_block = event["guard"], event["depth"], event["block"] is not None
-    place = f"block {event['block'] + 1}" if of_block else "the whole model"
-    value, limit = _number(event["value"]), _number(event["limit"])
-    if guard == "collapsed_router":
+
+    guard: GuardName
+    block: int | None
+    input: str | None
+    action: GuardAction
+    epoch: int
+    depth: float
+    value: float | None
+    limit: float | None
+
+
+def sentence(event: GuardEvent, n_epochs: int | None = None) -> str:
+    """One line about an event.
+
+    Args:
+        event: What was noticed.
+        n_epochs: Epochs of the whole fit, if known.
+    """
+    of_block = event.block is not None
+    place = "the whole model" if event.block is None else f"block {event.block + 1}"
+    value, limit = _number(event.value), _number(event.limit)
+    if event.guard == "collapsed_router":
         what = (
-            f"Router collapse: at {depth:g} bits, {event['value']:.1%} of the tokens of {event['input']} read the same depth "
-            f"(limit {event['limit']:.1%})"
+            f"Router collapse: at {event.depth:g} bits, {event.value:.1%} of the tokens of {event.input} read the same depth "
+            f"(limit {event.limit:.1%})"
         )
-    elif guard == "worse_block":
+    elif event.guard == "worse_block":
         measure = "a relative error" if of_block else "a KL divergence"
-        what = f"Worse than round-to-nearest: {place} at {depth:g} bits has {measure} of {value}, limit {limit}"
+        what = f"Worse than round-to-nearest: {place} at {event.depth:g} bits has {measure} of {value}, limit {limit}"
     else:
-        what = f"Exploding perplexity: {value} on calibration windows after {place}, at {depth:g} bits; limit {limit}"
-    epoch = f"epoch {event['epoch'] + 1}" + ("" if n_epochs is None else f" of {n_epochs}")
-    known = (guard if guard == "collapsed_router" else "worse_block", of_block or guard == "collapsed_router")
-    done = {"repair": _DONE.get(known, ""), "record": "nothing was changed", "stop": "the run stops"}[event["action"]]
+        what = f"Exploding perplexity: {value} on calibration windows after {place}, at {event.depth:g} bits; limit {limit}"
+    epoch = f"epoch {event.epoch + 1}" + ("" if n_epochs is None else f" of {n_epochs}")
+    collapsed = event.guard == "collapsed_router"
+    known = ("collapsed_router", True) if collapsed else ("worse_block", of_block)
+    done = {"repair": _DONE[known], "record": "nothing was changed", "stop": "the run stops"}[event.action]
     return f"{what} ({epoch}); {done}."
 
 
-def sentences(results: Mapping[str, Any]) -> list[str]:
-    """One line per event of results.json."""
-    events: Sequence[Mapping[str, Any]] = results.get("guards") or []
+def sentences(events: Iterable[GuardEvent]) -> list[str]:
+    """One line per event."""
     return [sentence(event) for event in events]
 
 

@@ -1,115 +1,225 @@
-"""What a run leaves: the rows of a comparison, their names, and the verdict in words."""
+"""results.json: what a run has measured, and on what."""
 
 from __future__ import annotations
 
-import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal
 
-if TYPE_CHECKING:
-    pass
-
-
-COLUMNS = ("allocation", "target_bits", "used_bits", "all_in_bits", "perplexity", "kl", "seed")
-
-
-TIE = 0.001
-"""Relative difference in perplexity below which two allocations count as equal."""
+from mobiq_lightning.files import write_json
+from mobiq_lightning.runs.guard_events import GuardEvent
+from mobiq_lightning.runs.layer_gains import GainsSummary
+from mobiq_lightning.runs.record import Record, read_json
+from mobiq_lightning.runs.rows import Row
 
 
-LABELS = {
-    "full": "full precision",
-    "rtn": "round to nearest",
-    "router": "router",
-    "static": "static layers",
-    "layers": "best layers",
-    "shuffled": "shuffled tokens",
-    "random": "random tokens",
-}
-
-
-Control = Literal["static", "layers", "shuffled", "random"]
-
-
-CONTROLS: tuple[Control, ...] = get_args(Control)
-"""What a router has to beat at the bits that it used, as far as it was measured; see `controls`."""
-
-
-SHORT = {**LABELS, "static": "static", "shuffled": "shuffled", "random": "random"}
-"""What sentences call an allocation."""
-
-
-def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows with those that differ only in the seed of random tokens as one: mean, and `spread` as +-."""
-    merged: dict[tuple[str, float], list[dict[str, Any]]] = {}
-    for row in rows:
-        merged.setdefault((row["allocation"], row["target_bits"]), []).append(row)
-    summary = []
-    for group in merged.values():
-        mean = {key: statistics.fmean(row[key] for row in group) for key in COLUMNS[2:6]}
-        spread = statistics.stdev(row["perplexity"] for row in group) if len(group) > 1 else 0.0
-        summary.append({**group[0], **mean, "spread": spread, "n_seeds": len(group)})
-    order = list(LABELS)
-    return sorted(
-        summary, key=lambda row: (row["allocation"] != "full", row["target_bits"], order.index(row["allocation"]))
-    )
-
-
-def label(allocation: str, results: dict[str, Any]) -> str:
-    """What tables call an allocation: a router that cannot be deployed is called so.
+@dataclass(frozen=True)
+class CalibrationText(Record):
+    """The text that a run was calibrated on.
 
     Args:
-        allocation: Of a row.
-        results: results.json.
+        data: Source of the text: a name, or the path of files.
+        n_samples: Windows in all.
+        n_generated: Windows that the model wrote itself; None in results from before it could.
+        seq_len: Tokens per window.
+        seed: Seed of the choice of windows.
     """
-    deployable = allocation != "router" or results.get("router", {}).get("deployable", True)
-    return LABELS[allocation] if deployable else f"{LABELS[allocation]}, not deployable"
+
+    data: str
+    n_samples: int
+    n_generated: int | None = field(default=None, kw_only=True)
+    seq_len: int
+    seed: int
 
 
-def generated_of(calibration: dict[str, Any]) -> str:
-    """What the model wrote itself of the calibration text, as a clause; checkpoints from before that say nothing of it."""
+@dataclass(frozen=True)
+class EvalProtocol(Record):
+    """How perplexity is measured, and on what.
+
+    Args:
+        eval_protocol: `packed` or `documents`, see `TextWindows`.
+        window: Tokens per window at most.
+        n_windows: Windows that were scored.
+        bos: Whether every window begins with the token for the beginning of a text.
+        tokenizer: Hash of the tokenizer.
+        data: Source of the text: a name, or the path of files.
+        data_hash: Hash of the tokens.
+        n_tokens: Tokens that were predicted.
+        calibration: The text that the run was calibrated on.
+    """
+
+    eval_protocol: str
+    window: int
+    n_windows: int
+    bos: bool
+    tokenizer: str
+    data: str
+    data_hash: str
+    n_tokens: int
+    calibration: CalibrationText
+
+
+@dataclass(frozen=True)
+class SlicesNote(Record):
+    """What results say of the slices.
+
+    Args:
+        slice_bits: Bits of each slice.
+        overhead_bits: Bits per weight that scales and biases take.
+        router_bits: Bits per weight that routers and their tables take.
+        threshold_scope: Which table of thresholds the router used.
+    """
+
+    slice_bits: tuple[int, ...]
+    overhead_bits: float
+    router_bits: float
+    threshold_scope: str
+
+
+@dataclass(frozen=True)
+class RouterNote(Record):
+    """What results say of the routers.
+
+    Args:
+        kind: Name of their class.
+        deployable: Whether they can serve; otherwise they are an upper bound for routers that see one input.
+    """
+
+    kind: str = field(metadata={"key": "class"})
+    deployable: bool
+
+
+@dataclass(frozen=True)
+class Measured(Record):
+    """What the comparison of a run has measured.
+
+    Args:
+        model: Name or path of the source model.
+        protocol: How it was measured, and on what.
+        environment: Versions and machine, see `environment`.
+        slices: What the slices take; None in results from before they were noted.
+        router: What the routers are; None in results from before they were noted.
+        collapsed: Inputs whose router collapsed, with the share of their tokens that read the same depth.
+        layer_gains: What slices gain, or in words why that is not known.
+        guards: What guards of the calibration have noticed.
+        rows: A row for each allocation, budget and seed.
+    """
+
+    model: str
+    protocol: EvalProtocol
+    environment: Mapping[str, str]
+    slices: SlicesNote | None = field(default=None, kw_only=True)
+    router: RouterNote | None = field(default=None, kw_only=True)
+    collapsed: Mapping[str, float] = field(default_factory=dict, kw_only=True)
+    layer_gains: GainsSummary | str = field(default="", kw_only=True)
+    guards: tuple[GuardEvent, ...] = field(default=(), kw_only=True)
+    rows: tuple[Row, ...]
+
+    @property
+    def deployable(self) -> bool:
+        """Whether the routers can serve."""
+        return self.router is None or self.router.deployable
+
+    @property
+    def heading(self) -> str:
+        """Model, text and protocol in a line; of local files their name, as a path tells nobody anything."""
+        model, data = (
+            Path(name).name if Path(name).is_absolute() else name for name in (self.model, self.protocol.data)
+        )
+        return f"{model} on {data}, {self.protocol.eval_protocol}, window {self.protocol.window}"
+
+
+@dataclass(frozen=True)
+class HarnessEntry(Record):
+    """What one metric of one task of lm-evaluation-harness gave.
+
+    Args:
+        task: Name of the task.
+        metric: Name of the metric.
+        value: Its value.
+        stderr: Standard error; None if the harness gives none.
+        n_examples: Examples that count; None if the harness does not say.
+        num_fewshot: Examples in the prompt; None if the harness does not say.
+        limit: Examples at most, as asked for; None for all.
+        lm_eval: Version of the harness.
+        environment: Versions and machine, see `environment`.
+        bits: Bits per weight that were asked for, or ``full`` for the source model.
+        used_bits: Mean code bits per weight that tokens read; None in full precision.
+        all_in_bits: Used bits with scales, biases, routers and tables; None in full precision.
+    """
+
+    task: str
+    metric: str
+    value: float
+    stderr: float | None
+    n_examples: int | None
+    num_fewshot: int | None
+    limit: int | None
+    lm_eval: str
+    environment: Mapping[str, str]
+    bits: float | Literal["full"]
+    used_bits: float | None
+    all_in_bits: float | None
+
+    @property
+    def bits_text(self) -> str:
+        """The bits asked for as tables show them."""
+        return self.bits if isinstance(self.bits, str) else f"{self.bits:g}"
+
+
+@dataclass(frozen=True)
+class Results(Record):
+    """Content of results.json, of a run folder or of a checkpoint. In the file, `measured` lies flat beside the others.
+
+    Args:
+        measured: What the comparison has measured; None if none was run, as for a checkpoint that was made elsewhere.
+        lm_eval: What tasks of lm-evaluation-harness gave, one entry per task, metric and budget; None if none was run.
+        latency: How fast the model runs on the machine that compared it, as `time_linears` and `LatencyCheck` give it; None
+            if that was not measured.
+    """
+
+    measured: Measured | None = field(default=None, metadata={"flat": True})
+    lm_eval: tuple[HarnessEntry, ...] | None = None
+    latency: Mapping[str, Any] | None = None
+
+
+def read_results(path: Path) -> Results:
+    """What a results.json holds; nothing if there is no such file.
+
+    Raises:
+        ResultsError: If it is damaged or from another version.
+    """
+    return Results.from_json(read_json(path), path) if path.is_file() else Results()
+
+
+def add_to_results(path: Path, **parts: Any) -> Results:
+    """Puts parts into a results.json, and leaves all else in it as it is, also what only a newer version knows.
+
+    Args:
+        path: The file; it need not exist.
+        **parts: `lm_eval` or `latency` as JSON.
+
+    Returns:
+        What the file then holds.
+
+    Raises:
+        ResultsError: If it is damaged or from another version.
+    """
+    stored = {**(read_json(path) if path.is_file() else {}), **parts}
+    results = Results.from_json(stored, path)
+    write_json(path, stored)
+    return results
+
+
+def generated_of(calibration: Mapping[str, Any]) -> str:
+    """How much of the calibration text the model wrote itself, as a clause for a sentence.
+
+    Args:
+        calibration: `calibration` of provenance.json; checkpoints from before models could write do not say.
+
+    Returns:
+        An empty text if it wrote none.
+    """
     n_generated = calibration.get("n_generated", 0)
     return f" and {n_generated} windows that the model wrote" if n_generated else ""
-
-
-def heading(results: dict[str, Any]) -> str:
-    """Model, text and protocol; of local files their name, as a path tells nobody anything."""
-    protocol = results["protocol"]
-    model, data = (
-        Path(name).name if Path(name).is_absolute() else name for name in (results["model"], protocol["data"])
-    )
-    return f"{model} on {data}, {protocol['eval_protocol']}, window {protocol['window']}"
-
-
-def verdict(rows: list[dict[str, Any]]) -> str:
-    """Says in words at which budgets the router has a lower perplexity than the best control that was measured, and where not."""
-    by_budget: dict[float, dict[str, float]] = {}
-    for row in summarize(rows):
-        if row["allocation"] in ("router", *CONTROLS):
-            by_budget.setdefault(row["target_bits"], {})[row["allocation"]] = row["perplexity"]
-    controls = [name for name in CONTROLS if any(name in found for found in by_budget.values())]
-    wins: list[str] = []
-    losses: list[str] = []
-    ties: list[str] = []
-    for bits, perplexity in by_budget.items():
-        nothing_left = len({round(value, 6) for value in perplexity.values()}) == 1  # at the ends of the range
-        if nothing_left or len(perplexity) < 1 + len(controls):
-            continue
-        best = min(controls, key=lambda name: perplexity[name])
-        lead = perplexity["router"] / perplexity[best] - 1
-        group = ties if abs(lead) < TIE else wins if lead < 0 else losses
-        group.append(f"{bits:g} ({lead:+.1%} against {SHORT[best]})")
-    beaten = {1: "the one control", 2: "both controls"}.get(len(controls), "all controls")
-    parts = [f"The router beats {beaten} at {_join(wins)}." if wins else f"The router beats {beaten} nowhere."]
-    parts += [f"It is behind at {_join(losses)}."] if losses else []
-    parts += [f"Within {TIE:.1%} at {_join([t.split()[0] for t in ties])}."] if ties else []
-    return " ".join(parts) if wins or losses or ties else ""
-
-
-def _join(items: list[str]) -> str:
-    return ", ".join(items)
-
-
-def bits_text(entry: dict[str, Any]) -> str:
-    """Of what the harness gave: the budget, or ``full``."""
-    return entry["bits"] if isinstance(entry["bits"], str) else f"{entry['bits']:g}"

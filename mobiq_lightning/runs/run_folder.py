@@ -13,30 +13,19 @@ import yaml
 
 from mobiq_lightning.errors import RunFolderError
 from mobiq_lightning.files import sha256, write_json, write_text
-from mobiq_lightning.runs.file_names import ELASTIC, RESULTS
+from mobiq_lightning.runs.class_path import loaded_class
+from mobiq_lightning.runs.file_names import (
+    CHECKPOINTS,
+    CONFIG,
+    ELASTIC,
+    IDENTITY,
+    RESULTS,
+    RETRIES,
+    RUN_CONFIG,
+    RUN_FILES,
+)
+from mobiq_lightning.runs.results import Results, read_results
 
-LAYER_GAINS = "layer_gains.json"
-GENERATED = "generated_text"
-CONFIG, DIAGNOSTICS, CHECKPOINTS, IDENTITY, RETRIES = (
-    "config.yaml",
-    "diagnostics.json",
-    "checkpoints",
-    "identity.json",
-    "retries.json",
-)
-_OWN: tuple[str, ...] = (CONFIG, RESULTS, ELASTIC, f"{ELASTIC}.partial", CHECKPOINTS, IDENTITY, RETRIES)
-_OWN += (
-    DIAGNOSTICS,
-    LAYER_GAINS,
-    GENERATED,
-    "results.csv",
-    "results.png",
-    "metrics.jsonl",
-    "csv",
-    "hidden_states",
-    "wandb",
-)
-_OWN += ("outliers.json", "outliers.csv", "outliers.png")
 _IRRELEVANT = (
     "overwrite",
     "config",
@@ -47,7 +36,6 @@ _IRRELEVANT = (
 )
 """Keys that may differ between an interrupted run and the one that goes on with it."""
 _WHOLE_MODEL = "model"
-_GUARDS = ("mobiq_lightning.callbacks.Guards", "mobiq_lightning.callbacks.guards.Guards")
 
 
 class RunFolder:
@@ -61,9 +49,31 @@ class RunFolder:
         self.path = Path(path)
 
     @property
+    def recipe(self) -> Path:
+        """The recipe that the run was made from, with every default written out."""
+        return self.path / RUN_CONFIG
+
+    @property
+    def checkpoint(self) -> Path:
+        """The folder of the elastic checkpoint, which `mobiq_lightning.load` takes."""
+        return self.path / ELASTIC
+
+    def results(self) -> Results:
+        """What the run has measured; perplexities by allocation and bits are in `measured.rows`.
+
+        Raises:
+            RunFolderError: If the run is not finished.
+            ResultsError: If results.json is damaged or from another version.
+        """
+        path = self.path / RESULTS
+        if not path.is_file():
+            raise RunFolderError(f"{self.path} holds no {RESULTS}: the run is not finished; `fit` goes on with it")
+        return read_results(path)
+
+    @property
     def finished(self) -> bool:
         """Whether the run in it has both a checkpoint and results."""
-        return (self.path / RESULTS).is_file() and (self.path / ELASTIC / "config.json").is_file()
+        return (self.path / RESULTS).is_file() and (self.path / ELASTIC / CONFIG).is_file()
 
     def claim(self, recipe: dict[str, Any], overwrite: bool) -> bool:
         """Makes the folder this recipe's.
@@ -80,23 +90,23 @@ class RunFolder:
         """
         if overwrite:
             self.clear()
-        config = self.path / CONFIG
+        config = self.path / RUN_CONFIG
         if config.is_file():
             stored = yaml.safe_load(config.read_text(encoding="utf-8"))
-            differences = list(differing_keys(_without_guards(stored)[0], _without_guards(recipe)[0]))
+            differences = list(differing_keys(_fixed_part(stored)[0], _fixed_part(recipe)[0]))
             if differences:
                 raise RunFolderError(
                     f"{self.path} holds a run with another recipe:\n  " + "\n  ".join(differences) + "\n"
                     "Give another trainer.default_root_dir, or --overwrite to remove that run. To compare a finished run "
                     "at other bits or on other text, use `validate`"
                 )
-            if _without_guards(stored)[1] != _without_guards(recipe)[1]:
+            if _fixed_part(stored)[1] != _fixed_part(recipe)[1]:
                 write_text(config, yaml.safe_dump(recipe, sort_keys=False))
             return True
         foreign = [name for name in (ELASTIC, RESULTS, CHECKPOINTS) if (self.path / name).exists()]
         if foreign:
             raise RunFolderError(
-                f"{self.path} holds {', '.join(foreign)} but no {CONFIG}, so what made them is unknown. Give another "
+                f"{self.path} holds {', '.join(foreign)} but no {RUN_CONFIG}, so what made them is unknown. Give another "
                 "trainer.default_root_dir, or --overwrite to remove them"
             )
         write_text(config, yaml.safe_dump(recipe, sort_keys=False))
@@ -104,7 +114,7 @@ class RunFolder:
 
     def clear(self) -> None:
         """Removes what a run writes, and nothing else."""
-        for name in _OWN:
+        for name in RUN_FILES:
             path = self.path / name
             if path.is_dir():
                 shutil.rmtree(path)
@@ -175,17 +185,18 @@ def differing_keys(stored: Any, given: Any, prefix: str = "") -> Iterator[str]:
         yield f"{prefix.rstrip('.')}: {stored!r} -> {given!r}"
 
 
-def _without_guards(recipe: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]:
-    """A recipe without the callback `Guards`, and what it says of that.
+def _fixed_part(recipe: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]:
+    """A recipe without the callbacks that a run may change when it goes on, and these callbacks.
 
-    A run that a guard has stopped goes on with another action: what was calibrated until then passed the guard, so it is what
-    it would have been with the other action.
+    A callback says so itself, with a class attribute ``may_change_on_resume`` that is true, as `Guards` does: a run that a
+    guard has stopped goes on with another action. What was calibrated until then passed the guard, so it is what it would
+    have been with the other action.
     """
     trainer = recipe.get("trainer") or {}
     callbacks = trainer.get("callbacks") or []
-    guards = [c for c in callbacks if isinstance(c, dict) and c.get("class_path") in _GUARDS]
-    others = [c for c in callbacks if c not in guards]
-    return {**recipe, "trainer": {**trainer, "callbacks": others or None}}, guards
+    free = [c for c in callbacks if getattr(loaded_class(c), "may_change_on_resume", False)]
+    fixed = [c for c in callbacks if c not in free]
+    return {**recipe, "trainer": {**trainer, "callbacks": fixed or None}}, free
 
 
 def _epoch(path: Path) -> int:

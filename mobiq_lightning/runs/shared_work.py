@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from mobiq_lightning.files import write_atomically, write_json
+from mobiq_lightning.runs.record import Record, read_json
+from mobiq_lightning.runs.rows import Row
+
+
+@dataclass(frozen=True)
+class _KeptRows(Record):
+    """A file of rows.
+
+    Args:
+        key: All that they depend on.
+        rows: What was measured.
+    """
+
+    key: Mapping[str, Any]
+    rows: tuple[Row, ...]
 
 
 class SharedWork:
@@ -49,22 +65,25 @@ class SharedWork:
         write_atomically(path, lambda temporary: save_file(tensors, temporary))
         return streams
 
-    def rows(self, key: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    def rows(self, key: Mapping[str, Any]) -> list[Row] | None:
         """Rows that another run has left, or None.
 
         Args:
             key: All that they depend on.
+
+        Raises:
+            ResultsError: If their file is damaged.
         """
         path = self._path("rows", key).with_suffix(".json")
         if self.folder is None or not path.is_file():
             return None
-        rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"]
-        return rows
+        return list(_KeptRows.from_json(read_json(path), path).rows)
 
-    def keep_rows(self, key: Mapping[str, Any], rows: list[dict[str, Any]]) -> None:
+    def keep_rows(self, key: Mapping[str, Any], rows: Sequence[Row]) -> None:
         """Leaves rows for other runs."""
         if self.folder is not None:
-            write_json(self._path("rows", key).with_suffix(".json"), {"key": dict(key), "rows": rows})
+            kept = _KeptRows(dict(key), tuple(rows))
+            write_json(self._path("rows", key).with_suffix(".json"), kept.to_json())
 
     def _path(self, kind: str, key: Mapping[str, Any]) -> Path:
         text = json.dumps(key, sort_keys=True, default=str)

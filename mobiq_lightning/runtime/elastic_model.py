@@ -6,14 +6,14 @@ import functools
 import warnings
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from mobiq_lightning.errors import KernelError
 from mobiq_lightning.kernels import missing_for_code, missing_for_kernels
-from mobiq_lightning.nn import KEPT_BYTES, ElasticLinear, KeptWeights, RoutedInput, routed_inputs, stored_bits
+from mobiq_lightning.nn import KEPT_BYTES, ElasticLinear, KeptWeights, input_names, routed_inputs, stored_bits
 from mobiq_lightning.runtime.dial import BitsUsed, Budget, Dial
 from mobiq_lightning.runtime.fused_blocks import fuse_blocks
 from mobiq_lightning.runtime.graphed_step import GraphedStep
@@ -43,6 +43,8 @@ class ElasticModel:
     kept: KeptWeights
     kernels: KernelState
     prompt_mask: Tensor | None = None
+    plain_class: ClassVar[type]
+    """The class of the model in transformers, in front of which this one is mixed."""
 
     def set_bits(self, bits: Budget, scope: Scope | None = None) -> None:
         """Runs at `bits` bits per weight on average from now on; takes effect with the next token.
@@ -74,7 +76,8 @@ class ElasticModel:
         Raises:
             BitsError: If it has read nothing since.
         """
-        return self.dial.bits_used(input_names(self) if per_layer else ())
+        model: Any = self
+        return self.dial.bits_used(input_names(model) if per_layer else ())
 
     @property
     def path(self) -> str:
@@ -158,7 +161,7 @@ class ElasticModel:
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickles as its plain class and this one, since the class that joins them is made at run time."""
         reduced: Any = super().__reduce_ex__(2)
-        return (_rebuild, (type(self).__mro__[2],), *reduced[2:])
+        return (_rebuild, (self.plain_class,), *reduced[2:])
 
 
 def make_elastic(model: Any, scope: Scope, bits: float) -> None:
@@ -186,12 +189,7 @@ def make_elastic(model: Any, scope: Scope, bits: float) -> None:
 def elastic_class(cls: Any) -> Any:
     """`cls` with `ElasticModel` in front, under the same name, so that saved configs name what transformers knows."""
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    return type(cls.__name__, (ElasticModel, cls), names)
-
-
-def input_names(model: Any) -> list[str]:
-    """Names of a model's routed inputs, in order: the first linear that reads each."""
-    return [name.removesuffix(".input") for name, module in model.named_modules() if isinstance(module, RoutedInput)]
+    return type(cls.__name__, (ElasticModel, cls), {**names, "plain_class": cls})
 
 
 def _before_forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

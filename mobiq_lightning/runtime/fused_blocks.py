@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mobiq_lightning.nn import ElasticLinear
+from mobiq_lightning.nn import Borrowed, ElasticLinear
 from mobiq_lightning.runtime.kernel_input import KernelInput
 
 BLOCKS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
@@ -62,19 +62,18 @@ def fuse_blocks(model: nn.Module) -> None:
             if known and isinstance(linear, ElasticLinear) and not isinstance(module, (FusedNorm, FusedMLP)):
                 kind: Any = type(module)
                 module.__class__ = _fused(kind, mixin)
-                module.__dict__["feeds"] = linear  # not registered: it belongs elsewhere in the model
+                module.feeds = Borrowed(linear)
 
 
 @functools.cache
 def _fused(cls: Any, mixin: Any) -> Any:
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__reduce_ex__": _reduce}
-    return type(cls.__name__, (mixin, cls), names)
+    return type(cls.__name__, (mixin, cls), {**names, "plain_class": cls, "mixin": mixin})
 
 
 def _reduce(module: Any, protocol: Any) -> Any:
     """Pickles as its own class and mixin, since the class that joins them is made at run time."""
-    mixin, cls = type(module).__mro__[1:3]
-    return (_rebuild, (cls, mixin), *nn.Module.__reduce_ex__(module, 2)[2:])
+    return (_rebuild, (module.plain_class, module.mixin), *nn.Module.__reduce_ex__(module, 2)[2:])
 
 
 def _rebuild(cls: type, mixin: type) -> Any:
@@ -83,7 +82,7 @@ def _rebuild(cls: type, mixin: type) -> Any:
 
 
 def _current(module: Any) -> KernelInput | None:
-    kernel: KernelInput | None = module.feeds.routed.kernel
+    kernel: KernelInput | None = module.feeds.value.routed.kernel
     return kernel
 
 

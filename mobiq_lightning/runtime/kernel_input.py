@@ -6,8 +6,7 @@ bit planes; whoever moves or saves the model gets the planes back.
 
 from __future__ import annotations
 
-import weakref
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +15,13 @@ from mobiq_lightning.errors import KernelError
 from mobiq_lightning.kernels import missing_for_code, missing_for_kernels, relay, restore
 from mobiq_lightning.kernels.layout import KernelWeights
 from mobiq_lightning.kernels.routing import MAX_ROUTED, Routing, TwoLayerWeights, relay_router
-from mobiq_lightning.nn import ElasticLinear, RoutedInput
-from mobiq_lightning.packing import PackedSlices
+from mobiq_lightning.nn import ElasticLinear, FixedSlices, RoutedInput
+from mobiq_lightning.packing import PackedSlices, value_name
 from mobiq_lightning.strategies.base import Router
+from mobiq_lightning.tensor_memo import TensorMemo
+
+if TYPE_CHECKING:
+    from mobiq_lightning.kernels.form import Prepared
 
 
 class KernelInput:
@@ -37,8 +40,8 @@ class KernelInput:
         if routed.transform is None and (two_layers := fusable_router(routed.router)):
             self.router = relay_router(two_layers, self.weights)
         self.counted = torch.ones(MAX_ROUTED, dtype=torch.int64, device=self.weights.units.device)
-        self._entered: tuple[weakref.ref[Tensor], Any] | None = None
-        self._product: tuple[weakref.ref[Tensor], Tensor] | None = None
+        self._entered: TensorMemo[Prepared] = TensorMemo()
+        self._product: TensorMemo[Tensor] = TensorMemo()
         self._waiting = 0
         routed.kernel = self
         for linear in linears:
@@ -50,6 +53,11 @@ class KernelInput:
         self.routed.kernel = None
         for linear, weights in zip(self.linears, packed, strict=True):
             linear.take_planes(weights.planes)
+
+    def forget(self) -> None:
+        """Drops what is kept for the last tensor, since tokens are read in another way from now on."""
+        self._entered.forget()
+        self._product.forget()
 
     def packed(self, linear: ElasticLinear) -> PackedSlices:
         """The saved form of one of the linears."""
@@ -72,27 +80,23 @@ class KernelInput:
             raise KernelError(
                 "gradients were asked for, which the kernels do not give; use torch.no_grad(), or model.use_kernels(False)"
             )
-        if self._product is None or self._product[0]() is not x:
-            self._product, self._waiting = (weakref.ref(x), self._multiply(x)), len(self.linears)
-        y = self._product[1]
+        y = self._product.get(x, lambda: self._product_of_all(x))
         self._waiting -= 1
-        if not self._waiting:  # nobody is left to ask for it
-            self._product = None
+        if not self._waiting:  # each linear has asked once; one that is called twice with one tensor multiplies anew
+            self._product.forget()
         start = self.weights.row_starts[index]
         mine: Tensor = y[:, start : start + linear.out_features].unflatten(0, x.shape[:-1])
         return mine
 
     def routes(self, x: Tensor) -> bool:
         """Whether the depths of these tokens (..., I) can be decided in the launch that prepares them: few tokens, a router
-        that the kernels know, and nobody who looks at the gates or gives others.
+        that the kernels know, at its own threshold, and nobody who observes what it decides.
         """
-        routed = self.routed
-        plain = (routed.fixed_slices, routed.control, routed.target_bits, routed.recorded, routed.recorded_scores)
         tokens = x.numel() // x.shape[-1]
         return (
             self.router is not None
             and 0 < tokens <= MAX_ROUTED
-            and all(setting is None for setting in plain)
+            and self.routed.reads_plainly
             and not torch.compiler.is_compiling()
             and not (torch.is_grad_enabled() and x.requires_grad)
         )
@@ -115,20 +119,22 @@ class KernelInput:
             flat, self.weights, self._routing(x), norm, None if up is None else up.flatten(0, -2)
         )
         y = y.view(x.shape)
-        self._entered = (weakref.ref(y), prepared)
+        self._entered.keep(y, prepared)
         return y
+
+    def _product_of_all(self, x: Tensor) -> Tensor:
+        self._waiting = len(self.linears)
+        return self._multiply(x)
 
     def _multiply(self, x: Tensor) -> Tensor:
         from mobiq_lightning.kernels.dispatch import multiply, multiply_uniform, route_and_prepare
 
         routed = self.routed
         flat = routed.read(x).flatten(0, -2)
-        if routed.fixed_slices is not None:
-            return multiply_uniform(flat, self.weights, routed.depths[routed.fixed_slices - 1])
-        prepared = None
-        if self._entered is not None and self._entered[0]() is x:
-            prepared, self._entered = self._entered[1], None
-        elif self.routes(x):
+        if isinstance(routed.reading, FixedSlices):
+            return multiply_uniform(flat, self.weights, routed.depths[routed.reading.n_slices - 1])
+        prepared = self._entered.take(x)
+        if prepared is None and self.routes(x):
             prepared = route_and_prepare(flat, self.weights, self._routing(x))[1]
         if prepared is not None:
             return multiply(flat, self.weights, prepared.bits, prepared=prepared)
@@ -153,8 +159,8 @@ class KernelInput:
         from mobiq_lightning.kernels.dispatch import kernel_linear
 
         routed, weights = self.routed, self.weights
-        if routed.fixed_slices is not None:
-            depth = routed.depths[routed.fixed_slices - 1]
+        if isinstance(routed.reading, FixedSlices):
+            depth = routed.depths[routed.reading.n_slices - 1]
             bits = torch.full(x.shape[:-1], depth, dtype=torch.int64, device=x.device)
         else:
             bits = routed.bits_of(routed.gates(x)).long()
@@ -175,13 +181,11 @@ class KernelInput:
         y: Tensor = flat.unflatten(0, x.shape[:-1])
         return y
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Without what is kept between calls, which cannot be pickled."""
-        return {**self.__dict__, "_entered": None, "_product": None}
-
 
 def fusable_router(router: Router) -> TwoLayerWeights | None:
     """The weights of a router that the kernels can run: one that says so, and whose scores and gates are nobody else's."""
+    # `two_layers` describes the scores of the class that defines it; a subclass with other scores inherits a description that
+    # is not true of it.
     owner: Any = next(cls for cls in type(router).__mro__ if "two_layers" in vars(cls))
     layers = router.two_layers()
     if layers is None or type(router).scores is not owner.scores or type(router).gates is not Router.gates:
@@ -225,7 +229,7 @@ def _missing(linear: ElasticLinear, dtype: torch.dtype) -> str | None:
 
     if reason := missing_for_code(linear.code):
         return reason
-    device = linear.get_buffer("slice_scale").device
+    device = linear.get_buffer(value_name("scale")).device
     if find_spec("triton") is not None:
         from mobiq_lightning.kernels.dispatch import INTERPRETED
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -96,30 +95,30 @@ class BitsPolicy:
 
         Raises:
             CheckpointError: If nothing was measured.
+            ResultsError: If a file with what was measured is damaged or from another version.
         """
         from mobiq_lightning.checkpoint import resolve
         from mobiq_lightning.environment import device_name
-        from mobiq_lightning.runs import RESULTS, SPEED
+        from mobiq_lightning.runs import RESULTS, SPEED, SpeedNote, read_json, read_results
 
         path = resolve(folder)
-        if not (path / RESULTS).is_file():
-            raise CheckpointError(
-                f"{path} has no {RESULTS}, so what bits buy is unknown; run `validate` with its recipe"
-            )
-        rows = json.loads((path / RESULTS).read_text(encoding="utf-8"))["rows"]
+        measured = read_results(path / RESULTS).measured
+        if measured is None:
+            found = f"holds no rows of a comparison in {RESULTS}" if (path / RESULTS).is_file() else f"has no {RESULTS}"
+            raise CheckpointError(f"{path} {found}, so what bits buy is unknown; run `validate` with its recipe")
         speed: dict[float, float] = {}
         elsewhere = ""
         if (path / SPEED).is_file():
-            stored = json.loads((path / SPEED).read_text(encoding="utf-8"))
-            measured_on = stored["environment"]["device"]
+            stored = SpeedNote.from_json(read_json(path / SPEED), path / SPEED)
+            measured_on = stored.environment.device
             if measured_on == device_name():
-                speed = {row["bits"]: row["tokens_per_second"] for row in stored["rows"]}
+                speed = {row.bits: row.tokens_per_second for row in stored.rows}
             else:
                 elsewhere = f"{path / SPEED} was measured on {measured_on}, this is {device_name()}"
         curve = [
-            CurvePoint(row["target_bits"], row["perplexity"], _interpolated(speed, row["target_bits"]))
-            for row in rows
-            if row["allocation"] == "router"
+            CurvePoint(row.target_bits, row.perplexity, _interpolated(speed, row.target_bits))
+            for row in measured.rows
+            if row.allocation == "router"
         ]
         policy = cls(curve, **settings)
         policy.no_speed = elsewhere or policy.no_speed

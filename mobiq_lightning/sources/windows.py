@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
 from mobiq_lightning.errors import DataError
-from mobiq_lightning.runs import SharedWork
+from mobiq_lightning.runs import CalibrationText, EvalProtocol, SharedWork
 from mobiq_lightning.sources.text import Protocol, Split, describe_source, digest, read_documents, tokenize
 
 IGNORED = -100
@@ -97,9 +97,15 @@ class TextWindows(LightningDataModule):
             raise DataError(f"data.n_generated ({n_generated}) must be at least 0")
         self.calibration: Windows | None = None
         self.evaluation: Windows | None = None
-        self.protocol: dict[str, Any] = {}
+        self._protocol: EvalProtocol | None = None
         self.calibration_digest = ""
         self.shared = SharedWork(None)
+
+    @property
+    def protocol(self) -> EvalProtocol:
+        """How perplexity is measured on the evaluation text; known once the text is read."""
+        assert self._protocol is not None, "read() comes first"
+        return self._protocol
 
     def read(
         self,
@@ -175,23 +181,23 @@ class TextWindows(LightningDataModule):
                 f"{self.eval_seq_len}. Give more text or lower data.eval_seq_len"
             )
         cut = cut[: self.eval_max_windows]
-        self.protocol = {
-            "eval_protocol": self.eval_protocol,
-            "window": self.eval_seq_len,
-            "n_windows": len(cut),
-            "bos": tokenizer.bos_token_id is not None and all(w[0] == tokenizer.bos_token_id for w in cut),
-            "tokenizer": tokenizer_hash,
-            "data": self.eval_source,
-            "data_hash": digest(cut),
-            "n_tokens": sum(len(w) - 1 for w in cut),
-            "calibration": {
-                "data": self.source,
-                "n_samples": self.n_samples,
-                "n_generated": self.n_generated,
-                "seq_len": self.seq_len,
-                "seed": self.seed,
-            },
-        }
+        self._protocol = EvalProtocol(
+            eval_protocol=self.eval_protocol,
+            window=self.eval_seq_len,
+            n_windows=len(cut),
+            bos=tokenizer.bos_token_id is not None and all(w[0] == tokenizer.bos_token_id for w in cut),
+            tokenizer=tokenizer_hash,
+            data=self.eval_source,
+            data_hash=digest(cut),
+            n_tokens=sum(len(w) - 1 for w in cut),
+            calibration=CalibrationText(
+                data=self.source,
+                n_samples=self.n_samples,
+                n_generated=self.n_generated,
+                seq_len=self.seq_len,
+                seed=self.seed,
+            ),
+        )
         # Windows of similar length share a batch, so that little of it is padding.
         return Windows([torch.tensor(w) for w in sorted(cut, key=len)])
 

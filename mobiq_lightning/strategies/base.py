@@ -9,16 +9,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from mobiq_lightning.packing import PackedSlices, PackedWeight, depths_of
+from mobiq_lightning.runs import GainMethod
 from mobiq_lightning.strategies.thresholds import Scope, prefix_scores, threshold_for_budget
-
-GainMethod = Literal["probes", "gradients"]
-"""How it is measured what a slice of an input gains the whole model; see `layer_gains`."""
 
 DEFAULT_SLICE_BITS = (2, 1, 1, 2, 2)
 """Bits of each slice, coarsest first, where a recipe names none: depths of 2, 3, 4, 6 and 8 bits."""

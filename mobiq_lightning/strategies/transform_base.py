@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mobiq_lightning.strategies.class_paths import describe_class
+
 STORED = ("scale", "shift")
 """Names of the tensors that a checkpoint holds of an input, in this order; all, the first, or none."""
 
@@ -51,13 +53,10 @@ class Transform:
         return None
 
     def describe(self) -> dict[str, Any]:
-        """``{"class_path", "init_args"}``, as recipes have them."""
+        """``{"class_path", "init_args"}`` of this transform, as recipes have them; see `describe_class`."""
         cls = type(self)
         arguments = list(signature(cls.__init__).parameters)[1:] if cls.__init__ is not object.__init__ else []
-        return {
-            "class_path": f"{cls.__module__}.{cls.__qualname__}",
-            "init_args": {name: getattr(self, name) for name in arguments},
-        }
+        return describe_class(cls, {name: getattr(self, name) for name in arguments})
 
 
 class InputTransform(nn.Module, ABC):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
 
 from mobiq_lightning.calibration.record import CalibrationRecord
+from mobiq_lightning.runs import GainsSummary, GuardEvent, GuardName
 
 
-def event(name: str, action: str = "repair", guard: str = "collapsed_router") -> dict[str, Any]:
-    return {"guard": guard, "input": name, "action": action}
+def event(name: str, guard: GuardName = "collapsed_router") -> GuardEvent:
+    return GuardEvent(guard, block=0, input=name, action="repair", epoch=1, depth=2.5, value=None, limit=0.995)
+
+
+GAINS = GainsSummary(windows=8, seq_len=32, reference_bits=4, seconds=1.5, methods={}, tokens=None)
 
 
 def filled() -> CalibrationRecord:
@@ -17,14 +21,14 @@ def filled() -> CalibrationRecord:
     record.note_guard(event("b"))
     record.note_guard(event("b", guard="worse_block"))
     record.note_collapse("a", 0.997)
-    record.note_layer_gains({"windows": 8})
+    record.note_layer_gains(GAINS)
     for block in (3, 1):
         record.give_up(block)
     return record
 
 
 def test_what_a_training_checkpoint_keeps_comes_back() -> None:
-    state = filled().state_dict()
+    state = json.loads(json.dumps(filled().state_dict()))  # plain values
     assert state["given_up"] == [1, 3]
     restored = CalibrationRecord()
     restored.load_state_dict(state)
@@ -51,4 +55,4 @@ def test_the_largest_share_of_a_collapsed_router_is_kept() -> None:
 def test_an_input_that_keeps_its_router_was_not_repaired() -> None:
     record = filled()
     record.keep_routers(static={"a"})
-    assert [e["action"] for e in record.guards] == ["repair", "record", "repair"]
+    assert [e.action for e in record.guards] == ["repair", "record", "repair"]

@@ -16,7 +16,7 @@ from mobiq_lightning.errors import RecipeError
 from mobiq_lightning.evaluation import BlockErrors, use_by_frequency, use_by_position
 from mobiq_lightning.evaluation.routing_use import RoutingUse
 from mobiq_lightning.nn import fixed_depth
-from mobiq_lightning.runs import RunFolder
+from mobiq_lightning.runs import ClassUse, RunFolder
 from mobiq_lightning.sources import load_source
 from mobiq_lightning.strategies.objectives.block_reconstruction import relative_error
 
@@ -39,7 +39,7 @@ def test_positions_are_classes_that_double_and_inputs_weigh_by_their_weights() -
         [bits, torch.full((1, 9), 2.0)], torch.zeros(1, 9, dtype=torch.int64), torch.ones(1, 9, dtype=torch.bool)
     )
     found = use_by_position(use.compute())
-    assert [(c["class"], c["tokens"]) for c in found] == [
+    assert [(c.name, c.tokens) for c in found] == [
         ("0", 1),
         ("1", 1),
         ("2", 1),
@@ -47,7 +47,7 @@ def test_positions_are_classes_that_double_and_inputs_weigh_by_their_weights() -
         ("4-7", 4),
         ("8-15", 1),
     ]
-    assert [c["bits"] for c in found] == [2, 2, 2, 2, (3 * 6 + 2) / 4, 2]
+    assert [c.bits for c in found] == [2, 2, 2, 2, (3 * 6 + 2) / 4, 2]
 
 
 def test_tokens_are_put_into_classes_by_how_often_the_text_has_them() -> None:
@@ -55,7 +55,7 @@ def test_tokens_are_put_into_classes_by_how_often_the_text_has_them() -> None:
     ids = torch.tensor([[7, 7, 7, 4, 4, 9]])  # 7 three times, 4 twice, 9 once
     use.update([torch.tensor([[8.0, 8.0, 8.0, 4.0, 4.0, 2.0]])], ids, torch.ones(1, 6, dtype=torch.bool))
     found = use_by_frequency(use.compute())
-    assert found == [{"class": "1", "tokens": 1, "bits": 2.0}, {"class": "2-3", "tokens": 5, "bits": 32 / 5}]
+    assert found == [ClassUse("1", 1, 2.0), ClassUse("2-3", 5, 32 / 5)]
 
 
 def test_a_blocks_error_is_that_of_the_block_alone_on_the_full_precision_input(finished: Run, model: Any) -> None:

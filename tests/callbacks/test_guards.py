@@ -19,7 +19,7 @@ from mobiq_lightning.callbacks import Guards
 from mobiq_lightning.cli import main
 from mobiq_lightning.comparison.results import _noticed
 from mobiq_lightning.errors import RecipeError
-from mobiq_lightning.runs import sentence
+from mobiq_lightning.runs import GuardEvent, sentence
 from mobiq_lightning.strategies import ResidualSlices, Router
 from tests.conftest import Run
 
@@ -92,8 +92,9 @@ def test_a_block_worse_than_rounding_falls_back_bit_by_bit_and_every_report_says
     assert {e["epoch"] for e in events} == {1, 3}
     assert all(e["value"] > e["limit"] > 0 for e in events)
     for event in events:
-        assert sentence(event) in (run / "elastic" / "README.md").read_text()
-        assert sentence(event) in output.out
+        said = sentence(GuardEvent.from_json(event, "results.json"))
+        assert said in (run / "elastic" / "README.md").read_text()
+        assert said in output.out
     source = AutoModelForCausalLM.from_pretrained(recipe_arguments[2].partition("=")[2])
     saved = codes_of(run)
     bits = yaml.safe_load((run / "config.yaml").read_text())["model"]["slices"]["init_args"]["slice_bits"]
@@ -230,9 +231,11 @@ def test_a_collapsed_router_is_noticed_when_its_block_is_done(
 
 
 def test_a_comparison_says_in_which_runs_guards_noticed_something() -> None:
-    results = {"a-0": {"guards": [{"guard": "worse_block", "action": "repair"}] * 2}, "a-1": {"guards": []}, "b-0": {}}
-    cells: Any = [SimpleNamespace(name=name) for name in [*results, "unfinished"]]
-    folder: Any = SimpleNamespace(finished=lambda c: c.name in results, results=lambda c: results[c.name])
+    event = GuardEvent("worse_block", 0, None, "repair", epoch=1, depth=2, value=0.3, limit=0.2)
+    noticed = {"a-0": (event, event), "a-1": ()}
+    cells: Any = [SimpleNamespace(name=name) for name in [*noticed, "unfinished"]]
+    measured = {name: SimpleNamespace(guards=events) for name, events in noticed.items()}
+    folder: Any = SimpleNamespace(finished=lambda c: c.name in measured, measured=lambda c: measured[c.name])
     assert _noticed(folder, cells) == [
         "a-0: guards noticed 2 x worse_block (repair); its run folder's results.json says where."
     ]

@@ -21,11 +21,10 @@ from mobiq_lightning.checkpoint import CheckpointWriter, verify
 from mobiq_lightning.checkpoint.check import hash_tensor
 from mobiq_lightning.cli import main
 from mobiq_lightning.errors import BitsError, CheckpointError
-from mobiq_lightning.nn import ElasticLinear
+from mobiq_lightning.nn import ElasticLinear, input_names
 from mobiq_lightning.packing import n_groups
 from mobiq_lightning.runs import COMPANIONS
 from mobiq_lightning.runtime import cache_name
-from mobiq_lightning.runtime.elastic_model import input_names
 from tests.checkpoints import IDS, PLANE, edit_tensors, generate, logits, tensors_of
 from tests.conftest import Run, small_recipe
 
@@ -278,6 +277,17 @@ class TestWriting:
         assert f"{router['perplexity']:.2f}" in text
         code = text.split("```python\n")[1].split("```")[0].replace("path/to/this/folder", str(finished[0] / "elastic"))
         subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+    def test_plug_ins_are_named_by_their_public_paths(self, finished: Run) -> None:
+        elastic = finished[0] / "elastic"
+        config = json.loads((elastic / "config.json").read_text())["quantization_config"]
+        assert config["router"]["class_path"] == "mobiq_lightning.strategies.MLPRouter"
+        assert config["router"]["init_args"] == {"hidden_features": 4}
+        assert config["transform"]["class_path"] == "mobiq_lightning.strategies.NoTransform"
+        assert json.loads((elastic / "provenance.json").read_text())["transform"] == {
+            "class_path": "mobiq_lightning.strategies.NoTransform",
+            "init_args": {},
+        }
 
     def test_others_may_read_the_files(self, finished: Run) -> None:
         modes = {path.stat().st_mode & 0o777 for path in (finished[0] / "elastic").iterdir()}

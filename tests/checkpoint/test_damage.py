@@ -41,20 +41,24 @@ class TestDamage:
         path.write_bytes(path.read_bytes()[:5])
         self.refused(broken, f"{path.name} is cut off or damaged")
 
-    def test_a_flipped_byte(self, broken: Path) -> None:
+    def test_a_flipped_byte(self, broken: Path, model: Any) -> None:
         def flip(tensors: dict[str, torch.Tensor]) -> None:
             tensors[PLANE].view(-1)[7] ^= 4
 
         name = edit_tensors(broken, flip)
         self.refused(broken, f"{name}: the bytes of {PLANE} are not those that were written", PLANE)
-        assert mobiq_lightning.load(broken, check_hashes=False) is not None
+        unchecked = mobiq_lightning.load(broken, check_hashes=False)
+        assert torch.equal(logits(unchecked, 3), logits(model, 3)), "the fourth plane is not read at 3 bits"
+        assert not torch.equal(logits(unchecked, 4), logits(model, 4)), "damage that nobody looks for is computed with"
 
-    def test_a_flipped_byte_in_a_plane_that_is_not_read_does_not_matter(self, broken: Path) -> None:
+    def test_a_flipped_byte_in_a_plane_that_is_not_read_does_not_matter(self, broken: Path, model: Any) -> None:
         def flip(tensors: dict[str, torch.Tensor]) -> None:
             tensors["model.layers.0.mlp.down_proj.plane_7"].view(-1)[0] ^= 1
 
         edit_tensors(broken, flip)
-        assert mobiq_lightning.load(broken, max_bits=6) is not None
+        small = mobiq_lightning.load(broken, max_bits=6)
+        for bits in (2, 4, 6):
+            assert torch.equal(logits(small, bits), logits(model, bits))
         with pytest.raises(CheckpointError, match="plane_7"):
             mobiq_lightning.load(broken)
 
@@ -100,6 +104,7 @@ class TestDamage:
             ({"format_version": 99}, "format version 99.*up to 2"),
             ({"code": "morse"}, "there is no code 'morse'; there are nested, per_slice, per_plane, codebook"),
             ({"slice_bits": None}, "quantization_config lacks slice_bits"),
+            ({"group_sise": 16}, "unknown key 'group_sise'. Did you mean 'group_size'"),
             ({"router": {"class_path": "subprocess.Popen", "init_args": {}}}, "no mobiq_lightning.strategies.Router"),
             ({"router": {"class_path": "nowhere.Router", "init_args": {}}}, "cannot be imported here"),
             (

@@ -270,7 +270,9 @@ class TestWandb:
 
 
 def test_the_sweep_runs_the_real_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mobiq_lightning.comparison.check import BuildOnly
+    from mobiq_lightning.jobs import ElasticCLI
+    from mobiq_lightning.jobs.arguments import with_recipe
+    from mobiq_lightning.jobs.quiet import quiet_libraries
 
     sweep = yaml.safe_load((ROOT / "recipes" / "sweeps" / "budgets.yaml").read_text())
     assert sweep["metric"]["name"] == "eval/kl_at_3_bits"
@@ -280,9 +282,9 @@ def test_the_sweep_runs_the_real_command_line(monkeypatch: pytest.MonkeyPatch) -
     names = []
     for value in sweep["parameters"]["model.budget"]["values"]:
         arguments = [part for part in fixed[4:] if not part.startswith("--trainer.logger")]
-        cli = BuildOnly(
-            ["fit", *arguments, "--seed_everything=1", "--trainer.accelerator=cpu", f"--model.budget={value}"]
-        )
+        changed = ["--seed_everything=1", "--trainer.accelerator=cpu", f"--model.budget={value}"]
+        with quiet_libraries():
+            cli = ElasticCLI("build", with_recipe([*arguments, *changed]))
         names.append(type(cli.model.budget).__name__)
         assert cli.trainer.default_root_dir == "runs/sweep/abc"
     assert len(set(names)) == 6

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import yaml
 
 from mobiq_lightning.cli import main
 from mobiq_lightning.comparison.grid import read_grid
-from mobiq_lightning.comparison.table import at_bits, lead, long_table, points_of
+from mobiq_lightning.comparison.table import CellRow, at_bits, lead, long_table, points_of
 from mobiq_lightning.comparison.verdicts import storage_verdict, verdicts
 from mobiq_lightning.errors import RecipeError
+from mobiq_lightning.runs import Allocation, Row
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 GRIDS = sorted((RECIPES / "compare").glob("*.yaml"))
@@ -128,8 +130,8 @@ def test_a_wrong_command_line_is_answered(
     assert message in capsys.readouterr().err
 
 
-def curve(*points: tuple[float, float], kl: float = 0.1, **more: Any) -> list[dict[str, Any]]:
-    return [{"used_bits": bits, "perplexity": ppl, "kl": kl, **more} for bits, ppl in points]
+def curve(*points: tuple[float, float], allocation: Allocation = "router") -> list[Row]:
+    return [Row(allocation, bits, bits, bits + 0.5, perplexity, kl=0.1, seed=None) for bits, perplexity in points]
 
 
 def test_a_curve_is_interpolated_in_the_logarithm_and_never_extrapolated() -> None:
@@ -142,13 +144,13 @@ def test_a_curve_is_interpolated_in_the_logarithm_and_never_extrapolated() -> No
     assert at_bits([], 2.0) is None
 
 
-def rows_of(strategy: str, **by_allocation: list[float]) -> list[dict[str, Any]]:
+def rows_of(strategy: str, **by_allocation: list[float]) -> list[CellRow]:
     """Rows at 2, 2.5 and 3 used bits: the perplexity at 2.5 bits is given for each seed."""
     rows = []
     for allocation, values in by_allocation.items():
         for seed, value in enumerate(values):
-            which = {"strategy": strategy, "allocation": allocation, "cell_seed": seed}
-            rows += curve((2.0, 80.0), (2.5, value), (3.0, 60.0), **which)
+            found = curve((2.0, 80.0), (2.5, value), (3.0, 60.0), allocation=cast(Allocation, allocation))
+            rows += [CellRow(strategy, seed, row) for row in found]
     return rows
 
 
@@ -156,17 +158,17 @@ class TestLongTable:
     def test_it_holds_mean_and_spread_over_seeds(self) -> None:
         table = long_table(points_of(rows_of("a", router=[69.0, 70.0, 71.0], static=[72.0, 72.0, 72.0]), [2.5]))
         router, static = table
-        assert router["allocation"] == "router"
-        assert router["perplexity_mean"] == pytest.approx(70.0)
-        assert router["perplexity_spread"] == pytest.approx(1.0)
-        assert (static["n"], static["perplexity_spread"]) == (3, pytest.approx(0.0))
+        assert router.allocation == "router"
+        assert router.perplexity_mean == pytest.approx(70.0)
+        assert router.perplexity_spread == pytest.approx(1.0)
+        assert (static.n, static.perplexity_spread) == (3, pytest.approx(0.0))
 
     def test_rounding_is_not_interpolated_between_its_whole_bits(self) -> None:
-        rows = curve((2.0, 80.0), (3.0, 60.0), strategy="a", allocation="rtn", cell_seed=0)
-        assert [row["used_bits"] for row in long_table(points_of(rows, [2, 2.5, 3]))] == [2, 3]
+        rows = [CellRow("a", 0, row) for row in curve((2.0, 80.0), (3.0, 60.0), allocation="rtn")]
+        assert [row.used_bits for row in long_table(points_of(rows, [2, 2.5, 3]))] == [2, 3]
 
     def test_one_seed_has_no_spread(self) -> None:
-        assert long_table(points_of(rows_of("a", router=[70.0]), [2.5]))[0]["perplexity_spread"] is None
+        assert long_table(points_of(rows_of("a", router=[70.0]), [2.5]))[0].perplexity_spread is None
 
 
 class TestVerdicts:
@@ -221,9 +223,9 @@ class TestVerdicts:
 
 
 def test_what_is_stored_beside_the_codes_is_said_where_it_differs() -> None:
-    def stored(strategy: str, more: float) -> list[dict[str, Any]]:
+    def stored(strategy: str, more: float) -> list[CellRow]:
         rows = rows_of(strategy, router=[70.0, 71.0])
-        return [{**row, "all_in_bits": row["used_bits"] + more} for row in rows]
+        return [replace(one, row=replace(one.row, all_in_bits=one.row.used_bits + more)) for one in rows]
 
     said = storage_verdict(stored("nested", 0.5) + stored("tables", 87.0), ["nested", "tables"])
     assert said[0].endswith("which equal used bits leave out: nested 0.50, tables 87.00.")

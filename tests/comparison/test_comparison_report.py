@@ -8,7 +8,6 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,7 +15,8 @@ from mobiq_lightning.comparison.report import ReportCell, ReportInput, lines_of,
 from mobiq_lightning.comparison.report.runs import Run, against, read_strategies
 from mobiq_lightning.comparison.report.style import Panel, as_svg
 from mobiq_lightning.comparison.report.tables import measured_points
-from mobiq_lightning.comparison.table import INTERPOLATION, long_table, points_of
+from mobiq_lightning.comparison.table import INTERPOLATION, CellRow, long_table, points_of
+from mobiq_lightning.runs import Allocation, Measured, Row, read_results
 
 FinishedRun = tuple[Path, list[str]]
 SECTIONS = [
@@ -55,8 +55,10 @@ document.body.dataset.probe = JSON.stringify({
 </script>"""
 
 
-def rows_of(folder: Path) -> list[dict[str, Any]]:
-    return list(json.loads((folder / "results.json").read_text())["rows"])
+def measured_of(folder: Path) -> Measured:
+    measured = read_results(folder / "results.json").measured
+    assert measured is not None
+    return measured
 
 
 @pytest.fixture(scope="module")
@@ -74,17 +76,17 @@ def comparison(finished: FinishedRun, tmp_path_factory: pytest.TempPathFactory) 
             row["perplexity"] *= factor if row["allocation"] not in ("full", "rtn") else 1.0
         (folder / "results.json").write_text(json.dumps(results))
         cells.append(ReportCell(strategy, seed, folder, {"model.epochs_per_block": seed}, "finished", 75.0, 0.5))
-        rows += [{"strategy": strategy, "cell_seed": seed, **row} for row in results["rows"]]
+        rows += [CellRow(strategy, seed, row) for row in measured_of(folder).rows]
     (root / "other-1" / "diagnostics.json").unlink()
     cells.append(ReportCell("broken", 0, root / "broken-0", {}, "failed", reason="block 1: loss <nan> & no more"))
-    results = json.loads((finished[0] / "results.json").read_text())
+    measured = measured_of(finished[0])
     return ReportInput(
         "Two <strategies>",
         "python -m mobiq_lightning compare --config two.yaml",
         ["plain: routing is ahead of nothing."],
-        results["model"],
-        results["protocol"],
-        results["environment"],
+        measured.model,
+        measured.protocol,
+        measured.environment,
         cells,
         long_table(points_of(rows, [2, 2.5])),
         INTERPOLATION,
@@ -194,7 +196,7 @@ def test_the_table_shows_shared_lines_once_and_marks_the_best(comparison: Report
     assert full[0] == full[1]
     assert not full[0].best
     best = {(line.strategy, line.values[1].text) for line in plain + other if line.values[1] and line.values[1].best}
-    lowest = min(r["perplexity_mean"] for r in comparison.table if r["used_bits"] == 2.5)
+    lowest = min(r.perplexity_mean for r in comparison.table if r.used_bits == 2.5)
     assert best == {("plain", f"{lowest:.2f}")}
     first = plain[0].values[0]
     assert first is not None
@@ -204,16 +206,16 @@ def test_the_table_shows_shared_lines_once_and_marks_the_best(comparison: Report
 def test_measured_points_have_used_and_all_in_bits_over_runs_and_draws(comparison: ReportInput) -> None:
     strategies, _ = read_strategies(comparison.cells)
     point = next(p for p in measured_points(strategies) if p["allocation"] == "router" and p["target"] == "2.5")
-    rows = [r for r in rows_of(comparison.cells[0].folder) if r["allocation"] == "router" and r["target_bits"] == 2.5]
+    rows = [r for r in measured_of(comparison.cells[0].folder).rows if (r.allocation, r.target_bits) == ("router", 2.5)]
     assert point["n"] == 2
-    assert point["used_bits"] == f"{rows[0]['used_bits']:.3f}"
+    assert point["used_bits"] == f"{rows[0].used_bits:.3f}"
     assert float(point["all_in_bits"]) > float(point["used_bits"])
-    assert point["perplexity"].text == f"{rows[0]['perplexity'] * 1.01:.2f}"
+    assert point["perplexity"].text == f"{rows[0].perplexity * 1.01:.2f}"
 
 
 def test_routers_are_compared_with_the_mean_control_of_their_own_run() -> None:
-    def row(allocation: str, perplexity: float) -> dict[str, Any]:
-        return {"allocation": allocation, "target_bits": 3.0, "used_bits": 2.9, "perplexity": perplexity}
+    def row(allocation: Allocation, perplexity: float) -> Row:
+        return Row(allocation, 3.0, 2.9, 3.4, perplexity, kl=0.1, seed=0)
 
     runs = [
         Run(0, [row("router", 9.0), row("random", 9.0), row("random", 11.0)]),

@@ -9,20 +9,13 @@ from typing import Any
 import pytest
 
 from mobiq_lightning.evaluation import print_table, write_results
+from mobiq_lightning.evaluation.report import plot
 from mobiq_lightning.loggers import JsonlLogger, WandbLogger
-from mobiq_lightning.runs import summarize, verdict
+from mobiq_lightning.runs import Allocation, CalibrationText, EvalProtocol, Measured, Results, Row, summarize, verdict
 
 
-def row(allocation: str, bits: float, perplexity: float, seed: int | None = None) -> dict[str, Any]:
-    return {
-        "allocation": allocation,
-        "target_bits": bits,
-        "used_bits": bits,
-        "all_in_bits": bits + 0.5,
-        "perplexity": perplexity,
-        "kl": 0.1,
-        "seed": seed,
-    }
+def row(allocation: Allocation, bits: float, perplexity: float, seed: int | None = None) -> Row:
+    return Row(allocation, bits, bits, bits + 0.5, perplexity, kl=0.1, seed=seed)
 
 
 ROWS = [
@@ -36,13 +29,17 @@ ROWS = [
     row("static", 4, 10.9),
     row("random", 4, 11.2, 0),
 ]
-PROTOCOL = {"data": "text", "eval_protocol": "packed", "window": 128, "n_tokens": 1000}
+PROTOCOL = EvalProtocol("packed", 128, 8, True, "t", "text", "h", 1000, CalibrationText("text", 8, 128, 0))
+
+
+def measured(rows: list[Row]) -> Measured:
+    return Measured("m", PROTOCOL, {}, tuple(rows))
 
 
 def test_seeds_are_merged_into_mean_and_spread() -> None:
-    merged = next(r for r in summarize(ROWS) if r["allocation"] == "random" and r["target_bits"] == 3)
-    assert merged["perplexity"] == pytest.approx(12.4)
-    assert merged["spread"] == pytest.approx(0.2828, abs=1e-3)
+    merged = next(r for r in summarize(ROWS) if r.allocation == "random" and r.target_bits == 3)
+    assert merged.perplexity == pytest.approx(12.4)
+    assert merged.spread == pytest.approx(0.2828, abs=1e-3)
 
 
 def test_the_verdict_says_where_the_router_wins_and_where_not() -> None:
@@ -69,24 +66,60 @@ def test_the_verdict_is_of_all_controls_that_were_measured() -> None:
 def test_a_comparison_without_random_seeds_is_printed_and_drawn(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = [r for r in ROWS if r["allocation"] not in ("random", "rtn")]
-    results = {"model": "m", "protocol": PROTOCOL, "rows": rows}
-    write_results(results, tmp_path)
-    print_table(results)
-    assert (tmp_path / "results.png").stat().st_size > 10_000
+    found = measured([r for r in ROWS if r.allocation not in ("random", "rtn")])
+    write_results(Results(found), tmp_path)
+    print_table(found)
+    assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
+    assert set(curves_of(plot(found))) == {"router", "static layers"}
     assert "static layers" in capsys.readouterr().out
 
 
 def test_the_table_shows_every_row_and_the_files_hold_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    results = {"model": "m", "protocol": PROTOCOL, "rows": ROWS}
-    print_table(results)
+    found = measured(ROWS)
+    print_table(found)
     output = capsys.readouterr().out
     assert output.count("│ random tokens") == 2
     assert "12.40 ± 0.28" in output
-    write_results(results, tmp_path)
-    assert json.loads((tmp_path / "results.json").read_text())["rows"] == ROWS
-    assert (tmp_path / "results.csv").read_text().splitlines()[0].startswith("allocation,target_bits,used_bits")
-    assert (tmp_path / "results.png").stat().st_size > 10_000
+    write_results(Results(found), tmp_path)
+    stored = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [list(r) for r in stored] == [
+        ["allocation", "target_bits", "used_bits", "all_in_bits", "perplexity", "kl", "seed"]
+    ] * len(ROWS)
+    assert [Row(**r) for r in stored] == ROWS
+    assert (tmp_path / "results.csv").read_text().splitlines()[:2] == [
+        "allocation,target_bits,used_bits,all_in_bits,perplexity,kl,seed",
+        "full,16,16,16.5,10.0,0.1,",
+    ]
+    assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
+
+
+def curves_of(figure: Any) -> dict[str, list[tuple[float, float, float]]]:
+    """Points of every curve of a plot by its label: bits, perplexity, and half the length of the error bar."""
+    (axes,) = figure.axes
+    curves = {}
+    for container in axes.containers:
+        line, _, (bars,) = container
+        halves = [(top - bottom) / 2 for (_, bottom), (_, top) in bars.get_segments()]
+        points = zip(line.get_xydata().tolist(), halves, strict=True)
+        curves[container.get_label()] = [(bits, perplexity, half) for (bits, perplexity), half in points]
+    return curves
+
+
+def test_the_plot_has_a_curve_for_each_allocation_and_a_line_for_full_precision() -> None:
+    figure = plot(measured(ROWS))
+    curves = curves_of(figure)
+    assert {name: [bits for bits, _, _ in points] for name, points in curves.items()} == {
+        "round to nearest": [3],
+        "router": [3, 4],
+        "static layers": [3, 4],
+        "random tokens": [3, 4],
+    }
+    assert curves["router"] == [(3, 12.0, 0.0), (4, 11.0, 0.0)]
+    assert curves["random tokens"][0] == (3, pytest.approx(12.4), pytest.approx(0.2828, abs=1e-3))
+    full = next(line for line in figure.axes[0].lines if line.get_label() == "full precision")
+    assert set(full.get_ydata()) == {10.0}
+    assert figure.axes[0].get_yscale() == "log"
+    assert figure.axes[0].get_title() == "m on text, packed, window 128"
 
 
 def test_the_journal_is_only_ever_appended_to(tmp_path: Path) -> None:

@@ -29,11 +29,11 @@ def views(scores: torch.Tensor) -> list[TokenView]:
 def test_rows_tell_the_first_tokens_of_windows_and_what_the_router_ranks() -> None:
     gains = torch.tensor([[[5.0, 1.0, 2.0, 7.0, 3.0, 0.0], [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]]])
     rows = token_rows(gains, views(torch.stack([gains[0, 0], -gains[0, 1]], dim=1)), seq_len=3)
-    assert rows[0]["first_token"] == 6.0
-    assert rows[1]["first_token"] == 1.5
-    assert [row["router_rank"] for row in rows] == pytest.approx([1.0, -1.0])
-    assert [row["norm_rank"] for row in rows] == [0.0, 0.0]
-    assert rows[0]["token_std"] == pytest.approx(float(gains[0, 0].std()))
+    assert rows[0].first_token == 6.0
+    assert rows[1].first_token == 1.5
+    assert [row.router_rank for row in rows] == pytest.approx([1.0, -1.0])
+    assert [row.norm_rank for row in rows] == [0.0, 0.0]
+    assert rows[0].token_std == pytest.approx(float(gains[0, 0].std()))
 
 
 def test_the_summary_parts_layers_from_tokens() -> None:
@@ -48,9 +48,9 @@ def test_the_summary_parts_layers_from_tokens() -> None:
     ):
         rows = token_rows(gains, views(scores) * 2, seq_len=3)
         summary = token_summary(gains, rows, [4.0, 4.0])
-        assert summary["between_layers"] == pytest.approx(between_layers)
-        assert summary["between_tokens"] == pytest.approx(between_tokens)
-        assert summary["shared"] == pytest.approx(shared)
+        assert summary.between_layers == pytest.approx(between_layers)
+        assert summary.between_tokens == pytest.approx(between_tokens)
+        assert summary.shared == pytest.approx(shared)
 
 
 def test_a_run_keeps_the_spread_over_tokens_with_its_layer_gains(finished: Run) -> None:

@@ -39,16 +39,14 @@ class TestShippedRecipes:
 
     def test_it_parses_and_its_plug_ins_build_on_a_tiny_layer(self, path: Path, tmp_path: Path) -> None:
         from mobiq_lightning.jobs import ElasticCLI
-        from mobiq_lightning.jobs.cli import RunFolder
-
-        class BuildOnly(ElasticCLI):
-            def _run_subcommand(self, subcommand: str) -> None:
-                pass
+        from mobiq_lightning.jobs.quiet import quiet_libraries
+        from mobiq_lightning.runs import RunFolder
 
         folder = f"--trainer.default_root_dir={tmp_path / 'run'}"
-        cli = BuildOnly(
-            ["fit", "--config", str(path), folder, "--trainer.accelerator=cpu", "--trainer.precision=32-true"]
-        )
+        with quiet_libraries():
+            cli = ElasticCLI(
+                "fit", ["--config", str(path), folder, "--trainer.accelerator=cpu", "--trainer.precision=32-true"]
+            )
         scheme = cli.model.slices(8, 20)
         assert cli.model.router(20, len(scheme.slice_bits)).n_slices == len(scheme.slice_bits)
         assert scheme.depths[0] <= cli.model.budget(0.5) <= scheme.depths[-1]
@@ -57,16 +55,14 @@ class TestShippedRecipes:
 
 def test_stages_of_the_command_line_replace_those_of_the_recipe_whole(tmp_path: Path) -> None:
     from mobiq_lightning.jobs import ElasticCLI
-
-    class BuildOnly(ElasticCLI):
-        def _run_subcommand(self, subcommand: str) -> None:
-            pass
+    from mobiq_lightning.jobs.quiet import quiet_libraries
 
     path = next(p for p in RECIPES if p.stem == "tiny")
     stages = "[" + ", ".join(["{train: [routers], epochs: 1}"] * 10) + "]"  # as many as the recipe has
     folder = f"--trainer.default_root_dir={tmp_path / 'run'}"
     for given in ([f"--model.stages={stages}"], ["--model.stages", stages]):
-        cli = BuildOnly(["fit", "--config", str(path), folder, *given])
+        with quiet_libraries():
+            cli = ElasticCLI("build", ["--config", str(path), folder, *given])
         assert len(cli.model.stages) == 10
         assert all(s.depth is None and s.scope == "block" and not s.other_depths for s in cli.model.stages)
 
@@ -125,12 +121,12 @@ def test_a_trainer_whose_source_cannot_be_read_is_left_to_the_parser(
     monkeypatch.setattr(
         recipe_module.importlib.util, "find_spec", lambda _: SimpleNamespace(submodule_search_locations=[str(tmp_path)])
     )
-    recipe_module._accepted.cache_clear()
+    recipe_module.accepted_keys.cache_clear()
     try:
         assert check_recipe({"trainer": {"max_epoch": 1}}) == []
         assert "Did you mean 'model.slices'" in check_recipe({"model": {"slice": 1}})[0]
     finally:
-        recipe_module._accepted.cache_clear()
+        recipe_module.accepted_keys.cache_clear()
 
 
 def test_every_problem_of_a_recipe_is_named_at_once() -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mobiq_lightning.kernels import relay, restore, sliced_linear
+from mobiq_lightning.kernels.form import Form, Prepared
 from mobiq_lightning.kernels.layout import KernelWeights, column_map
 from mobiq_lightning.kernels.routing import Routing, TwoLayerWeights, relay_router
 from mobiq_lightning.kernels.tuning import DecodeConfig, table_for, table_json
@@ -22,7 +23,7 @@ from mobiq_lightning.kernels.decode import decode
 from mobiq_lightning.kernels.dequantize import dequantize, dequantized_product
 from mobiq_lightning.kernels.dispatch import INTERPRETED, multiply, path_for
 from mobiq_lightning.kernels.grouped import grouped, plan_tiles
-from mobiq_lightning.kernels.prepare import Form, Prepared, prepare
+from mobiq_lightning.kernels.prepare import prepare
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPE = torch.float32 if INTERPRETED else torch.bfloat16
@@ -51,8 +52,7 @@ def make(rows: int, columns: int, group: int, slice_bits: tuple[int, ...], seed:
     bias = (torch.randn(shape, generator=generator) * 0.1).to(torch.bfloat16)
     return PackedSlices(
         tuple(plane.to(DEVICE) for plane in pack_planes(codes, n_bits)),
-        scale.to(DEVICE),
-        bias.to(DEVICE),
+        (scale.to(DEVICE), bias.to(DEVICE)),
         columns,
         group,
         slice_bits,
@@ -219,11 +219,13 @@ def test_dequantized_product_gives_every_token_its_own_depth(monkeypatch: pytest
 
 def test_which_kernel_multiplies_depends_on_the_number_of_tokens_alone() -> None:
     weights = relay([make(64, 128, 128, FINE)])
-    until = table_for("interpreter").grouped_until if INTERPRETED else 10**6
-    paths = {count: path_for(count, weights, DTYPE) for count in (1, 64, 65, until)}
-    assert paths == {1: "decode", 64: "decode", 65: "grouped", until: "grouped"} or not INTERPRETED
-    if INTERPRETED:
-        assert path_for(until + 1, weights, DTYPE) == "dequantize"
+    until = table_for("interpreter" if INTERPRETED else torch.cuda.get_device_name()).grouped_until
+    paths = {count: path_for(count, weights, DTYPE) for count in (1, 64, 65, until, until + 1)}
+    assert paths == {1: "decode", 64: "decode", 65: "grouped", until: "grouped", until + 1: "dequantize"}
+    assert until >= 65, "the test needs a table that uses all three"
+    # Products of several depths at once want bfloat16 where they are cuBLAS's; of one depth, any dtype does.
+    assert path_for(until + 1, weights, torch.float16) == ("dequantize" if INTERPRETED else "grouped")
+    assert path_for(until + 1, weights, None) == "dequantize"
 
 
 @pytest.mark.parametrize("count", [0, 1, 64, 65, 600])
@@ -284,6 +286,22 @@ def test_one_launch_norms_routes_and_counts_as_the_modules_do(mode: str, size: t
     given = prepare(y, weights, form, made.bits)[1]
     for name in ("one", "two", "sums", "info"):
         torch.testing.assert_close(getattr(made, name), getattr(given, name))
+
+
+@pytest.mark.parametrize(
+    ("row", "column", "tile", "word", "bit"),
+    [(0, 0, 0, 0, 0), (9, 21, 0, 26, 20), (5, 64, 0, 5 * 16 + 1, 0), (17, 255, 1, 128 + (1 * 4 + 3) * 4 + 1, 30)],
+)
+def test_a_code_lies_where_the_layout_says(row: int, column: int, tile: int, word: int, bit: int) -> None:
+    """The formula of `layout`, and the example of the kernels' README."""
+    codes = torch.zeros(32, 256, dtype=torch.uint8)
+    codes[row, column] = 0b1001
+    values = torch.zeros(32, 2, dtype=torch.bfloat16)
+    units = relay([PackedSlices(tuple(pack_planes(codes, 4)), values, values, 256, 128, (2, 2))]).units
+    for unit, code in ((0, 0b10), (1, 0b01)):
+        found = units[unit].nonzero().tolist()
+        assert found == [[tile, word]]
+        assert int(units[unit, tile, word]) & 0xFFFFFFFF == code << bit
 
 
 def test_columns_of_padded_groups_are_empty() -> None:

@@ -191,7 +191,8 @@ def test_only_depths_of_slices_are_read(code: str) -> None:
     kind, bits = CODES[code], (2, 1, 2)
     codes = torch.randint(0, 32, (3, 20), dtype=torch.uint8)
     shapes = kind.value_shapes(3, 20, 8, bits)
-    packed = kind.of(tuple(pack_planes(codes, 5)), [torch.rand(s).bfloat16() for s in shapes.values()], 20, 8, bits)
+    values = tuple(torch.rand(s).bfloat16() for s in shapes.values())
+    packed = kind(tuple(pack_planes(codes, 5)), values, 20, 8, bits)
     assert packed.weight_at(3).shape == (3, 20)
     for wrong in (0, 6) if code == "nested" else (0, 4, 6):
         with pytest.raises(ValueError, match=rf"n_bits \({wrong}\)"):
@@ -203,8 +204,9 @@ def test_tables_planes_and_slices_are_read_as_their_formulas_say() -> None:
 
     def weight(code: str, n_bits: int, *values: list[float]) -> list[float]:
         shapes = CODES[code].value_shapes(1, 2, 1, (2, 1)).values()
-        stored = [torch.tensor(v).reshape(s).bfloat16() for v, s in zip(values, shapes, strict=True)]
-        return CODES[code].of(tuple(pack_planes(codes, 3)), stored, 2, 1, (2, 1)).weight_at(n_bits).flatten().tolist()
+        stored = tuple(torch.tensor(v).reshape(s).bfloat16() for v, s in zip(values, shapes, strict=True))
+        packed = CODES[code](tuple(pack_planes(codes, 3)), stored, 2, 1, (2, 1))
+        return packed.weight_at(n_bits).flatten().tolist()
 
     ranges = ([4.0, 8.0], [1.0, 0.0], [2.0, 2.0], [0.0, 0.5])  # scale and bias of the base, then of the residual
     assert weight("per_slice", 2, *ranges) == [1.5, -1.0]

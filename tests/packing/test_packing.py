@@ -40,5 +40,5 @@ def test_depths_are_the_running_sum_of_the_slices() -> None:
 
 
 def test_unpacking_no_planes_is_refused() -> None:
-    with pytest.raises(IndexError):
+    with pytest.raises(ValueError, match="no bit planes were given"):
         unpack_codes([], 8)

@@ -34,8 +34,7 @@ def elastic_linear(seed: int, max_bits: int | None = None) -> ElasticLinear:
     elastic.load_state_dict(
         {f"plane_{p}": plane for p, plane in enumerate(held)} | {"slice_scale": packed.scale, "slice_bias": packed.bias}
     )
-    elastic.attach(routed)
-    elastic.add_module("input", routed)
+    elastic.attach(routed, carries_input=True)
     return elastic.eval()
 
 

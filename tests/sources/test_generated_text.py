@@ -40,7 +40,7 @@ def test_windows_that_the_model_wrote_follow_those_of_the_text(source: Source, t
     assert torch.equal(more.calibration_ids(), again.calibration_ids())
     assert not torch.equal(more.calibration_ids()[6:], other.calibration_ids()[6:])
     assert text.calibration_digest != more.calibration_digest == again.calibration_digest
-    assert more.protocol["calibration"]["n_generated"] == 5
+    assert more.protocol.calibration.n_generated == 5
 
 
 def test_the_text_is_drawn_from_the_models_own_distribution(source: Source) -> None:

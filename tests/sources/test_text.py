@@ -127,7 +127,7 @@ def test_packed_windows_do_not_overlap_and_drop_the_tail(text_file: Path, tokeni
     assert len(data.evaluation) == len(stream) // 32
     cut = {tuple(w.tolist()) for w in data.evaluation.windows}
     assert tuple(stream[32:64]) in cut
-    assert data.protocol["n_tokens"] == len(stream) // 32 * 31
+    assert data.protocol.n_tokens == len(stream) // 32 * 31
 
 
 def test_document_windows_start_with_bos_and_are_cut(text_file: Path, tokenizer: object) -> None:
@@ -135,7 +135,7 @@ def test_document_windows_start_with_bos_and_are_cut(text_file: Path, tokenizer:
     assert data.evaluation is not None
     assert len(data.evaluation) == 40
     assert all(w[0] == 1 and len(w) <= 50 for w in data.evaluation.windows)
-    assert data.protocol["bos"] is True
+    assert data.protocol.bos is True
 
 
 def test_padding_is_on_the_right_and_not_predicted() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mobiq_lightning.evaluation.controls import control_router, control_thresholds
-from mobiq_lightning.nn import RoutedInput, record_gates
+from mobiq_lightning.nn import RoutedInput, record_gates, routed_by
 from mobiq_lightning.packing import depths_of
 from mobiq_lightning.runtime import Dial
 from mobiq_lightning.strategies import GradientLayerRouter, LearnedLayerRouter, MLPRouter, ProbedLayerRouter
@@ -176,9 +176,10 @@ class TestControls:
         thresholds = control_thresholds("shuffled", SIZES[:4], BITS, wanted)
         for position, (bits, threshold) in enumerate(zip(wanted, thresholds, strict=True)):
             routed = RoutedInput(MLPRouter(4, len(BITS)), BITS, SIZES[position])
-            routed.control = control_router("shuffled", routed, 1, threshold)
-            routed.control.place(position, 4)
-            used = routed.bits_of(routed.gates(torch.randn(20_000, 4)))
+            control = control_router("shuffled", routed, 1, threshold)
+            control.place(position, 4)
+            with routed_by([routed], [control]):
+                used = routed.bits_of(routed.gates(torch.randn(20_000, 4)))
             assert float(used.mean()) == pytest.approx(bits, abs=0.02)
             assert len(used.unique()) == (1 if bits in (2.0, 6.0) else 2)
 

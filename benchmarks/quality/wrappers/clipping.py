@@ -6,8 +6,6 @@ import contextlib
 import io
 from typing import Any
 
-import yaml
-
 from ..peer import Peer, Task, set_weight
 
 # The code is nested: at 2 bits the second slice is never read, but a model has to have two to mix.
@@ -61,13 +59,10 @@ def recipe(task: Task) -> dict[str, Any]:
 
 def run(task: Task) -> Any:
     import mobiq_lightning
-    from mobiq_lightning.jobs import ElasticCLI
 
-    path = task.scratch / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe(task), sort_keys=False), encoding="utf-8")
     with contextlib.redirect_stdout(io.StringIO()):
-        ElasticCLI(["fit", "--config", str(path)])
-    calibrated: Any = mobiq_lightning.load(task.scratch / "run", device="cpu")
+        made = mobiq_lightning.fit(recipe(task))
+    calibrated: Any = mobiq_lightning.load(made.path, device="cpu")
     for name, linear in task.linears():
         set_weight(linear, calibrated.get_submodule(name).weight_at(task.bits))
     return task.model

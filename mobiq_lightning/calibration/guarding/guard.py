@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Generic, Literal, TypeVar
 from mobiq_lightning.calibration.guarding.collapse import COLLAPSE_SHARE
 from mobiq_lightning.calibration.guarding.fallback import State, restore, round_block
 from mobiq_lightning.calibration.guarding.probe import Measured
+from mobiq_lightning.runs import GuardName
 
 if TYPE_CHECKING:
     from mobiq_lightning.calibration.module import ElasticCalibration
@@ -74,7 +75,7 @@ class Guard(ABC, Generic[Looked]):
         action: What is done where it notices something.
     """
 
-    name: ClassVar[str]
+    name: ClassVar[GuardName]
     """The argument of the callback `Guards` that sets its action; results.json lists its events under it."""
     advice: ClassVar[str]
     """What a user can do about it, as the beginning of a sentence."""

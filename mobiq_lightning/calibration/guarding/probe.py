@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from mobiq_lightning.calibration.sliced_source import SlicedSource
-from mobiq_lightning.nn import fixed_depth, full_precision
+from mobiq_lightning.nn import fixed_depth, full_precision, transformed_by
 from mobiq_lightning.strategies.base import SliceScheme
 from mobiq_lightning.strategies.objectives.block_reconstruction import relative_error
 from mobiq_lightning.strategies.objectives.logit_distillation import divergence
@@ -171,23 +171,16 @@ def fresh_transforms(sliced: SlicedSource, block: int) -> list[InputTransform | 
 @contextmanager
 def uncalibrated(sliced: SlicedSource, block: int) -> Iterator[None]:
     """Within it, a block is read with schemes and transforms as they begin."""
-    inputs = sliced.block_at(block).routed_inputs()
     linears = fresh_schemes(sliced, block)
     schemes = [linear.scheme for linear, _ in linears]
-    transforms: list[nn.Module | None] = [routed.transform for routed in inputs]
-    for linear, scheme in linears:
-        linear.slice_by(scheme)
-    for routed, transform in zip(inputs, fresh_transforms(sliced, block), strict=True):
-        routed.transform = transform
-        routed.forget()
-    try:
-        yield
-    finally:
-        for (linear, _), scheme in zip(linears, schemes, strict=True):
-            linear.slice_by(scheme)
-        for routed, known in zip(inputs, transforms, strict=True):
-            routed.transform = known  # type: ignore[assignment]
-            routed.forget()
+    with transformed_by(sliced.block_at(block).routed_inputs(), fresh_transforms(sliced, block)):
+        try:
+            for linear, scheme in linears:
+                linear.slice_by(scheme)
+            yield
+        finally:
+            for (linear, _), scheme in zip(linears, schemes, strict=True):
+                linear.slice_by(scheme)
 
 
 def _nll(log_probs: Tensor, ids: Tensor) -> float:

@@ -28,12 +28,10 @@ def error_chart(strategies: Sequence[Strategy]) -> Chart | None:
     if not drawn:
         return None
     panels = [Panel("mean over blocks", partial(_draw_means, strategies=drawn))]
-    every = [
-        error for s in drawn for found in s.diagnosed for row in found["block_error"]["relative_error"] for error in row
-    ]
+    every = [error for s in drawn for found in s.diagnosed for row in found.block_error.relative_error for error in row]
     limits = (0.7 * min(every), 1.4 * max(every))  # the same for all strategies
     panels += [Panel(f"{s.name}: by block", partial(_draw_blocks, strategy=s, limits=limits)) for s in drawn]
-    depths = sorted({depth for s in drawn for found in s.diagnosed for depth in found["depths"]})
+    depths = sorted({depth for s in drawn for found in s.diagnosed for depth in found.depths})
     key = [*key_of(drawn), *(KeyEntry(f"{depth} bits", depth_color(depth)) for depth in depths)]
     caption = (
         "Relative squared error of each decoder block's output at every depth that its slices give, all tokens alike, mean over "
@@ -45,10 +43,10 @@ def error_chart(strategies: Sequence[Strategy]) -> Chart | None:
 def _draw_means(axes: Any, strategies: Sequence[Strategy]) -> None:
     for number, strategy in enumerate(strategies):
         found = strategy.diagnosed
-        means = [[statistics.fmean(c) for c in zip(*d["block_error"]["relative_error"], strict=True)] for d in found]
+        means = [[statistics.fmean(c) for c in zip(*d.block_error.relative_error, strict=True)] for d in found]
         points = [
             CurvePoint(depth, statistics.fmean(values), spread_of(values))
-            for depth, values in zip(found[0]["depths"], zip(*means, strict=True), strict=True)
+            for depth, values in zip(found[0].depths, zip(*means, strict=True), strict=True)
         ]
         draw_curve(axes, points, strategy, 0.03 * (number - (len(strategies) - 1) / 2))
     scale_log(axes)
@@ -56,8 +54,8 @@ def _draw_means(axes: Any, strategies: Sequence[Strategy]) -> None:
 
 
 def _draw_blocks(axes: Any, strategy: Strategy, limits: tuple[float, float]) -> None:
-    errors = mean_of([found["block_error"]["relative_error"] for found in strategy.diagnosed])
-    for depth, values in zip(strategy.diagnosed[0]["depths"], zip(*errors, strict=True), strict=True):
+    errors = mean_of([found.block_error.relative_error for found in strategy.diagnosed])
+    for depth, values in zip(strategy.diagnosed[0].depths, zip(*errors, strict=True), strict=True):
         axes.plot(range(len(errors)), values, color=depth_color(depth), marker=".", linewidth=1.3)
     axes.set_ylim(*limits)
     scale_log(axes)

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from mobiq_lightning.comparison.table import TableRow
+from mobiq_lightning.runs import EvalProtocol
+
 
 @dataclass(frozen=True)
 class ReportCell:
@@ -20,6 +23,7 @@ class ReportCell:
         status: Only finished cells are drawn; of failed ones the reason is shown.
         seconds: That it took, if known.
         peak_memory_gb: That it needed, if known.
+        resumed: Whether it was resumed, if known; the seconds are then those of its last part alone.
         reason: Why it failed.
     """
 
@@ -30,7 +34,21 @@ class ReportCell:
     status: Literal["finished", "failed"]
     seconds: float | None = None
     peak_memory_gb: float | None = None
+    resumed: bool | None = None
     reason: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """The run as table.json has it: of a finished one what it took, of a failed one why."""
+        found = {
+            "strategy": self.strategy,
+            "seed": self.seed,
+            "changes": self.changes,
+            "folder": str(self.folder),
+            "status": self.status,
+        }
+        if self.status == "failed":
+            return {**found, "reason": self.reason}
+        return {**found, "seconds": self.seconds, "peak_memory_gb": self.peak_memory_gb, "resumed": self.resumed}
 
 
 @dataclass(frozen=True)
@@ -42,11 +60,10 @@ class ReportInput:
         command: That made it.
         verdicts: What it says, in sentences; they come first.
         model: Name of the source model.
-        protocol: As in results.json.
-        environment: As in results.json.
+        protocol: How perplexity was measured, and on what.
+        environment: Versions and machine that it was measured with.
         cells: In the order of the grid.
-        table: Means at equal used bits: dicts strategy, allocation, used_bits, n, and mean and spread (None for one
-            run) of perplexity and kl, as ``perplexity_mean`` and so on. Spread is the standard deviation over seeds.
+        table: Means at equal used bits.
         interpolation: How the table comes from measured points, in words.
     """
 
@@ -54,8 +71,8 @@ class ReportInput:
     command: str
     verdicts: Sequence[str]
     model: str
-    protocol: Mapping[str, Any]
-    environment: Mapping[str, Any]
+    protocol: EvalProtocol
+    environment: Mapping[str, str]
     cells: Sequence[ReportCell]
-    table: Sequence[Mapping[str, Any]]
+    table: Sequence[TableRow]
     interpolation: str

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mobiq_lightning.comparison.file_names import REPORT
 from mobiq_lightning.comparison.report.calibration import error_chart, progress_charts
 from mobiq_lightning.comparison.report.input import ReportInput
 from mobiq_lightning.comparison.report.pareto import pareto_chart
@@ -21,10 +22,10 @@ from mobiq_lightning.comparison.report.tables import (
     strategy_rows,
 )
 from mobiq_lightning.files import write_text
+from mobiq_lightning.runs import Metric
 
-REPORT = "report.html"
 _TEMPLATE = "report.html.jinja"
-_METRICS = {"perplexity": "Perplexity", "kl": "KL to full precision, nats per token"}
+_METRICS: dict[Metric, str] = {"perplexity": "Perplexity", "kl": "KL to full precision, nats per token"}
 
 
 def write_report(folder: Path, comparison: ReportInput) -> Path:
@@ -65,7 +66,7 @@ def write_report(folder: Path, comparison: ReportInput) -> Path:
 
 def _facts(comparison: ReportInput) -> list[tuple[str, str]]:
     """Model and protocol; the seed that chooses the calibration windows is each run's own."""
-    facts = [("model", comparison.model), *facts_of(comparison.protocol)]
+    facts = [("model", comparison.model), *facts_of(comparison.protocol.to_json())]
     return [(name, value) for name, value in facts if name != "calibration seed"]
 
 

@@ -12,15 +12,15 @@ from mobiq_lightning.comparison.report.runs import CurvePoint, Strategy, against
 from mobiq_lightning.comparison.report.style import GREY, INK, Chart, KeyEntry, Panel, draw_curve, key_of, scale_log
 from mobiq_lightning.comparison.report.tables import columns_of
 from mobiq_lightning.comparison.table import at_bits
-from mobiq_lightning.runs import SHORT
+from mobiq_lightning.runs import SHORT, Control, Metric
 
-CONTROLS = {"static": "4 2", "layers": "7 2", "shuffled": "4 2 1 2", "random": "1 2.5"}
+CONTROLS: dict[Control, str] = {"static": "4 2", "layers": "7 2", "shuffled": "4 2 1 2", "random": "1 2.5"}
 """Dashes of each control."""
-_NAMES = {"perplexity": "perplexity", "kl": "KL (nats per token)"}
+_NAMES: dict[Metric, str] = {"perplexity": "perplexity", "kl": "KL (nats per token)"}
 _SHIFT = 0.018
 
 
-def pareto_chart(report: ReportInput, strategies: Sequence[Strategy], metric: str) -> Chart | None:
+def pareto_chart(report: ReportInput, strategies: Sequence[Strategy], metric: Metric) -> Chart | None:
     """The chart of ``perplexity`` or ``kl``; None without a measured router."""
     drawn = [s for s in strategies if curve(s.runs, "router", metric)]
     if not drawn:
@@ -43,7 +43,7 @@ def pareto_chart(report: ReportInput, strategies: Sequence[Strategy], metric: st
     return Chart(f"pareto-{metric}", f"{heading} against used bits", _caption(metric, len(drawn) > 1), panels, key)
 
 
-def _caption(metric: str, several: bool) -> str:
+def _caption(metric: Metric, several: bool) -> str:
     text = (
         "Lower is better everywhere. The first panel has every allocation as measured, over the bits that routers used; rounding "
         "beyond that is in the table of measured points below. "
@@ -58,7 +58,7 @@ def _caption(metric: str, several: bool) -> str:
     return text + (" Full precision has no line: its KL is 0." if metric == "kl" else "")
 
 
-def _draw_all(axes: Any, strategies: Sequence[Strategy], metric: str) -> None:
+def _draw_all(axes: Any, strategies: Sequence[Strategy], metric: Metric) -> None:
     for strategy in strategies:
         for control, dashes in CONTROLS.items():
             points = curve(strategy.runs, control, metric)
@@ -82,7 +82,7 @@ def _draw_between(axes: Any, curves: Sequence[tuple[Strategy, Sequence[CurvePoin
     _label(axes)
 
 
-def _draw_against(axes: Any, strategies: Sequence[Strategy], control: str, metric: str) -> None:
+def _draw_against(axes: Any, strategies: Sequence[Strategy], control: Control, metric: Metric) -> None:
     _draw_shifted(axes, [(s, against(s.runs, control, metric)) for s in strategies])
     _label(axes)
 
@@ -98,7 +98,7 @@ def _draw_shifted(axes: Any, curves: Sequence[tuple[Strategy, Sequence[CurvePoin
 
 
 def _between(
-    strategies: Sequence[Strategy], bits: Sequence[float], metric: str
+    strategies: Sequence[Strategy], bits: Sequence[float], metric: Metric
 ) -> list[tuple[Strategy, list[CurvePoint]]]:
     """By how much each router is above the mean over strategies with the same seed, in percent; where all have a figure."""
     found: list[tuple[Strategy, list[CurvePoint]]] = [(strategy, []) for strategy in strategies]
@@ -106,9 +106,9 @@ def _between(
         by_seed: dict[int, list[float]] = {}
         for strategy in strategies:
             for run in strategy.runs:
-                point = at_bits([row for row in run.rows if row["allocation"] == "router"], asked)
+                point = at_bits([row for row in run.rows if row.allocation == "router"], asked)
                 if point is not None:
-                    by_seed.setdefault(run.seed, []).append(getattr(point, metric))
+                    by_seed.setdefault(run.seed, []).append(point.figure(metric))
         whole = [values for values in by_seed.values() if len(values) == len(strategies)]
         for number, (_, points) in enumerate(found):
             above = [100 * (values[number] / statistics.fmean(values) - 1) for values in whole]

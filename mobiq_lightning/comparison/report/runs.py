@@ -9,9 +9,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mobiq_lightning.comparison.report.input import ReportCell
-from mobiq_lightning.runs import DIAGNOSTICS, RESULTS
+from mobiq_lightning.errors import ResultsError
+from mobiq_lightning.runs import (
+    DIAGNOSTICS,
+    JOURNAL,
+    RESULTS,
+    Allocation,
+    Control,
+    Diagnostics,
+    Metric,
+    Results,
+    Row,
+)
 
-JOURNAL = "metrics.jsonl"
 _PARTS = {
     RESULTS: "the Pareto curves",
     DIAGNOSTICS: "bits per input, depths, block errors, positions and frequencies",
@@ -32,8 +42,8 @@ class Run:
     """
 
     seed: int
-    rows: Sequence[Mapping[str, Any]] = ()
-    diagnostics: Mapping[str, Any] | None = None
+    rows: Sequence[Row] = ()
+    diagnostics: Diagnostics | None = None
     epochs: Sequence[Mapping[str, float]] = ()
     steps: Sequence[Mapping[str, float]] = ()
 
@@ -53,7 +63,7 @@ class Strategy:
     runs: Sequence[Run] = field(default_factory=list)
 
     @property
-    def diagnosed(self) -> list[Mapping[str, Any]]:
+    def diagnosed(self) -> list[Diagnostics]:
         """Diagnostics of the runs that have them."""
         return [run.diagnostics for run in self.runs if run.diagnostics is not None]
 
@@ -80,19 +90,15 @@ def _read_run(cell: ReportCell, missing: list[str]) -> Run:
             return parse((cell.folder / name).read_text(encoding="utf-8"))
         except FileNotFoundError:
             problem = f"{name} is missing"
-        except (ValueError, KeyError, OSError) as error:
+        except (ValueError, KeyError, OSError, ResultsError) as error:
             problem = f"{name} cannot be read ({type(error).__name__}: {error})"
         missing.append(f"{cell.strategy}, seed {cell.seed}: {problem}, so {_PARTS[name]} are without this run.")
         return None
 
-    rows = read(RESULTS, lambda text: json.loads(text)["rows"])
+    measured = read(RESULTS, lambda text: Results.from_json(json.loads(text), RESULTS).measured)
     epochs, steps = read(JOURNAL, _read_journal) or ([], [])
-    return Run(cell.seed, rows or [], read(DIAGNOSTICS, _read_diagnostics), epochs, steps)
-
-
-def _read_diagnostics(text: str) -> dict[str, Any]:
-    found = json.loads(text)
-    return {key: found[key] for key in ("inputs", "depths", "budgets", "block_error")}
+    diagnostics = read(DIAGNOSTICS, lambda text: Diagnostics.from_json(json.loads(text), DIAGNOSTICS))
+    return Run(cell.seed, measured.rows if measured is not None else (), diagnostics, epochs, steps)
 
 
 def _read_journal(text: str) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
@@ -117,28 +123,28 @@ class CurvePoint:
     spread: float
 
 
-def curve(runs: Sequence[Run], allocation: str, metric: str) -> list[CurvePoint]:
+def curve(runs: Sequence[Run], allocation: Allocation, metric: Metric) -> list[CurvePoint]:
     """A strategy's curve of an allocation, by used bits: over runs, and for controls also over draws."""
-    by_budget: dict[float, list[Mapping[str, Any]]] = {}
-    for row in (row for run in runs for row in run.rows if row["allocation"] == allocation):
-        by_budget.setdefault(row["target_bits"], []).append(row)
-    points = [_point([r["used_bits"] for r in group], [r[metric] for r in group]) for group in by_budget.values()]
+    by_budget: dict[float, list[Row]] = {}
+    for row in (row for run in runs for row in run.rows if row.allocation == allocation):
+        by_budget.setdefault(row.target_bits, []).append(row)
+    points = [_point([r.used_bits for r in group], [r.figure(metric) for r in group]) for group in by_budget.values()]
     return sorted(points, key=lambda point: point.x)
 
 
-def against(runs: Sequence[Run], control: str, metric: str) -> list[CurvePoint]:
+def against(runs: Sequence[Run], control: Control, metric: Metric) -> list[CurvePoint]:
     """By how much the router's figure is above a control's of the same run at the same bits, in percent of it."""
     by_budget: dict[float, list[tuple[float, float]]] = {}
     for run in runs:
-        for row in (r for r in run.rows if r["allocation"] == "router"):
+        for row in (r for r in run.rows if r.allocation == "router"):
             others = [
-                other[metric]
+                other.figure(metric)
                 for other in run.rows
-                if other["allocation"] == control and other["target_bits"] == row["target_bits"]
+                if other.allocation == control and other.target_bits == row.target_bits
             ]
             if others and statistics.fmean(others) > 0:
-                difference = 100 * (row[metric] / statistics.fmean(others) - 1)
-                by_budget.setdefault(row["target_bits"], []).append((row["used_bits"], difference))
+                difference = 100 * (row.figure(metric) / statistics.fmean(others) - 1)
+                by_budget.setdefault(row.target_bits, []).append((row.used_bits, difference))
     points = [_point(*zip(*group, strict=True)) for group in by_budget.values()]
     return sorted(points, key=lambda point: point.x)
 

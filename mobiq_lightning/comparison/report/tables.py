@@ -12,9 +12,10 @@ import yaml
 from mobiq_lightning.comparison.report.input import ReportCell
 from mobiq_lightning.comparison.report.runs import Run, Strategy, spread_of
 from mobiq_lightning.comparison.report.style import color_of
-from mobiq_lightning.runs import LABELS
+from mobiq_lightning.comparison.table import TableRow
+from mobiq_lightning.runs import LABELS, Allocation, Metric, Row
 
-_DIGITS = {"perplexity": 2, "kl": 4}
+_DIGITS: dict[Metric, int] = {"perplexity": 2, "kl": 4}
 _SHARED = ("full", "rtn")  # the same for all strategies that share model, text and groups
 NOTHING = "–"
 
@@ -45,26 +46,26 @@ class Line:
     values: Sequence[Value | None]
 
 
-def columns_of(table: Sequence[Mapping[str, Any]]) -> list[float]:
+def columns_of(table: Sequence[TableRow]) -> list[float]:
     """Used bits of a long table, without those of full precision."""
-    return sorted({row["used_bits"] for row in table if row["allocation"] != "full"})
+    return sorted({row.used_bits for row in table if row.allocation != "full"})
 
 
-def lines_of(table: Sequence[Mapping[str, Any]], metric: str) -> list[list[Line]]:
+def lines_of(table: Sequence[TableRow], metric: Metric) -> list[list[Line]]:
     """A long table as one line per strategy and allocation, grouped by strategy.
 
     Full precision and rounding come first, once for all strategies that share them, with an empty name if these are all.
     """
     columns = columns_of(table)
     best = _best(table, metric)
-    found: dict[tuple[str, str], list[Value | None]] = {}
+    found: dict[tuple[str, Allocation], list[Value | None]] = {}
     for row in table:
-        values = found.setdefault((row["strategy"], row["allocation"]), [None] * len(columns))
+        values = found.setdefault((row.strategy, row.allocation), [None] * len(columns))
         value = _value(row, metric, best)
-        if row["allocation"] == "full":
+        if row.allocation == "full":
             values[:] = [value] * len(columns)
         else:
-            values[columns.index(row["used_bits"])] = value
+            values[columns.index(row.used_bits)] = value
     names, allocations = list(dict.fromkeys(strategy for strategy, _ in found)), list(LABELS)
     ordered = sorted(found.items(), key=lambda item: (names.index(item[0][0]), allocations.index(item[0][1])))
     shared = list(_merged([item for item in ordered if item[0][1] in _SHARED], set(names)))
@@ -73,7 +74,9 @@ def lines_of(table: Sequence[Mapping[str, Any]], metric: str) -> list[list[Line]
     return [group for group in groups if group]
 
 
-def _merged(found: Sequence[tuple[tuple[str, str], Sequence[Value | None]]], strategies: set[str]) -> Iterator[Line]:
+def _merged(
+    found: Sequence[tuple[tuple[str, Allocation], Sequence[Value | None]]], strategies: set[str]
+) -> Iterator[Line]:
     """Lines that several strategies share, once."""
     for (strategy, allocation), values in found:
         owners = [s for (s, a), other in found if a == allocation and _texts(other) == _texts(values)]
@@ -85,25 +88,22 @@ def _texts(values: Sequence[Value | None]) -> list[str]:
     return ["" if value is None else value.text for value in values]
 
 
-def _best(table: Sequence[Mapping[str, Any]], metric: str) -> dict[float, float]:
+def _best(table: Sequence[TableRow], metric: Metric) -> dict[float, float]:
     best: dict[float, float] = {}
     for row in table:
-        mean = row[f"{metric}_mean"]
-        if row["allocation"] not in _SHARED and mean is not None:
-            best[row["used_bits"]] = min(mean, best.get(row["used_bits"], math.inf))
+        if row.allocation not in _SHARED:
+            best[row.used_bits] = min(row.mean(metric), best.get(row.used_bits, math.inf))
     return best
 
 
-def _value(row: Mapping[str, Any], metric: str, best: Mapping[float, float]) -> Value | None:
-    mean, spread = row[f"{metric}_mean"], row[f"{metric}_spread"]
-    if mean is None:
-        return None
-    wins = row["allocation"] not in _SHARED and mean == best.get(row["used_bits"])
-    spread_text = "" if spread is None or row["allocation"] in _SHARED else f"± {_number(spread, metric)}"
-    return Value(_number(mean, metric), spread_text, row["n"], wins)
+def _value(row: TableRow, metric: Metric, best: Mapping[float, float]) -> Value:
+    mean, spread = row.mean(metric), row.spread(metric)
+    wins = row.allocation not in _SHARED and mean == best.get(row.used_bits)
+    spread_text = "" if spread is None or row.allocation in _SHARED else f"± {_number(spread, metric)}"
+    return Value(_number(mean, metric), spread_text, row.n, wins)
 
 
-def _number(value: float, metric: str) -> str:
+def _number(value: float, metric: Metric) -> str:
     return f"{value:.{_DIGITS[metric]}f}" if value < 1e5 else f"{value:.3g}"  # also says nan
 
 
@@ -112,26 +112,26 @@ def measured_points(strategies: Sequence[Strategy]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for strategy in strategies:
         for (allocation, target), rows in _by_budget(strategy.runs).items():
-            point = {
+            point: dict[str, Any] = {
                 "strategy": strategy.name,
                 "allocation": LABELS[allocation],
                 "target": f"{target:g}",
                 "n": len(rows),
             }
-            for name, digits in (("used_bits", 3), ("all_in_bits", 3)):
-                point[name] = f"{sum(row[name] for row in rows) / len(rows):.{digits}f}"
+            point["used_bits"] = f"{sum(row.used_bits for row in rows) / len(rows):.3f}"
+            point["all_in_bits"] = f"{sum(row.all_in_bits for row in rows) / len(rows):.3f}"
             for name in _DIGITS:
-                values = [row[name] for row in rows]
+                values = [row.figure(name) for row in rows]
                 spread = f"± {_number(spread_of(values), name)}" if len(values) > 1 else ""
                 point[name] = Value(_number(sum(values) / len(values), name), spread)
             found.append(point)
     return found
 
 
-def _by_budget(runs: Sequence[Run]) -> dict[tuple[str, float], list[Mapping[str, Any]]]:
-    found: dict[tuple[str, float], list[Mapping[str, Any]]] = {}
+def _by_budget(runs: Sequence[Run]) -> dict[tuple[Allocation, float], list[Row]]:
+    found: dict[tuple[Allocation, float], list[Row]] = {}
     for row in (row for run in runs for row in run.rows):
-        found.setdefault((row["allocation"], row["target_bits"]), []).append(row)
+        found.setdefault((row.allocation, row.target_bits), []).append(row)
     return found
 
 

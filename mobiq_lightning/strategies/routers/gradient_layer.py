@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from mobiq_lightning.strategies.base import GainMethod
+from mobiq_lightning.runs import GainMethod
 from mobiq_lightning.strategies.routers.layer_scores import GainRouter
 
 

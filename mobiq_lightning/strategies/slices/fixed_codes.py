@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import weakref
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from mobiq_lightning.strategies.slices.grouped import GroupedSlices
+from mobiq_lightning.tensor_memo import TensorMemo
 
 CHUNK = 2**22
 """Weights whose codes are found at a time: what that needs is several times as large as the weights."""
-
-
-class _Found(NamedTuple):
-    """What was found of a weight, and how to tell that it still is that weight."""
-
-    weight: weakref.ref[Tensor]
-    state: tuple[int, int, torch.device]
-    tensors: tuple[Tensor, ...]
 
 
 class FixedCodeSlices(GroupedSlices, ABC):
@@ -29,9 +21,18 @@ class FixedCodeSlices(GroupedSlices, ABC):
     They are no part of the state: whoever resumes or packs finds them again, the same on the same device. A weight that is
     another tensor, or was changed, has its codes found anew, so that a transform that trains gets codes for what it makes,
     at the price of the search in each call. Towards the weight the gradient is that of no rounding.
+
+    Args:
+        out_features: O.
+        in_features: I; the last group may be shorter than `group_size`.
+        slice_bits: Bits of each slice, coarsest first; any positive integers with a sum of at most 8.
+        group_size: Columns per group; `packing.WHOLE_ROW` or any number above I for one group per row.
     """
 
-    _found: _Found | None = None
+    def __init__(self, out_features: int, in_features: int, slice_bits: Sequence[int], group_size: int) -> None:
+        super().__init__(out_features, in_features, slice_bits, group_size)
+        # Weights of inference mode may change unnoticed, and wrong codes would be kept for the whole calibration.
+        self._found = TensorMemo[tuple[Tensor, ...]](trust_uncounted=False)
 
     @abstractmethod
     def find(self, weight: Tensor) -> tuple[Tensor, ...]:
@@ -39,25 +40,18 @@ class FixedCodeSlices(GroupedSlices, ABC):
 
     def found(self, weight: Tensor) -> tuple[Tensor, ...]:
         """What `find` gives for all rows of a weight (O, I)."""
-        version = -1 if weight.is_inference() else weight._version  # inference tensors do not count their changes
-        state = (weight.data_ptr(), version, weight.device)
-        kept = self._found
-        if kept is None or kept.weight() is not weight or kept.state != state or version < 0:
-            # Not inference tensors, and in full precision: what is kept takes part in training steps to come.
-            with torch.inference_mode(False), torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-                rows = max(1, CHUNK // weight.shape[1])
-                parts = [self.find(part.float()) for part in weight.detach().split(rows)]
-                tensors = tuple(torch.cat(tensor) for tensor in zip(*parts, strict=True))
-            self._found = kept = _Found(weakref.ref(weight), state, tensors)
-        return kept.tensors
+        return self._found.get(weight, lambda: self._find_all(weight))
 
     def forget(self) -> None:
         """See `SliceScheme.forget`."""
-        self._found = None
+        self._found.forget()
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Without what was found, which is tied to a tensor of this process."""
-        return {**self.__dict__, "_found": None}
+    def _find_all(self, weight: Tensor) -> tuple[Tensor, ...]:
+        # Not inference tensors, and in full precision: what is kept takes part in training steps to come.
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+            rows = max(1, CHUNK // weight.shape[1])
+            parts = [self.find(part.float()) for part in weight.detach().split(rows)]
+            return tuple(torch.cat(tensor) for tensor in zip(*parts, strict=True))
 
 
 def follow(read: Tensor, weight: Tensor) -> Tensor:

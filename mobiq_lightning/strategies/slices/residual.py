@@ -61,8 +61,7 @@ class ResidualSlices(GroupedSlices):
         codes = self._code(weight, scale, bias, n_bits).to(torch.uint8)
         return PackedSlices(
             planes=tuple(pack_planes(codes, n_bits)),
-            scale=scale.to(SCALE_DTYPE),
-            bias=bias.to(SCALE_DTYPE),
+            values=(scale.to(SCALE_DTYPE), bias.to(SCALE_DTYPE)),
             in_features=self.in_features,
             group_size=self.group_size,
             slice_bits=self.slice_bits,

@@ -1,11 +1,20 @@
-"""What the kernels are to reach on an H200, beside what was measured."""
+# python -m benchmarks.latency_targets latency/latency.json [--to targets.json]
+"""What the kernels are to reach on an H200, beside what `python -m mobiq_lightning latency` measured."""
 
 from __future__ import annotations
 
+import argparse
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
+from mobiq_lightning.console import table_console
+from mobiq_lightning.files import write_json
 from mobiq_lightning.latency.journal import Row, find
 
 NOT_MEASURED, MISSED, GOOD, WORLD_CLASS = "not measured", "missed", "good", "world class"
@@ -100,3 +109,43 @@ def beside_targets(rows: Sequence[Row]) -> list[dict[str, Any]]:
         }
         for target in TARGETS
     ]
+
+
+def print_targets(content: dict[str, Any], output: Console) -> None:
+    """Prints the targets beside what was measured; a line of it where no kernel was.
+
+    Args:
+        content: What `latency.json` holds.
+        output: Where to.
+    """
+    if content["path"] != "kernels":
+        output.print(
+            f"The {len(TARGETS)} targets of the kernels, set for an H200, are not measured: they need a CUDA device.",
+            highlight=False,
+        )
+        return
+    table = Table(title=f"Targets, set for an H200; measured on {content['environment']['device']}")
+    for column in ("figure", "good", "world class", "measured", ""):
+        table.add_column(column, justify="left" if column in ("figure", "") else "right", no_wrap=True)
+    for target in TARGETS:
+        verdict = target.verdict(content["rows"])
+        style = {MISSED: "red", NOT_MEASURED: "dim"}.get(verdict, "green")
+        measured = target.text(target.value(content["rows"]))
+        bounds = (target.text(target.good), target.text(target.world_class))
+        table.add_row(target.name, *bounds, measured, f"[{style}]{verdict}[/]")
+    output.print(table)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.latency_targets", description=__doc__)
+    parser.add_argument("results", type=Path, help="latency.json, as the latency command writes it")
+    parser.add_argument("--to", type=Path, help="file that takes each target with what was measured, as JSON")
+    chosen = parser.parse_args(arguments)
+    content = json.loads(chosen.results.read_text(encoding="utf-8"))
+    print_targets(content, table_console())
+    if chosen.to:
+        write_json(chosen.to, beside_targets(content["rows"]))
+
+
+if __name__ == "__main__":
+    main()

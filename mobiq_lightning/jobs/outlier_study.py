@@ -1,4 +1,4 @@
-"""``outliers``: calibrates a model for each precision alone and for all at once, and reads each at all of them."""
+"""The study of outlier migration: a model calibrated for each precision alone and for all at once, each read at all of them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.cli import LightningArgumentParser
 
 from mobiq_lightning.callbacks.outlier_migration import chosen_bits
 from mobiq_lightning.checkpoint import load
@@ -21,10 +19,10 @@ from mobiq_lightning.errors import RecipeError
 from mobiq_lightning.evaluation import wrap_for_rounding
 from mobiq_lightning.files import write_text
 from mobiq_lightning.jobs.cli import ElasticCLI
+from mobiq_lightning.jobs.running import fit
 from mobiq_lightning.nn import ElasticLinear, routed_inputs
 from mobiq_lightning.outliers import (
     ALL,
-    FILES,
     NONE,
     SHARED,
     InputErrors,
@@ -43,47 +41,31 @@ from mobiq_lightning.outliers import (
     summarize_tokens,
     write_outliers,
 )
-from mobiq_lightning.runs import SharedWork
+from mobiq_lightning.runs import OUTLIERS, OUTLIERS_PLOT, OUTLIERS_TABLE, SharedWork
 from mobiq_lightning.sources import Source, load_source
 
-OPTIONS = ("bits", "share")
 
-
-class OutliersCLI(ElasticCLI):
-    """Runs the study of a recipe: a ``fit`` per precision and one as the recipe says, in sub-folders of its run folder.
+class OutlierStudy(ElasticCLI):
+    """The study of a recipe: a ``fit`` per precision and one as the recipe says, in sub-folders of its run folder.
 
     Args:
-        arguments: What follows the command.
+        arguments: The recipe, and keys that override it, as a command line.
+        bits: Precisions that are compared; empty for all depths of the slices.
+        share: Part of the tokens that counts as worst, above 0 and below 1.
+
+    Raises:
+        RecipeError: If a key or value cannot be used.
+        RunFolderError: If the run folder holds something else.
     """
 
-    own_keys = (*ElasticCLI.own_keys, *OPTIONS)
+    def __init__(self, arguments: Sequence[str], bits: Sequence[int], share: float) -> None:
+        check_share(share)
+        self.bits, self.share = tuple(sorted(bits)), share
+        own = [*(["--bits", ",".join(map(str, self.bits))] if bits else []), "--share", str(share)]
+        self.command_line = shlex.join(["python", "-m", "mobiq_lightning", "outliers", *arguments, *own])
+        super().__init__("fit", arguments)
 
-    def __init__(self, arguments: Sequence[str]) -> None:
-        self.command = shlex.join(["python", "-m", "mobiq_lightning", "outliers", *arguments])
-        self.bits: tuple[int, ...] = ()
-        self.share = 0.0
-        super().__init__(["fit", *arguments])
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds what the recipe does not say."""
-        super().add_arguments_to_parser(parser)
-        parser.add_argument(
-            "--bits", type=str, default="", help="Precisions, as in 2,3,4; by default all depths of the slices."
-        )
-        parser.add_argument("--share", type=float, default=0.1, help="Part of the tokens that counts as worst.")
-
-    def before_instantiate_classes(self) -> None:
-        """Looks at the command's own options before the run folder is claimed."""
-        self.share = self._get(self.config, "share")
-        check_share(self.share)
-        text = self._get(self.config, "bits")
-        try:
-            self.bits = tuple(sorted(int(part) for part in text.strip("[] ").split(",") if part.strip()))
-        except ValueError as error:
-            raise RecipeError(f"outliers: --bits {text}: give whole bits separated by commas, as in 2,3,4") from error
-        super().before_instantiate_classes()
-
-    def fit(self, model: LightningModule, datamodule: LightningDataModule) -> None:
+    def fit(self) -> None:
         """Calibrates what is not calibrated yet, then measures."""
         self.bits = chosen_bits(self.model, self.bits)
         if self.trainer.world_size > 1:
@@ -104,9 +86,8 @@ class OutliersCLI(ElasticCLI):
 
     def _calibrate(self, recipe: Path) -> None:
         """Runs ``fit`` on a recipe, or goes on with it; its own tables stay in its folder."""
-        overwrite = ["--overwrite"] if self._get(self.config, "overwrite") else []
         with contextlib.redirect_stdout(io.StringIO()):
-            ElasticCLI(["fit", "--config", str(recipe), *overwrite])
+            fit(recipe, overwrite=bool(self._get(self.config, "overwrite")))
 
     def _measure(self, root: Path, commands: dict[str, str]) -> None:
         source = load_source(self.model.pretrained, self.model.dtype_name)
@@ -123,9 +104,9 @@ class OutliersCLI(ElasticCLI):
         }
         found: dict[str, Any] = {
             "model": self.model.pretrained,
-            "protocol": data.protocol,
+            "protocol": data.protocol.to_json(),
             "environment": environment(),
-            "command": self.command,
+            "command": self.command_line,
             "runs": commands,
             "bits": list(self.bits),
             "share": self.share,
@@ -135,7 +116,7 @@ class OutliersCLI(ElasticCLI):
         write_outliers(found, records[ALL], source.tokenizer, root)
         print_overlaps(tokens)
         print_matrix(found["matrix"])
-        say(f"{', '.join(FILES)} are in {root}.")
+        say(f"{', '.join((OUTLIERS, OUTLIERS_TABLE, OUTLIERS_PLOT))} are in {root}.")
         self._log(found)
 
     def _records(self, root: Path, source: Source) -> dict[str, TokenRecord]:

@@ -1,6 +1,6 @@
 """What the kernels become for a GPU that need not be there: registers, spills, instructions per weight.
 
-``python -m mobiq_lightning.kernels.compiled`` compiles every variant for sm_80 and sm_90 with the assembler that comes with
+``python -m benchmarks.compiled_kernels`` compiles every variant for sm_80 and sm_90 with the assembler that comes with
 Triton and prints one line of JSON for each. Must run without ``TRITON_INTERPRET``.
 """
 
@@ -73,12 +73,45 @@ class Compiled:
     loops: list[Loop] = field(default_factory=list)
 
 
-def variants(architecture: int) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], tuple[str, ...], int, int]]:
-    """Name, kernel, types of its arguments, constants, arguments divisible by 16, warps, weights per thread and iteration."""
-    pointers = {"x_one": "*bf16", "x_two": "*bf16", "sums": "*fp32", "units": "*i32", "meta": "*i32", "y": "*bf16"}
-    sizes = {"M": "i32", "R": "i32", "NY": "i32", "T": "i32", "block0": "i32"}
-    decode = {**pointers, **sizes, "bits": "*i32", "info": "*i32", "part": "*fp32", "counters": "*i32"}
-    decode |= {"TS": "i32", "SPLIT": "i32"}
+@dataclass(frozen=True)
+class Variant:
+    """A kernel with what it is compiled for.
+
+    Args:
+        name: Kernel and variant.
+        kernel: What `triton.jit` made.
+        types: Type of each argument that is no constant.
+        constants: Value of each argument that is one.
+        divisible: Sizes that are divisible by 16; pointers always are.
+        warps: Warps of a program.
+        weights_per_thread: Weights that a thread multiplies in one iteration.
+    """
+
+    name: str
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    divisible: tuple[str, ...]
+    warps: int
+    weights_per_thread: int
+
+
+_PRODUCT_POINTERS = {"x_one": "*bf16", "x_two": "*bf16", "sums": "*fp32", "units": "*i32", "meta": "*i32", "y": "*bf16"}
+_PRODUCT_SIZES = dict.fromkeys(("M", "N", "N_OUT", "T", "block0"), "i32")
+_BFLOAT16_CODES = {"CODES_ARE_SUBNORMAL": True, "UNSCALE": 2.0**33}
+
+
+def variants(architecture: int) -> Iterator[Variant]:
+    """Everything that is compiled for an architecture."""
+    yield from _decode_variants(architecture)
+    yield from _grouped_variants(architecture)
+    yield from _dequantize_variants()
+    yield from _prepare_variants()
+
+
+def _decode_variants(architecture: int) -> Iterator[Variant]:
+    types = {**_PRODUCT_POINTERS, **_PRODUCT_SIZES, "bits": "*i32", "info": "*i32", "part": "*fp32", "counters": "*i32"}
+    types |= {"tiles_per_program": "i32", "n_splits": "i32"}
     for tokens, tiles, stages, step in (
         *((1, 1, 4, s) for s in (32, 64, 128)),
         (1, 2, 3, 128),
@@ -88,100 +121,108 @@ def variants(architecture: int) -> Iterator[tuple[str, Any, dict[str, str], dict
         (64, 1, 3, 128),
     ):
         columns = decode_columns(tokens)
-        for pairs, odd in ((0, 0), (1, 0), (1, 1)):
+        warps = decode_warps(columns)
+        for pairs, odd in ((False, False), (True, False), (True, True)):
             constants = {
-                "MULTI": 1,
-                "MR": tokens,
-                "SC": max(1, 16 // tokens),
+                **_BFLOAT16_CODES,
                 "BN": 128,
-                "MP": columns,
-                "TPI": tiles,
-                "NS": stages,
-                "STEP": step,
-                "SUB": 1,
-                "BACK": 2.0**33,
-                "KW4": int(columns == 8 or architecture < 90),
-                "PAIRS": pairs,
-                "ODD": odd,
+                "BM": columns,
+                "BT": tiles,
+                "BK": step,
+                "BM_SUM": tokens,
+                "BP_SUM": max(1, 16 // tokens),
+                "STAGES": stages,
+                "IS_MULTI_SPLIT": True,
+                "USE_UNIT_PAIRS": pairs,
+                "HAS_ODD_DEPTHS": odd,
+                "MMA_SYNC_ORDER": columns == 8 or architecture < 90,
             }
-            warps = decode_warps(columns)
-            kind = "2 bits only" if not pairs else "all depths" if odd else "even depths"
-            name = f"decode of {tokens} token{'s' * (tokens > 1)}, {kind}, groups of {step}, {tiles} tile(s) at once"
-            yield name, decode_kernel, decode, constants, ("R", "NY"), warps, 128 * 128 * tiles // (32 * warps)
-    grouped = {**pointers, **sizes, **dict.fromkeys(("order", "tile_depth", "tile_start", "tile_count"), "*i32")}
-    for odd in (0, 1):
-        constants = {"BN": 128, "BM": BLOCK_TOKENS, "NS": 3, "TOGETHER": 8, "STEP": 128, "SUB": 1, "BACK": 2.0**33}
-        constants |= {"KW4": int(architecture < 90), "ODD": odd}
+            depths = "2 bits only" if not pairs else "all depths" if odd else "even depths"
+            name = f"decode of {tokens} token{'s' * (tokens > 1)}, {depths}, groups of {step}, {tiles} tile(s) at once"
+            yield Variant(
+                name, decode_kernel, types, constants, ("N", "N_OUT"), warps, 128 * 128 * tiles // (32 * warps)
+            )
+
+
+def _grouped_variants(architecture: int) -> Iterator[Variant]:
+    types = {**_PRODUCT_POINTERS, **_PRODUCT_SIZES}
+    types |= dict.fromkeys(("order", "tile_depth", "tile_start", "tile_count"), "*i32")
+    for odd in (False, True):
+        constants = {
+            **_BFLOAT16_CODES,
+            "BN": 128,
+            "BM": BLOCK_TOKENS,
+            "BK": 128,
+            "STAGES": 3,
+            "ROW_BLOCKS_TOGETHER": 8,
+            "HAS_ODD_DEPTHS": odd,
+            "MMA_SYNC_ORDER": architecture < 90,
+        }
         name = f"grouped, {'all' if odd else 'even'} depths"
-        yield name, grouped_kernel, grouped, constants, ("R", "NY"), WARPS, 128 * 128 // (32 * WARPS)
-    plain = {"units": "*i32", "meta": "*i32", "out": "*bf16", "R": "i32", "K": "i32", "T": "i32", "block0": "i32"}
+        yield Variant(name, grouped_kernel, types, constants, ("N", "N_OUT"), WARPS, 128 * 128 // (32 * WARPS))
+
+
+def _dequantize_variants() -> Iterator[Variant]:
+    types = {"units": "*i32", "meta": "*i32", "out": "*bf16", "N": "i32", "K": "i32", "T": "i32", "block0": "i32"}
     for depth in (2, 3, 4, 8):
-        constants = {"DEPTH": depth, "BN": 64, "GROUP": 128, "PADDED": 128, "STEP": 128}
-        yield f"dequantize to {depth} bits", dequantize_kernel, plain, constants, ("R", "K"), 4, 64
-    prepare = {
-        **dict.fromkeys(("x", "other", "y", "one", "two"), "*bf16"),
-        **dict.fromkeys(("sums", "hidden", "small", "thresholds", "part"), "*fp32"),
+        constants = {"DEPTH": depth, "BN": 64, "BK": 128, "GROUP_SIZE": 128, "PADDED_GROUP": 128}
+        yield Variant(f"dequantize to {depth} bits", dequantize_kernel, types, constants, ("N", "K"), 4, 64)
+
+
+def _prepare_variants() -> Iterator[Variant]:
+    types = {
+        **dict.fromkeys(("x", "factor", "y", "x_one", "x_two"), "*bf16"),
+        **dict.fromkeys(("sums", "router_hidden", "router_small", "thresholds", "part"), "*fp32"),
         **dict.fromkeys(("bits", "info", "depths", "counters"), "*i32"),
         **dict.fromkeys(("valid", "bits_read", "tokens_read"), "*i64"),
-        **{
-            "M": "i32",
-            "K": "i32",
-            "T": "i32",
-            "x_stride": "i32",
-            "other_stride": "i32",
-            "per_row": "i32",
-            "eps": "fp32",
-        },
+        **dict.fromkeys(("M", "K", "T", "x_stride", "factor_stride", "tokens_per_threshold"), "i32"),
+        "eps": "fp32",
     }
-    for mode, meaning in enumerate(("plain", "norm", "gated")):
-        constants = {"MODE": mode, "ROUTE": 1, "COUNT": 1, "INFO": 1, "CT": 4, "GROUP": 128, "PADDED": 128, "STEP": 128}
-        constants |= {"KP": 4096, "HP": 16, "SLICES": 5, "SP": 8, "PP": 8, "MI": 64, "SCALE": 2.0**100}
-        constants |= {"BACK": 2.0**33, "KW4": 1}
-        aligned = ("K", "x_stride", "other_stride")
-        yield f"prepare and route, {meaning}", prepare_kernel, prepare, constants, aligned, 4, 1
-        for info in (0, 1):
-            name = f"prepare{' a few' if info else ''}, {meaning}"
-            yield name, prepare_kernel, prepare, {**constants, "ROUTE": 0, "INFO": info}, aligned, 4, 1
+    for meaning in ("plain", "norm", "gated"):
+        constants = {
+            **{"BT": 4, "BK": 128, "BK_ROW": 4096, "BH": 16, "BS": 8, "BP": 8},
+            **{"GROUP_SIZE": 128, "PADDED_GROUP": 128, "N_SLICES": 5, "SCALE": 2.0**100, "UNSCALE": 2.0**33},
+            **{"USE_NORM": meaning == "norm", "USE_GATE": meaning == "gated", "MMA_SYNC_ORDER": True},
+        }
+        aligned = ("K", "x_stride", "factor_stride")
+        for name, routes, info in (
+            ("prepare and route", True, True),
+            ("prepare", False, False),
+            ("prepare a few", False, True),
+        ):
+            chosen = {**constants, "USE_ROUTER": routes, "COUNT_READS": True, "STORE_INFO": info}
+            yield Variant(f"{name}, {meaning}", prepare_kernel, types, chosen, aligned, 4, 1)
 
 
-def compile_variant(
-    name: str,
-    kernel: Any,
-    types: dict[str, str],
-    constants: dict[str, Any],
-    divisible: tuple[str, ...],
-    warps: int,
-    weights_per_thread: int,
-    architecture: int,
-) -> Compiled:
-    """Compiles one variant for one architecture; arguments as `variants` gives them."""
-    names = kernel.arg_names
+def compile_variant(variant: Variant, architecture: int) -> Compiled:
+    """Compiles one variant for one architecture."""
+    names = variant.kernel.arg_names
+    types, constants = variant.types, variant.constants
     source = triton.compiler.ASTSource(
-        fn=kernel,
+        fn=variant.kernel,
         signature={n: "constexpr" if n in constants else types[n] for n in names},
         constexprs={(names.index(n),): value for n, value in constants.items()},
         attrs={
             (i,): [["tt.divisibility", 16]]
             for i, n in enumerate(names)
-            if n not in constants and (types[n].startswith("*") or n in divisible)
+            if n not in constants and (types[n].startswith("*") or n in variant.divisible)
         },
     )
-    made: Any = triton.compile(
-        source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": warps, "enable_fp_fusion": True}
-    )
+    options = {"num_warps": variant.warps, "enable_fp_fusion": True}
+    made: Any = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     resources, assembly = _disassemble(made.asm["cubin"])
     registers = re.search(r"REG:(\d+)", resources)
     assert registers is not None
     instructions, loops = _loops(assembly)
     return Compiled(
-        name,
+        variant.name,
         architecture,
         int(registers[1]),
         sum(_opcode(line) in ("LDL", "STL") for line in instructions),
         made.metadata.shared,
         "warp_group_dot" in made.asm["ttgir"],
         len(instructions),
-        [_describe(loop, weights_per_thread) for loop in loops],
+        [_describe(loop, variant.weights_per_thread) for loop in loops],
     )
 
 
@@ -238,8 +279,8 @@ def report(pattern: str = "") -> Iterator[Compiled]:
     """Compiles the variants whose names match a pattern, for every architecture."""
     for architecture in ARCHITECTURES:
         for variant in variants(architecture):
-            if re.search(pattern, variant[0]):
-                yield compile_variant(*variant, architecture)
+            if re.search(pattern, variant.name):
+                yield compile_variant(variant, architecture)
 
 
 if __name__ == "__main__":

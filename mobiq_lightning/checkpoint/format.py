@@ -1,0 +1,213 @@
+"""The elastic checkpoint's format: every key of ``quantization_config`` in config.json, and what values it may have.
+
+Whoever writes or reads these keys does so through `ElasticFormat`. Names of the tensors are in `packing.tensor_names`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Self, TypeGuard, get_args
+
+from mobiq_lightning.errors import CheckpointError, nearest
+from mobiq_lightning.nn import BlockLayout, Share
+from mobiq_lightning.packing import CODES, PackedSlices
+from mobiq_lightning.strategies.thresholds import Scope
+
+QUANT_METHOD = "mobiq"
+"""What config.json calls an elastic checkpoint, and what transformers finds its quantizer by."""
+FORMAT_VERSION = 2
+"""The newest version of the format that this package reads."""
+_REQUIRED = ("slice_bits", "group_size", "router", "layout")
+_KEY = "config.json: quantization_config"
+
+
+def needed_version(code: str, stored: Sequence[str]) -> int:
+    """The lowest version of the format that says what a checkpoint holds, so that what older packages can read, they do.
+
+    Args:
+        code: Name of the code of its weights.
+        stored: Names of the tensors that are stored of each transformed input.
+
+    Returns:
+        1 for the nested code and inputs that are read as they are; 2 for other codes, and for transformed inputs.
+    """
+    return 1 if code == PackedSlices.code and not stored else 2
+
+
+@dataclass(kw_only=True)
+class ElasticFormat:
+    """What ``quantization_config`` of config.json says of an elastic checkpoint, in the order in which it is written.
+
+    Args:
+        quant_method: Always ``mobiq``.
+        format_version: Version of the format, 1 or 2; by default the lowest that says what the checkpoint holds.
+        slice_bits: Bits of each slice, coarsest first; at most 8 in all.
+        group_size: Columns of a weight that share scale and bias; 65536 or more for whole rows.
+        router: ``{"class_path", "init_args"}`` of the routers.
+        transform: ``{"class_path", "init_args", "stored"}`` of what was done to weights and inputs before slicing; `stored`
+            names the tensors that the checkpoint holds of each input for it. None if nothing was noted, as before transforms
+            existed.
+        layout: Where the decoder blocks are and which linears read the same input: the arguments of `BlockLayout`.
+        share_routers: ``input`` if linears that read the same input share a router, ``linear`` if each has its own.
+        threshold_scope: Which of the two threshold tables the dial uses unless another is asked for, ``layer`` or ``global``.
+        default_bits: Bits per weight at which the dial stands after loading.
+        max_bits: The depth in bits up to which planes are held; None for all.
+        code: How codes become weights, one of `CODES`. Not written for the nested code, which version 1 takes for granted.
+    """
+
+    quant_method: str = QUANT_METHOD
+    format_version: int | None = None
+    slice_bits: list[int]
+    group_size: int
+    router: dict[str, Any]
+    transform: dict[str, Any] | None = None
+    layout: dict[str, Any]
+    share_routers: Share = "input"
+    threshold_scope: Scope = "layer"
+    default_bits: float = 4.0
+    max_bits: int | None = None
+    code: str = PackedSlices.code
+
+    def __post_init__(self) -> None:
+        if self.format_version is None:
+            self.format_version = needed_version(self.code, self.stored)
+
+    @property
+    def stored(self) -> list[str]:
+        """Names of the tensors that are stored of each transformed input; empty if inputs are read as they are."""
+        return list((self.transform or {}).get("stored", []))
+
+    @property
+    def n_planes(self) -> int:
+        """Planes that are held of every weight."""
+        return self.max_bits or sum(self.slice_bits)
+
+    def to_json(self) -> dict[str, Any]:
+        """The keys and values as config.json has them."""
+        found = {field.name: getattr(self, field.name) for field in fields(ElasticFormat)}
+        if self.code == PackedSlices.code:
+            del found["code"]
+        return found
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> Self:
+        """Reads ``quantization_config`` of config.json.
+
+        Raises:
+            CheckpointError: If it is not that of an elastic checkpoint, is of a newer version, lacks a key, has one that
+                is not known, or a value that cannot be; the message names the key and what was expected.
+        """
+        check_json(stored, [field.name for field in fields(cls)])
+        return cls(**stored)
+
+
+def is_elastic(stored: object) -> TypeGuard[Mapping[str, Any]]:
+    """Whether ``quantization_config`` of some config.json, or None where there is none, is that of an elastic checkpoint."""
+    return isinstance(stored, Mapping) and stored.get("quant_method") == QUANT_METHOD
+
+
+def check_json(stored: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Raises unless ``quantization_config`` can be read by this version of the package.
+
+    Args:
+        stored: The keys and values as config.json has them.
+        known: The keys that there are.
+
+    Raises:
+        CheckpointError: Naming the key, what was expected, what was found and, of an unknown key, the nearest known one.
+    """
+    version = stored.get("format_version", 1)
+    if not _is_int(version) or version > FORMAT_VERSION:  # first: a newer version may have other keys
+        raise CheckpointError(
+            f"this elastic checkpoint has format version {version}; this version of mobiq-lightning reads up to "
+            f"{FORMAT_VERSION}. Update mobiq-lightning"
+        )
+    _refuse_unknown(_KEY, stored, known)
+    if missing := [key for key in _REQUIRED if key not in stored]:
+        raise CheckpointError(f"{_KEY} lacks {', '.join(missing)}; the file is damaged or no elastic checkpoint's")
+    code = stored.get("code", PackedSlices.code)
+    if not isinstance(code, str) or code not in CODES:
+        raise CheckpointError(f"config.json: there is no code {code!r}; there are {', '.join(CODES)}")
+    for key, (fits, expected) in _VALUES.items():
+        if key in stored and not fits(stored[key]):
+            raise CheckpointError(
+                f"{_KEY}.{key} should be {expected}, and is {stored[key]!r}. Restore config.json from where the "
+                "checkpoint was made"
+            )
+    for key, parts in _PARTS.items():
+        _refuse_unknown(f"{_KEY}.{key}", stored.get(key) or {}, parts)
+
+
+def _refuse_unknown(place: str, found: Mapping[str, Any], known: Iterable[str]) -> None:
+    known = list(known)
+    if unknown := next((key for key in found if key not in known), None):
+        hint = nearest(unknown, known) or f"The keys are {', '.join(known)}."
+        raise CheckpointError(
+            f"{place} has an unknown key {unknown!r}. {hint} Correct config.json, or update mobiq-lightning if a newer "
+            "version wrote it"
+        )
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int) and _is_int(value) and value > 0
+
+
+def _are_slice_bits(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_positive, value)) and 1 <= sum(value) <= 8
+
+
+def _is_class(value: object) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("class_path"), str):
+        return False
+    return isinstance(value.get("init_args", {}), dict)
+
+
+def _is_transform(value: object) -> bool:
+    if value is None:
+        return True
+    if not isinstance(value, dict) or not _is_class(value):
+        return False
+    stored = value.get("stored", [])
+    return isinstance(stored, list) and all(map(_is_text, stored))
+
+
+def _is_layout(value: object) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("blocks", ""), str):
+        return False
+    groups = value.get("shared_inputs", [])
+    return isinstance(groups, list) and all(isinstance(group, list) and all(map(_is_text, group)) for group in groups)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _one_of(*allowed: str) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: value in allowed, " or ".join(map(repr, allowed))
+
+
+_CLASS_PARTS = ("class_path", "init_args")
+_PARTS = {
+    "router": _CLASS_PARTS,
+    "transform": (*_CLASS_PARTS, "stored"),
+    "layout": tuple(field.name for field in fields(BlockLayout)),
+}
+"""Keys of the values that are mappings themselves."""
+_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "quant_method": _one_of(QUANT_METHOD),
+    "slice_bits": (_are_slice_bits, "a list of positive integers that add up to at most 8"),
+    "group_size": (_is_positive, "a positive integer"),
+    "router": (_is_class, "a mapping with class_path, a string, and init_args, a mapping"),
+    "transform": (_is_transform, "null, or a mapping with class_path, init_args and stored, a list of names"),
+    "layout": (_is_layout, "a mapping with blocks, a dotted path, and shared_inputs, a list of lists of names"),
+    "share_routers": _one_of(*get_args(Share)),
+    "threshold_scope": _one_of(*get_args(Scope)),
+    "default_bits": (lambda value: _is_int(value) or isinstance(value, float), "a number of bits"),
+    "max_bits": (lambda value: value is None or _is_positive(value), "null, or a positive integer"),
+}
+"""For each key whether a value can be, and what is expected of it."""

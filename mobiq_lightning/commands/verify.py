@@ -1,0 +1,35 @@
+"""``verify``."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from mobiq_lightning.commands.command import RUN_HELP, Command, Parser
+from mobiq_lightning.errors import CheckpointError
+
+
+class Verify(Command):
+    """Check every byte, shape, code and threshold, and a forward pass at every depth."""
+
+    name = "verify"
+    usage = "RUN"
+
+    def add_arguments(self, parser: Parser) -> None:
+        """Declares the run."""
+        parser.add_argument("run", metavar="RUN", help=RUN_HELP)
+
+    def run(self, given: Namespace) -> None:
+        """Prints a line for each check, and what is damaged."""
+        from mobiq_lightning.checkpoint import verify
+        from mobiq_lightning.commands.progress import no_progress_bars
+
+        no_progress_bars()
+        problems = verify(given.run, _print_check)
+        if problems:
+            raise CheckpointError(f"{given.run}: {len(problems)} problem(s). Copy or export the checkpoint again")
+
+
+def _print_check(name: str, problems: list[str]) -> None:
+    print(f"{'ok     ' if not problems else 'DAMAGED'}  {name}", flush=True)
+    for problem in problems:
+        print(f"         - {problem}", flush=True)

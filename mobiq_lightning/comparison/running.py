@@ -1,0 +1,136 @@
+"""Runs a grid, resumes it, and says what it found."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mobiq_lightning.comparison.grid import RULES_SEEDS, Cell, Grid, check_grid, flatten, override, read_grid
+from mobiq_lightning.console import MODULE
+from mobiq_lightning.errors import MobiqError, RunFolderError
+from mobiq_lightning.extras import require
+from mobiq_lightning.jobs import GRIDS, override_arguments, recipe_path
+
+if TYPE_CHECKING:
+    from mobiq_lightning.comparison.folder import ComparisonFolder
+
+
+def compare(
+    grid: str | Path,
+    *,
+    seeds: Sequence[int] | None = None,
+    bits: Sequence[float] | None = None,
+    folder: str | Path | None = None,
+    workers: int | str | None = None,
+    overwrite: bool = False,
+    **overrides: Any,
+) -> ComparisonFolder:
+    """Runs strategies with several seeds, each as a run of its own, and compares them at equal used bits.
+
+    What is finished is kept: the same call goes on with a comparison that was interrupted.
+
+    Args:
+        grid: Path of a grid, or name of a shipped one such as ``"budgets"``.
+        seeds: Seeds instead of the grid's.
+        bits: Used bits per weight of the table instead of the grid's.
+        folder: Where runs, tables and the report go instead of the grid's folder.
+        workers: Cells that run at the same time instead of the grid's number; ``"auto"``: one per GPU, or one.
+        overwrite: Remove what the folder holds of a comparison.
+        **overrides: Keys of the recipe, for all strategies: ``model=dict(pretrained="path/to/model")`` or
+            ``**{"model.pretrained": "path/to/model"}``.
+
+    Returns:
+        The folder of the comparison, with table.csv, table.json and report.html.
+
+    Raises:
+        RecipeError: If the grid or an argument is wrong.
+        RunFolderError: If the folder holds other runs, or another process is at work in it.
+        MobiqError: At the end, if cells failed.
+    """
+    require("calibrate", "compare")
+    given = {"seeds": seeds, "bits": bits, "folder": folder, "workers": workers}
+    changes = {name: value for name, value in given.items() if value is not None}
+    read = changed_grid(recipe_path(str(grid), GRIDS), changes, overrides)
+    cells = read.cells()
+    from filelock import FileLock, Timeout
+
+    from mobiq_lightning.comparison.check import check_cells, without_speed
+    from mobiq_lightning.comparison.file_names import LOCK
+
+    check_cells(cells)
+    cells = [without_speed(cell) for cell in cells]
+    read.root.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(read.root / LOCK, timeout=0):
+            return _run(read, cells, overwrite, _as_command(read.path, changes, overrides))
+    except Timeout as error:
+        raise RunFolderError(f"{read.root}: another process runs this comparison; wait for it, or end it") from error
+
+
+def changed_grid(path: str, changes: Mapping[str, Any], overrides: Mapping[str, Any]) -> Grid:
+    """A grid with what a call changes of it, checked.
+
+    Args:
+        path: Its file.
+        changes: Seeds, bits, folder and workers, as far as they are changed.
+        overrides: Keys of the recipe, for all strategies.
+
+    Raises:
+        RecipeError: With everything that is wrong.
+    """
+    grid = read_grid(path)
+    grid.seeds = list(changes["seeds"]) if "seeds" in changes else grid.seeds
+    grid.bits = list(changes["bits"]) if "bits" in changes else grid.bits
+    grid.folder = str(changes.get("folder", grid.folder))
+    grid.workers = changes.get("workers", grid.workers)
+    override(grid, list(flatten(overrides).items()))
+    check_grid(grid)
+    return grid
+
+
+def _as_command(path: Path, changes: Mapping[str, Any], overrides: Mapping[str, Any]) -> str:
+    """The command line that does the same, for the report."""
+    parts = [f"--config={path}"]
+    for name, value in changes.items():
+        parts.append(f"--{name}={','.join(map(str, value)) if isinstance(value, (list, tuple)) else value}")
+    parts += override_arguments(overrides)
+    return f"{MODULE} compare {shlex.join(parts)}"
+
+
+def _run(grid: Grid, cells: Sequence[Cell], overwrite: bool, command: str) -> ComparisonFolder:
+    from mobiq_lightning.comparison.folder import ComparisonFolder
+    from mobiq_lightning.comparison.results import publish
+    from mobiq_lightning.comparison.workers import Workers, visible_devices
+    from mobiq_lightning.console import say
+
+    folder = ComparisonFolder(grid.root)
+    left_out = folder.claim(grid, cells, overwrite)
+    if left_out:
+        say(f"{grid.root} also holds {', '.join(left_out)}, which the grid does not name; they are left out.")
+    if len(grid.seeds) < RULES_SEEDS:
+        say(f"{len(grid.seeds)} seed(s): with fewer than {RULES_SEEDS} no difference can be told from chance.")
+    waiting = [cell for cell in cells if not folder.finished(cell)]
+    devices = visible_devices()
+    count = max(1, len(devices)) if grid.workers == "auto" else int(grid.workers)
+    say(
+        f"{grid.name}: {len(cells)} cells ({len(grid.strategies)} strategies x {len(grid.seeds)} seeds), "
+        f"{len(cells) - len(waiting)} finished, {count} at a time, in {grid.root}"
+    )
+    failures: dict[str, str] = {}
+
+    def finished(cell: Cell, reason: str) -> None:
+        if reason:
+            failures[cell.slug] = reason
+        folder.write_rows(cells, failures)  # at once: nothing finished is lost
+
+    Workers(grid.root, count, devices).run(waiting, finished)
+    publish(grid, folder, cells, failures, command)
+    if failures:
+        names = [cell.name for cell in cells if cell.slug in failures]
+        raise MobiqError(
+            f"{len(failures)} of {len(cells)} cells failed: {'; '.join(names)}. The others are in the table. The same command "
+            "tries the failed ones again"
+        )
+    return folder

@@ -1,0 +1,98 @@
+"""What a job is given, as a command line: the recipe by path, name or content, and keys that override it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import yaml
+
+from mobiq_lightning.errors import RecipeError
+from mobiq_lightning.jobs.shipped import recipe_path
+from mobiq_lightning.runs import RunFolder
+
+Recipe: TypeAlias = str | Path | RunFolder | Mapping[str, Any]
+"""A recipe: its path, the name of a shipped one such as `tiny`, the folder of a run that was made from one, or its content."""
+_CONFIG = ("--config", "-c")
+
+
+def command_line(recipe: Recipe, overrides: Mapping[str, Any]) -> list[str]:
+    """The command line that says the same as a call of a job.
+
+    Args:
+        recipe: The recipe.
+        overrides: Keys of the recipe with other values, dotted (``{"model.rates.routers": 0.1}``) or nested
+            (``{"model": {"rates": {"routers": 0.1}}}``).
+
+    Raises:
+        RecipeError: If a value is nothing that YAML can say.
+    """
+    if isinstance(recipe, Mapping):
+        arguments = [f"--config={_text('recipe', recipe)}"]
+    else:
+        arguments = with_recipe([str(recipe.path if isinstance(recipe, RunFolder) else recipe)])
+    return [*arguments, *override_arguments(overrides)]
+
+
+def override_arguments(overrides: Mapping[str, Any]) -> list[str]:
+    """``--key=value`` for every key of a recipe that gets another value, dotted or nested.
+
+    Raises:
+        RecipeError: If a value is nothing that YAML can say.
+    """
+    return [f"--{key}={_text(key, value)}" for key, value in _flatten(overrides)]
+
+
+def with_recipe(arguments: Sequence[str]) -> list[str]:
+    """A command line with the recipe as ``--config PATH``, however it was given: first, by name, or as a run folder."""
+    given = list(arguments)
+    if given and not given[0].startswith("-"):
+        given.insert(0, "--config")
+    found: list[str] = []
+    while given:
+        name, equals, value = given.pop(0).partition("=")
+        if name not in _CONFIG or not (equals or given):
+            found.append(name + equals + value)
+            continue
+        path = value if equals else given.pop(0)
+        run = RunFolder(path)
+        if path.startswith("{"):  # the content itself
+            found.append(f"--config={path}")
+        elif run.recipe.is_file():  # the run may have been moved since
+            found += [f"--config={run.recipe}", f"--trainer.default_root_dir={path}"]
+        else:
+            found.append(f"--config={recipe_path(path)}")
+    return found
+
+
+def _flatten(overrides: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Overrides by dotted key; a mapping that names a class is a value, which replaces the class with its arguments."""
+    for key, value in overrides.items():
+        if isinstance(value, Mapping) and "class_path" not in value and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _text(key: str, value: Any) -> str:
+    """A value as the command line writes it: text as it is, all else as YAML on one line."""
+    if isinstance(value, (str, Path)):
+        return str(value)
+    try:
+        text = yaml.safe_dump(_plain(value), default_flow_style=True, width=math.inf, sort_keys=False)
+    except yaml.YAMLError as error:
+        raise RecipeError(
+            f"{key}: {value!r} is nothing that a recipe can say; give numbers, text, lists and mappings"
+        ) from error
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+def _plain(value: Any) -> Any:
+    """Mappings as dicts, sequences as lists, paths as text: what YAML has words for."""
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    return str(value) if isinstance(value, Path) else value

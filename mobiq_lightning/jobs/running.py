@@ -1,0 +1,121 @@
+"""The jobs as functions: `fit`, `validate` and `build`.
+
+They return what they made, and raise a `MobiqError` where they cannot. What is wrong in a recipe is said before anything heavy is
+imported.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+from mobiq_lightning.extras import require
+from mobiq_lightning.jobs.arguments import Recipe, command_line, with_recipe
+from mobiq_lightning.jobs.recipe import check_arguments
+
+if TYPE_CHECKING:
+    from mobiq_lightning.jobs.cli import ElasticCLI
+    from mobiq_lightning.runs import RunFolder
+
+
+def fit(recipe: Recipe, *, overwrite: bool = False, **overrides: Any) -> RunFolder:
+    """Calibrates slices and routers of a model, tunes thresholds, compares, and saves one elastic checkpoint.
+
+    A run that was interrupted goes on; one that is finished is returned as it is.
+
+    Args:
+        recipe: Path of a recipe, name of a shipped one such as ``"tiny"``, or the content of one as a mapping.
+        overwrite: Remove the run that the run folder holds.
+        **overrides: Keys of the recipe with other values: ``model=dict(epochs_per_block=2)`` or
+            ``**{"model.epochs_per_block": 2}``.
+
+    Returns:
+        The run folder, with results and checkpoint.
+
+    Raises:
+        RecipeError: If a key, a class or a value of the recipe cannot be used.
+        RunFolderError: If the run folder holds another run.
+        MobiqError: If the model, the text or the calibration itself fails; the message says how to go on.
+    """
+    return run_job("fit", [*command_line(recipe, overrides), *(["--overwrite"] if overwrite else [])])
+
+
+def validate(recipe: Recipe, **overrides: Any) -> RunFolder:
+    """Compares a finished run again, at other bits or on other text, and replaces its results.
+
+    Args:
+        recipe: The recipe of the run, or the run folder itself.
+        **overrides: Keys of the recipe with other values, as in ``model=dict(eval_bits=[2.25, 3.25])``.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        RecipeError: If a key, a class or a value of the recipe cannot be used.
+        RunFolderError: If the run folder holds no finished run.
+    """
+    return run_job("validate", command_line(recipe, overrides))
+
+
+def build(recipe: Recipe, **overrides: Any) -> ElasticCLI:
+    """Builds model, data and trainer of a recipe, and leaves the run folder alone.
+
+    Args:
+        recipe: Path of a recipe, name of a shipped one, or the content of one as a mapping.
+        **overrides: Keys of the recipe with other values.
+
+    Returns:
+        What was built, as `model`, `datamodule` and `trainer`.
+
+    Raises:
+        RecipeError: If a key, a class or a value of the recipe cannot be used.
+    """
+    arguments = command_line(recipe, overrides)
+    check_arguments(arguments)
+    from mobiq_lightning.jobs.cli import ElasticCLI
+    from mobiq_lightning.jobs.quiet import quiet_libraries
+
+    with quiet_libraries():
+        return ElasticCLI("build", arguments)
+
+
+def run_job(command: Literal["fit", "validate"], arguments: Sequence[str]) -> RunFolder:
+    """Runs a job on a command line.
+
+    Args:
+        command: Which.
+        arguments: What follows the command: the recipe, and keys that override it.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        MobiqError: If the job cannot be done.
+    """
+    require("calibrate", command)
+    arguments = with_recipe(arguments)
+    check_arguments(arguments)
+    from mobiq_lightning.jobs.cli import ElasticCLI
+    from mobiq_lightning.jobs.quiet import quiet_libraries
+
+    with quiet_libraries(), interruptible():
+        return ElasticCLI(command, arguments).run()
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Ctrl-C within it is a `KeyboardInterrupt`, and works again afterwards: Lightning exits, and ignores the next ones."""
+    here = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as end:
+        if isinstance(end.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from end
+        raise
+    finally:
+        if here and handler is not None:
+            signal.signal(signal.SIGINT, handler)

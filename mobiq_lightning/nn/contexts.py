@@ -1,0 +1,173 @@
+"""Within a `with` statement, routed inputs are read in another way, or are observed; afterwards as before.
+
+`read_as` changes how tokens are read, `observed_by` adds observers; the other functions are these two in common cases. Of
+nested statements for the same input the innermost decides alone how tokens are read, and all of them observe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+
+from torch import Tensor
+
+from mobiq_lightning.errors import BitsError
+from mobiq_lightning.nn.observers import BitsRecorder, LiveScoreRecorder, Observer, ScoreRecorder
+from mobiq_lightning.nn.reading import CommonThreshold, FixedSlices, FullPrecision, MeetBudget, Reading, Routed
+from mobiq_lightning.nn.routed_input import RoutedInput
+from mobiq_lightning.strategies.base import Router
+from mobiq_lightning.strategies.transform_base import InputTransform
+
+
+@contextmanager
+def read_as(inputs: Sequence[RoutedInput], readings: Sequence[Reading]) -> Iterator[None]:
+    """Within it, the tokens of each input are read as given; what is kept of the last tensor is forgotten at both ends.
+
+    Args:
+        inputs: Routed inputs of a model.
+        readings: One for each input.
+    """
+    before = [routed.reading for routed in inputs]
+    try:
+        _set_readings(inputs, readings)
+        yield
+    finally:
+        _set_readings(inputs, before)
+
+
+@contextmanager
+def observed_by(inputs: Sequence[RoutedInput], observers: Sequence[Observer]) -> Iterator[None]:
+    """Within it, each input tells one more observer what it decides.
+
+    Args:
+        inputs: Routed inputs of a model.
+        observers: One for each input.
+    """
+    before = [routed.observers for routed in inputs]
+    try:
+        _set_observers(inputs, [(*known, new) for known, new in zip(before, observers, strict=True)])
+        yield
+    finally:
+        _set_observers(inputs, before)
+
+
+@contextmanager
+def transformed_by(inputs: Sequence[RoutedInput], transforms: Sequence[InputTransform | None]) -> Iterator[None]:
+    """Within it, the linears of each input read what another transform makes of the tokens.
+
+    Args:
+        inputs: Routed inputs of a model that is being calibrated.
+        transforms: One for each input; None where tokens are read as they are.
+    """
+    before = [routed.transform for routed in inputs]
+    try:
+        _set_transforms(inputs, transforms)
+        yield
+    finally:
+        _set_transforms(inputs, before)
+
+
+def full_precision(inputs: Sequence[RoutedInput]) -> AbstractContextManager[None]:
+    """Within it, linears that are being calibrated use their full-precision weights.
+
+    Linears of a finished model hold none: their forward pass raises `BitsError` within it.
+    """
+    return read_as(inputs, [FullPrecision()] * len(inputs))
+
+
+def fixed_depth(inputs: Sequence[RoutedInput], bits: int) -> AbstractContextManager[None]:
+    """Within it, all tokens read `bits` bits.
+
+    Raises:
+        BitsError: If no prefix of the slices has `bits` bits.
+    """
+    for routed in inputs:
+        if bits not in routed.depths:
+            raise BitsError(f"no prefix of the slices has {bits} bits; depths are {list(routed.depths)}")
+    return read_as(inputs, [FixedSlices(routed.depths.index(bits) + 1) for routed in inputs])
+
+
+def meet_budget(inputs: Sequence[RoutedInput], bits: float) -> AbstractContextManager[None]:
+    """Within it, each input takes the quantile of its current scores as threshold, so that its average is `bits`."""
+    return read_as(inputs, [Routed(MeetBudget(bits))] * len(inputs))
+
+
+def common_threshold(
+    inputs: Sequence[RoutedInput], threshold: Tensor, opened: Sequence[Tensor] | None = None
+) -> AbstractContextManager[None]:
+    """Within it, all inputs share one threshold (scalar), with the gradient that it has.
+
+    Args:
+        inputs: Of the model.
+        threshold: In the space of bounded scores where routers are trained, else of scores.
+        opened: For each input, which gates (B, T, S - 1) are open, if that is decided already.
+    """
+    decided = [None] * len(inputs) if opened is None else opened
+    return read_as(inputs, [Routed(CommonThreshold(threshold, gates)) for gates in decided])
+
+
+def routed_by(inputs: Sequence[RoutedInput], routers: Sequence[Router]) -> AbstractContextManager[None]:
+    """Within it, each input is allocated by another router, at that router's threshold.
+
+    Args:
+        inputs: Routed inputs of a model.
+        routers: One for each input, on its device; they do not become part of the model.
+    """
+    return read_as(inputs, [Routed(router=router) for router in routers])
+
+
+@contextmanager
+def record_gates(inputs: Sequence[RoutedInput]) -> Iterator[list[list[Tensor]]]:
+    """Within it, routed forward passes append the bits of their tokens to the list of their input.
+
+    Yields:
+        For each input, a list with one tensor (...) of code bits per forward pass.
+    """
+    recorders = [BitsRecorder() for _ in inputs]
+    with observed_by(inputs, recorders):
+        yield [recorder.records for recorder in recorders]
+
+
+@contextmanager
+def record_scores(inputs: Sequence[RoutedInput]) -> Iterator[list[list[Tensor]]]:
+    """Within it, routed forward passes append the scores of their tokens to the list of their input.
+
+    Yields:
+        For each input, a list with one tensor (N, S - 1) of scores under the prefix rule per forward pass.
+    """
+    recorders = [ScoreRecorder() for _ in inputs]
+    with observed_by(inputs, recorders):
+        yield [recorder.records for recorder in recorders]
+
+
+@contextmanager
+def record_live_scores(inputs: Sequence[RoutedInput]) -> Iterator[list[list[Tensor]]]:
+    """Within it, routed forward passes append scores with gradients for the routers to the list of their input.
+
+    The scores have these gradients even where nothing else has any. Tokens count as given: a router's scores have no
+    gradient for what the blocks before made.
+
+    Yields:
+        For each input, a list with one tensor (N, S - 1) of scores under the prefix rule per forward pass.
+    """
+    recorders = [LiveScoreRecorder() for _ in inputs]
+    with observed_by(inputs, recorders):
+        yield [recorder.records for recorder in recorders]
+
+
+def _set_readings(inputs: Sequence[RoutedInput], readings: Sequence[Reading]) -> None:
+    for routed, reading in zip(inputs, readings, strict=True):
+        routed.forget()
+        routed.reading = reading
+
+
+def _set_observers(inputs: Sequence[RoutedInput], observers: Sequence[tuple[Observer, ...]]) -> None:
+    for routed, told in zip(inputs, observers, strict=True):
+        routed.forget()
+        routed.observers = told
+
+
+def _set_transforms(inputs: Sequence[RoutedInput], transforms: Sequence[InputTransform | None]) -> None:
+    for routed, transform in zip(inputs, transforms, strict=True):
+        routed.forget()
+        routed.transform = transform

@@ -1,0 +1,151 @@
+"""Rows of a comparison: what was measured of each allocation at each budget, their names, and the verdict in words."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Literal, get_args
+
+from mobiq_lightning.runs.record import Record
+
+Control = Literal["static", "layers", "shuffled", "random"]
+CONTROLS: tuple[Control, ...] = get_args(Control)
+"""Allocations that a router has to beat at the bits that it used, as far as they were measured."""
+
+Allocation = Literal["full", "rtn", "router", "static", "layers", "shuffled", "random"]
+"""Who decides how many bits of each weight a token reads."""
+
+Metric = Literal["perplexity", "kl"]
+"""A figure of a row that charts and tables show."""
+
+TIE = 0.001
+"""Relative difference in perplexity below which two allocations count as equal."""
+
+LABELS: dict[Allocation, str] = {
+    "full": "full precision",
+    "rtn": "round to nearest",
+    "router": "router",
+    "static": "static layers",
+    "layers": "best layers",
+    "shuffled": "shuffled tokens",
+    "random": "random tokens",
+}
+"""What tables and plots call an allocation."""
+
+SHORT: dict[Allocation, str] = {**LABELS, "static": "static", "shuffled": "shuffled", "random": "random"}
+"""What sentences call an allocation."""
+
+
+@dataclass(frozen=True)
+class Row(Record):
+    """What a comparison measured of one allocation at one budget.
+
+    Args:
+        allocation: Who decides how deep tokens read.
+        target_bits: Bits per weight that were asked for.
+        used_bits: Mean code bits per weight that tokens read.
+        all_in_bits: Used bits with scales and biases, and for the router with its weights and tables.
+        perplexity: Perplexity on the evaluation text.
+        kl: KL divergence to the full-precision model, nats per token.
+        seed: Seed of what is drawn in the allocation; None where nothing is.
+    """
+
+    allocation: Allocation
+    target_bits: float
+    used_bits: float
+    all_in_bits: float
+    perplexity: float
+    kl: float
+    seed: int | None
+
+    def figure(self, metric: Metric) -> float:
+        """The figure of a metric."""
+        return self.perplexity if metric == "perplexity" else self.kl
+
+
+COLUMNS = tuple(field.name for field in fields(Row))
+"""Columns of results.csv."""
+
+
+@dataclass(frozen=True)
+class MeanRow(Row):
+    """Rows that differ only in the seed as one: the mean of their figures, and how much they spread.
+
+    Args:
+        spread: Standard deviation of the perplexity over seeds; 0 with one seed.
+        n_seeds: Rows that it is a mean of.
+    """
+
+    spread: float
+    n_seeds: int
+
+
+def summarize(rows: Iterable[Row]) -> list[MeanRow]:
+    """Merges rows that differ only in the seed.
+
+    Returns:
+        Full precision first, then by the bits asked for, then in the order of `LABELS`.
+    """
+    merged: dict[tuple[Allocation, float], list[Row]] = {}
+    for row in rows:
+        merged.setdefault((row.allocation, row.target_bits), []).append(row)
+    summary = [
+        MeanRow(
+            allocation=group[0].allocation,
+            target_bits=group[0].target_bits,
+            used_bits=statistics.fmean(row.used_bits for row in group),
+            all_in_bits=statistics.fmean(row.all_in_bits for row in group),
+            perplexity=statistics.fmean(row.perplexity for row in group),
+            kl=statistics.fmean(row.kl for row in group),
+            seed=group[0].seed,
+            spread=statistics.stdev(row.perplexity for row in group) if len(group) > 1 else 0.0,
+            n_seeds=len(group),
+        )
+        for group in merged.values()
+    ]
+    order = list(LABELS)
+    return sorted(summary, key=lambda row: (row.allocation != "full", row.target_bits, order.index(row.allocation)))
+
+
+def label(allocation: Allocation, deployable: bool = True) -> str:
+    """What tables call an allocation: a router that cannot be deployed is called so.
+
+    Args:
+        allocation: Allocation of a row.
+        deployable: Whether the routers of the run can be deployed, see `RouterNote`.
+    """
+    return LABELS[allocation] if deployable or allocation != "router" else f"{LABELS[allocation]}, not deployable"
+
+
+def verdict(rows: Iterable[Row]) -> str:
+    """Says in words at which budgets the router has a lower perplexity than the best control that was measured.
+
+    Returns:
+        Sentences about the budgets where it wins, loses and ties; an empty text where there was nothing to choose.
+    """
+    by_budget: dict[float, dict[Allocation, float]] = {}
+    for row in summarize(rows):
+        if row.allocation in ("router", *CONTROLS):
+            by_budget.setdefault(row.target_bits, {})[row.allocation] = row.perplexity
+    controls = [name for name in CONTROLS if any(name in found for found in by_budget.values())]
+    wins: list[str] = []
+    losses: list[str] = []
+    ties: list[str] = []
+    for bits, perplexity in by_budget.items():
+        nothing_left = len({round(value, 6) for value in perplexity.values()}) == 1  # at the ends of the range
+        if nothing_left or len(perplexity) < 1 + len(controls):
+            continue
+        best = min(controls, key=lambda name: perplexity[name])
+        lead = perplexity["router"] / perplexity[best] - 1
+        group = ties if abs(lead) < TIE else wins if lead < 0 else losses
+        group.append(f"{bits:g} ({lead:+.1%} against {SHORT[best]})")
+    beaten = {1: "the one control", 2: "both controls"}.get(len(controls), "all controls")
+    parts = [f"The router beats {beaten} at {_join(wins)}." if wins else f"The router beats {beaten} nowhere."]
+    parts += [f"It is behind at {_join(losses)}."] if losses else []
+    parts += [f"Within {TIE:.1%} at {_join([t.split()[0] for t in ties])}."] if ties else []
+    return " ".join(parts) if wins or losses or ties else ""
+
+
+def _join(items: Sequence[str]) -> str:
+    return ", ".join(items)

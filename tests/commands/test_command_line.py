@@ -1,0 +1,154 @@
+"""One grammar for all commands: help, typos, spellings, exit codes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from mobiq_lightning.cli import main
+from mobiq_lightning.commands import COMMANDS
+from mobiq_lightning.commands.command import Parser, normalized, number_list
+from mobiq_lightning.console import program
+from mobiq_lightning.errors import RecipeError
+
+
+def test_the_help_lists_every_command_with_its_usage_and_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert len(COMMANDS) == 11
+    for name, command in COMMANDS.items():
+        assert f" {name} {command.usage} {command.summary()} " in printed
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_every_command_has_a_help_with_its_options(name: str, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name, flag]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"usage: {program()} {name} ")
+    assert COMMANDS[name].summary() in printed
+    parser = COMMANDS[name].parser()
+    assert all(option in printed for option in parser.options)
+    assert max(len(line) for line in printed.splitlines()) <= 130
+
+
+def test_the_help_of_fit_says_what_each_key_of_a_recipe_means(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--help"]) == 0
+    printed = capsys.readouterr().out
+    assert "model.eval_bits             Budgets, in bits, at which the result is compared." in printed
+    assert "data.eval_batch_size        Evaluation windows per step" in printed
+    assert "trainer.default_root_dir" in printed
+
+
+def test_outliers_shows_its_own_options_before_keys_of_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["outliers", "-h"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.index("--bits") < printed.index("--share") < printed.index("model.pretrained")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["recipe"], "no command 'recipe'. Did you mean 'recipes'"),
+        (["generate", "run", "--promt", "x"], "generate: --promt: no such option. Did you mean 'prompt'"),
+        (["export", "run", "--too=x"], "export: --too: no such option. Did you mean 'to'"),
+        (["verify", "run", "--max-bits", "3"], "verify: --max-bits: no such option"),
+        (["inspect"], "inspect: missing: RUN"),
+        (["generate", "run", "--bits", "many"], "argument --bits: invalid float value: 'many'"),
+        (["generate", "run", "--max-new-tokens"], "--max-new-tokens: a value is missing"),
+        (["verify", "run", "another"], "verify: unrecognized arguments: another"),
+        (["latency", "--warm"], "latency: --warm: no such option. Did you mean 'warm-up'"),
+        (["outliers", "--bits"], "outliers: --bits: a value is missing"),
+        (["fit", "--overwritten"], "overwritten: no such key. Did you mean 'overwrite'"),
+        (["fit", "tini"], "tini: no such file. Did you mean 'tiny'"),
+        (["validate", "recipes/tinny.yaml"], "Did you mean"),
+        (["compare", "budgetz"], "Did you mean"),
+        (["compare", "budgets", "--seed", "0"], "compare: --seed: no such option. Did you mean 'seeds'"),
+        (["compare", "budgets", "stray"], "compare: stray: no such option"),
+    ],
+)
+def test_what_is_wrong_is_answered_in_a_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.startswith("error: ")
+    assert len(said.splitlines()) == 1
+
+
+def test_typos_of_every_kind_and_all_helps_load_no_torch() -> None:
+    code = (
+        "import sys; from mobiq_lightning.cli import main; from mobiq_lightning.commands import COMMANDS;"
+        "assert [main([name, '--help']) for name in COMMANDS] == [0] * len(COMMANDS);"
+        "assert [main([name, 'x', '--tpyo', '1']) for name in COMMANDS] == [2] * len(COMMANDS);"
+        "assert main(['recipes', 'ls']) == 0;"
+        "heavy = {'torch', 'lightning', 'transformers', 'datasets', 'jsonargparse', 'matplotlib'} & {*sys.modules};"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_options_are_the_same_with_dashes_and_underscores() -> None:
+    parser = Parser("program")
+    parser.add_argument("--max-bits")
+    given = ["--max_bits", "4", "--max_bits=4", "--model.max_bits=4", "--prompt", "a_b"]
+    assert normalized(parser.options, given) == [
+        "--max-bits",
+        "4",
+        "--max-bits=4",
+        "--model.max_bits=4",
+        "--prompt",
+        "a_b",
+    ]
+
+
+def test_numbers_are_separated_by_commas() -> None:
+    assert number_list("c", "--bits", "2, 2.5,3", float) == [2.0, 2.5, 3.0]
+    assert number_list("c", "--bits", "[2, 3]", int) == [2, 3]
+    with pytest.raises(RecipeError, match=r"c: --bits 2,x: give whole bits separated by commas, as in --bits 2,3,4"):
+        number_list("c", "--bits", "2,x", int)
+
+
+def test_keys_of_the_recipe_are_told_apart_from_options_of_the_command() -> None:
+    command = COMMANDS["outliers"]
+    keys = ["--config", "a.yaml", "--model.slices_lr", "-1", "--data.source=x"]
+    given = command.parse(command.parser(), [*keys[:3], "-1", "--bits", "2,4", keys[4], "--share=0.2", "--overwrite"])
+    assert given.keys == keys
+    assert (given.bits, given.share, given.overwrite) == ("2,4", 0.2, True)
+    grid = COMMANDS["compare"]
+    given = grid.parse(grid.parser(), ["budgets", "--seeds", "0,1", "--model.slices_lr", "0.5", "--workers=auto"])
+    assert (given.config, given.keys, given.seeds, given.workers) == (
+        "budgets",
+        {"model.slices_lr": 0.5},
+        "0,1",
+        "auto",
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "name"),
+    [
+        ("/somewhere/bin/mobiq-lightning", "mobiq-lightning"),
+        ("C/mobiq-lightning.exe", "mobiq-lightning"),
+        ("/somewhere/mobiq_lightning/__main__.py", "python -m mobiq_lightning"),
+        ("ipykernel_launcher.py", "python -m mobiq_lightning"),
+    ],
+)
+def test_the_program_is_called_as_it_was_started(argv: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [argv])
+    assert program() == name
+
+
+def test_an_interrupted_command_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(self: object, given: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(COMMANDS["verify"]), "run", interrupted)
+    assert main(["verify", "run"]) == 130
+    assert "interrupted; the same command goes on" in capsys.readouterr().err

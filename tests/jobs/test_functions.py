@@ -1,0 +1,126 @@
+"""Jobs as functions, as a notebook calls them."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import shutil
+import signal
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from lightning.pytorch import Callback
+
+import mobiq_lightning
+from mobiq_lightning.errors import RecipeError, RunFolderError
+from mobiq_lightning.jobs import build
+from mobiq_lightning.jobs.arguments import command_line, with_recipe
+from mobiq_lightning.runs import RunFolder
+from tests.conftest import Run
+
+
+class TestCommandLine:
+    def test_dotted_and_nested_keys_say_the_same(self) -> None:
+        dotted = command_line("r.yaml", {"model.rates.routers": 0.1, "data.source": "a.txt"})
+        assert dotted == command_line(
+            "r.yaml", {"model": {"rates": {"routers": 0.1}}, "data": {"source": Path("a.txt")}}
+        )
+        assert dotted == ["--config=r.yaml", "--model.rates.routers=0.1", "--data.source=a.txt"]
+
+    def test_a_mapping_that_names_a_class_is_a_value_and_others_are_keys(self) -> None:
+        slices = {"class_path": "ResidualSlices", "init_args": {"slice_bits": (2, 2)}}
+        whole, argument = command_line({}, {"model": {"slices": slices}})[1:], {"init_args": {"group_size": 32}}
+        key, _, text = whole[0].partition("=")
+        assert key == "--model.slices"
+        assert yaml.safe_load(text) == {"class_path": "ResidualSlices", "init_args": {"slice_bits": [2, 2]}}
+        assert command_line({}, {"model.slices": argument})[1:] == ["--model.slices.init_args.group_size=32"]
+
+    @pytest.mark.parametrize(
+        "value", [None, True, 1e-05, 3, [2, 2.5], [{"depth": 2, "other_depths": {8: 1.0}}], "text"]
+    )
+    def test_values_stay_what_they_are(self, value: Any) -> None:
+        (argument,) = command_line({}, {"model.x": value})[1:]
+        found = yaml.safe_load(argument.partition("=")[2])
+        assert found == value
+        assert type(found) is type(value)
+
+    def test_what_no_recipe_can_say_is_refused(self) -> None:
+        with pytest.raises(RecipeError, match=r"model.router: .* is nothing that a recipe can say"):
+            command_line("r.yaml", {"model": {"router": object()}})
+
+    def test_a_recipe_is_given_first_by_name_or_as_a_run(self, tmp_path: Path) -> None:
+        (tmp_path / "config.yaml").write_text("model: {}")
+        assert with_recipe(["a.yaml", "--x", "1"]) == ["--config=a.yaml", "--x", "1"]
+        assert with_recipe(["--x=1", "-c", "a.yaml"]) == ["--x=1", "--config=a.yaml"]
+        (tiny,) = with_recipe(["tiny"])
+        assert tiny.endswith("/recipes/tiny.yaml")
+        assert with_recipe(["--config={model: {}}"]) == ["--config={model: {}}"] == command_line({"model": {}}, {})
+        of_run = [f"--config={tmp_path / 'config.yaml'}", f"--trainer.default_root_dir={tmp_path}"]
+        assert with_recipe([str(tmp_path)]) == of_run == command_line(RunFolder(tmp_path), {})
+
+
+def test_building_claims_no_folder_and_changes_nothing_of_the_process(tmp_path: Path) -> None:
+    importlib.import_module(
+        "mobiq_lightning.jobs.cli"
+    )  # what Lightning and torch set up when they are imported is theirs
+    before = [*sys.argv], [*warnings.filters], logging.getLogger("lightning.pytorch").level
+    folder = tmp_path / "run"
+    built = build("tiny", trainer={"default_root_dir": folder, "accelerator": "cpu"}, model={"eval_bits": [2, 3]})
+    assert built.model.eval_bits == [2, 3]
+    assert built.trainer.default_root_dir == str(folder)
+    assert not folder.exists()
+    assert before == ([*sys.argv], [*warnings.filters], logging.getLogger("lightning.pytorch").level)
+
+
+def test_what_is_wrong_is_raised(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"model.routr: no such key. Did you mean 'model.router'"):
+        mobiq_lightning.fit("tiny", model={"routr": "MLPRouter"})
+    with pytest.raises(RecipeError, match=r"the recipe: modle: no such key"):
+        mobiq_lightning.fit({"modle": {}})
+    with pytest.raises(RecipeError, match=r"tini: no such file. Did you mean 'tiny'"):
+        mobiq_lightning.fit("tini")
+    with pytest.raises(RecipeError, match=r"seeds: \[\]|seeds: none is given"):
+        mobiq_lightning.compare("budgets", seeds=[], folder=tmp_path)
+    with pytest.raises(RunFolderError, match=r"holds no results\.json"):
+        RunFolder(tmp_path).results()
+
+
+def router_bits(run: RunFolder) -> set[float]:
+    measured = run.results().measured
+    assert measured is not None
+    return {row.target_bits for row in measured.rows if row.allocation == "router"}
+
+
+class Interrupt(Callback):
+    """A user who presses Ctrl-C when training starts."""
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        raise KeyboardInterrupt
+
+
+def test_a_run_is_made_continued_and_compared_again_from_python(finished: Run, tmp_path: Path) -> None:
+    stored = RunFolder(finished[0])
+    recipe = yaml.safe_load(stored.recipe.read_text())
+    folder = tmp_path / "run"
+    quick = {"epochs_per_block": 1, "stages": [{"share": 1.0, "train": ["ranges", "routers"]}]}
+    callbacks = [{"class_path": f"{__name__}.Interrupt"}]
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        mobiq_lightning.fit(recipe, model=quick, trainer={"default_root_dir": folder, "callbacks": callbacks})
+    assert signal.getsignal(signal.SIGINT) is handler
+    made = mobiq_lightning.fit(recipe, overwrite=True, model=quick, trainer={"default_root_dir": folder})
+    assert made.path == folder
+    assert made.finished
+    assert router_bits(made) == {2, 2.5, 8}
+    assert mobiq_lightning.verify(made.checkpoint) == []
+    written = (made.checkpoint / "config.json").stat().st_mtime_ns
+    moved = shutil.move(folder, tmp_path / "moved")
+    again = mobiq_lightning.validate(RunFolder(moved), model={"eval_bits": [3]})
+    assert again.path == tmp_path / "moved"
+    assert router_bits(again) == {3}
+    assert mobiq_lightning.fit(moved).path == tmp_path / "moved"
+    assert (again.checkpoint / "config.json").stat().st_mtime_ns == written

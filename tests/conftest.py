@@ -128,7 +128,7 @@ def small_recipe(model: Path, text_file: Path, folder: Path) -> list[str]:
         f"--data.eval_source={text_file}",
         "--model.slices.init_args.group_size=16",
         "--model.epochs_per_block=2",
-        "--model.stages=[{share: 0.5, train: [slices]}, {share: 0.5, train: [slices, routers]}]",
+        "--model.stages=[{share: 0.5, train: [ranges, transforms]}, {share: 0.5, train: [ranges, transforms, routers]}]",
         "--model.eval_bits=[2, 2.5, 8]",
         "--model.random_seeds=[0]",
         "--data.n_samples=8",

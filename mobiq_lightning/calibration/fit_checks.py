@@ -31,11 +31,11 @@ def check_plugins(
         slices: Makes slice schemes.
         router: Makes routers.
         budget: The budget schedule.
-        objectives: What a block is trained to match, and what the whole model.
+        objectives: What a block is trained to match, and what the whole model is trained to match.
         epochs_per_block: Epochs of each block.
         stages: What is trained when.
         eval_bits: Budgets of the comparison, in bits.
-        transform: What is done before slicing.
+        transform: What is done to weights and inputs before weights are sliced.
 
     Raises:
         RecipeError: Naming everything that does not fit.
@@ -62,8 +62,10 @@ def check_plugins(
         problems.append(
             f"model.stages: {type(built).__name__} learns end to end, and no stage with scope model trains routers; add one"
         )
-    if any(stage.trains("weights") for stage in stages) and any("slices" in stage.train for stage in stages):
-        problems.append("model.stages: with stages that train weights or rounding, name ranges instead of slices")
+    if any(stage.trains("codes") for stage in stages) and any(stage.trains("transforms") for stage in stages):
+        problems.append(
+            "model.stages: codes are those of fixed transforms; where a stage trains codes, none trains transforms"
+        )
     low, high = budget.bounds
     if low < lowest or high > highest:
         given = f"the slices {list(scheme.slice_bits)} give {lowest} to {highest}"

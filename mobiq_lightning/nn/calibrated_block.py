@@ -22,7 +22,8 @@ SliceFactory = Callable[[int, int], SliceScheme]
 RouterFactory = Callable[[int, int], Router]
 
 
-Learned = Literal["slices", "weights", "transforms", "routers"]
+Learned = Literal["ranges", "codes", "transforms", "routers"]
+"""The kinds of things that a calibration learns."""
 
 
 class CalibratedBlock(nn.Module):
@@ -95,11 +96,11 @@ class CalibratedBlock(nn.Module):
         return [linear for _, readers in self.readers for linear in readers]
 
     def parameters_of(self, kind: Learned) -> list[nn.Parameter]:
-        """What is learned: by schemes, of ranges (`slices`) or codes (`weights`), by transforms or routers."""
+        """The parameters of one kind: ranges or codes of the schemes, those of the transforms, or those of the routers."""
         codes = [p for linear in self.sliced_linears() for p in _codes_of(linear.scheme)]
-        if kind == "weights":
+        if kind == "codes":
             return codes
-        modules = {"slices": self.schemes.values(), "transforms": self.transforms(), "routers": self.routers()}[kind]
+        modules = {"ranges": self.schemes.values(), "transforms": self.transforms(), "routers": self.routers()}[kind]
         known = {id(parameter) for parameter in codes}
         return [p for module in modules for p in module.parameters() if id(p) not in known]
 

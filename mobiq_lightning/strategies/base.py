@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from mobiq_lightning.packing import PackedSlices, PackedWeight, depths_of
 from mobiq_lightning.strategies.thresholds import ThresholdTask, prefix_scores, threshold_for_budget
 
+DEFAULT_SLICE_BITS = (2, 1, 1, 2, 2)
+"""Bits of each slice, coarsest first, where a recipe names none: depths of 2, 3, 4, 6 and 8 bits."""
+
 
 class SliceScheme(nn.Module, ABC):
     """How one weight matrix is cut into slices. Its parameters are what is learned of that weight.
@@ -84,6 +87,10 @@ class SliceScheme(nn.Module, ABC):
 
     def forget(self) -> None:
         """Gives up what is kept of the weight between calls, and can be made again; called when a block is done."""
+
+    def resized_tensors(self) -> list[str]:
+        """Names of its parameters and buffers whose sizes change while they are trained."""
+        return []
 
     def bound_clipping(self) -> None:
         """Narrows ranges that are wider than the weights of their group."""

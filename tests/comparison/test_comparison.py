@@ -68,13 +68,14 @@ def test_a_change_replaces_a_class_with_its_arguments_or_one_argument_alone(tmp_
     strategies = {
         "one": {"model.slices.init_args.group_size": 32},
         "whole": {"model.slices": {"class_path": "ResidualSlices", "init_args": {"slice_bits": [2, 2]}}},
-        "nested": {"model": {"slices_lr": 0.5}},
+        "nested": {"model": {"rates": {"ranges": 0.5}}},
     }
     one, whole, nested = read_grid(str(write_grid(tmp_path, strategies=strategies, seeds=[0]))).cells()
     assert one.recipe["model"]["slices"]["init_args"] == {"slice_bits": [2, 1, 1, 2, 2], "group_size": 32}
     assert whole.recipe["model"]["slices"]["init_args"] == {"slice_bits": [2, 2]}
-    assert nested.recipe["model"]["slices_lr"] == 0.5
-    assert nested.changes == {"model.slices_lr": 0.5}
+    assert nested.recipe["model"]["rates"] == {**one.recipe["model"]["rates"], "ranges": 0.5}
+    assert one.recipe["model"]["rates"]["routers"] == nested.recipe["model"]["rates"]["routers"]
+    assert nested.changes == {"model.rates.ranges": 0.5}
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
@@ -112,7 +113,7 @@ def test_a_wrong_grid_is_answered_before_anything_runs(
 
 def test_two_cells_of_one_name_are_refused(tmp_path: Path) -> None:
     path = write_grid(tmp_path)
-    path.write_text(path.read_text().replace("  mlp: {}\n", "  mlp: {}\n  mlp: {model.slices_lr: 1}\n"))
+    path.write_text(path.read_text().replace("  mlp: {}\n", "  mlp: {}\n  mlp: {model.rates.ranges: 1}\n"))
     with pytest.raises(RecipeError, match="mlp is there twice; two cells need two names"):
         read_grid(str(path))
 
@@ -123,7 +124,7 @@ def test_two_cells_of_one_name_are_refused(tmp_path: Path) -> None:
         (["--conifg", "x"], "no such option. Did you mean 'config'"),
         (["--config"], "a value is missing"),
         ([], "--config is missing"),
-        (["--config", "GRID", "--model.slises_lr", "1"], "model.slises_lr: no such key"),
+        (["--config", "GRID", "--model.rates.rangs", "1"], "model.rates.rangs: no such key"),
         (["--config", "GRID", "--model.budget", "LinearBudget"], "the strategies constant set it themselves"),
     ],
 )

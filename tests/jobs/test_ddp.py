@@ -54,11 +54,11 @@ def test_two_processes_train_the_same_slices_block_by_block_and_end_to_end(
 ) -> None:
     ddp = ["--trainer.devices=2", "--trainer.strategy=ddp_find_unused_parameters_true"]
     stages = (
-        "--model.stages=[{epochs: 1, train: [weights, ranges], depth: 2}, {epochs: 1, train: [weights], depth: 4}, "
-        "{epochs: 1, train: [weights], depth: 8, scope: model}, {epochs: 1, train: [routers], scope: model}]"
+        "--model.stages=[{epochs: 1, train: [codes, ranges], depth: 2}, {epochs: 1, train: [codes], depth: 4}, "
+        "{epochs: 1, train: [codes], depth: 8, scope: model}, {epochs: 1, train: [routers], scope: model}]"
     )
     slices = "--model.slices={class_path: ProgressiveSlices, init_args: {slice_bits: [2, 1, 1, 2, 2], group_size: 16}}"
-    done = run([*recipe_arguments, *ddp, slices, stages, "--model.weights_lr=1e-2", "--data.n_generated=4"])
+    done = run([*recipe_arguments, *ddp, slices, stages, "--model.rates.codes=1e-2", "--data.n_generated=4"])
     assert done.returncode == 0, done.stderr  # at the end of every visit the processes compare what they have learned
     rows = json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
     kl = {(r["allocation"], r["target_bits"]): r["kl"] for r in rows}

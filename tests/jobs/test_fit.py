@@ -237,9 +237,9 @@ class TestRunFolder:
     def test_another_recipe_in_the_same_folder_is_refused_with_the_keys(
         self, finished: Run, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        assert main(["fit", *finished[1], "--model.slices_lr=0.5", "--data.seed=3"]) == 1
+        assert main(["fit", *finished[1], "--model.rates.ranges=0.5", "--data.seed=3"]) == 1
         error = capsys.readouterr().err
-        assert "model.slices_lr: 0.02 -> 0.5" in error
+        assert "model.rates.ranges: 0.02 -> 0.5" in error
         assert "data.seed: 0 -> 3" in error
         assert "--overwrite" in error
 
@@ -281,9 +281,9 @@ class TestRunFolder:
         (["--model.budget.init_args.high_bits=9"], "asks for 2 to 9 bits"),
         (["--model.eval_bits=[1, 4]"], "[1.0] lie outside"),
         (["--model.epochs_per_block=0"], "must be at least 1"),
-        (["--model.stages=[{share: 0.5, train: [slices]}]"], "must be above 0 and add up to 1"),
+        (["--model.stages=[{share: 0.5, train: [ranges, transforms]}]"], "must be above 0 and add up to 1"),
         (["--model.slices.init_args.group_size=0"], "group_size (0)"),
-        (["--model.slices_lr=fast"], "model.slices_lr"),
+        (["--model.rates.ranges=fast"], "model.rates.ranges"),
         (["--trainer.max_epoch=3"], "Did you mean 'trainer.max_epochs'"),
         (["--model.router.init_args.hiden=3"], "hiden"),
         (["--trainer.strategy=fsdp", "--trainer.devices=1"], "fsdp"),
@@ -304,10 +304,8 @@ def test_other_slices_and_routers_run_by_a_change_of_the_recipe(
     recipe_arguments: list[str], tmp_path: Path, bits: str, router: str
 ) -> None:
     arguments = [*recipe_arguments, f"--model.slices.init_args.slice_bits={bits}", f"--model.router={router}"]
-    assert (
-        main(["fit", *arguments, "--model.epochs_per_block=1", "--model.stages=[{share: 1, train: [slices, routers]}]"])
-        == 0
-    )
+    stages = "--model.stages=[{share: 1, train: [ranges, transforms, routers]}]"
+    assert main(["fit", *arguments, "--model.epochs_per_block=1", stages]) == 0
     rows = json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
     router_row: dict[str, Any] = next(r for r in rows if r["allocation"] == "router" and r["target_bits"] == 2.5)
     # Thresholds come from 256 tokens here; a router whose thresholds were lost would read whole slices too many.

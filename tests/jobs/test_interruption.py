@@ -42,8 +42,8 @@ def arguments_for(recipe_arguments: list[str], folder: Path) -> list[str]:
         [
             "--model.slices={class_path: ProgressiveSlices, init_args: {slice_bits: [2, 1, 1, 2, 2], group_size: 16}}",
             # Nine epochs: the first kill falls on the first slice, the second on a slice after a stage of the whole model.
-            "--model.stages=[{epochs: 2, train: [weights, ranges], depth: 2}, "
-            "{epochs: 1, train: [weights, ranges], depth: 2, scope: model}, {epochs: 1, train: [weights], depth: 8}, "
+            "--model.stages=[{epochs: 2, train: [codes, ranges], depth: 2}, "
+            "{epochs: 1, train: [codes, ranges], depth: 2, scope: model}, {epochs: 1, train: [codes], depth: 8}, "
             "{epochs: 2, train: [routers], scope: model}]",
             "--data.n_generated=8",
         ],
@@ -147,7 +147,7 @@ def test_a_block_that_keeps_failing_stops_the_run_with_the_numbers(
     monkeypatch.setattr(FailingSlices, "calls", 0)
     assert main(["fit", *failing(recipe_arguments, tmp_path / "run")]) == 1
     error = capsys.readouterr().err
-    for part in ("try 3 of block", "Learning rates: slices", "Largest input of the block", "Finished blocks are kept"):
+    for part in ("try 3 of block", "Learning rates: ranges", "Largest input of the block", "Finished blocks are kept"):
         assert part in error
 
 

@@ -256,8 +256,8 @@ class TestCommand:
         assert "round to nearest" not in captured.out  # tables of the runs stay in their folders
         self.check_files(run)
         # The folder is this recipe's; others are told so, and how they differ.
-        assert main([*command, "--model.slices_lr=0.5"]) == 1
-        assert "model.slices_lr: 0.02 -> 0.5" in capsys.readouterr().err
+        assert main([*command, "--model.rates.ranges=0.5"]) == 1
+        assert "model.rates.ranges: 0.02 -> 0.5" in capsys.readouterr().err
 
     def check_files(self, run: Path) -> None:
         found = json.loads((run / "outliers.json").read_text())

@@ -189,13 +189,14 @@ PROGRESSIVE = [
     "--model.slices=ProgressiveSlices",
     "--model.slices.init_args.slice_bits=[2, 1, 1, 2, 2]",
     "--model.slices.init_args.group_size=16",
-    "--model.weights_lr=1e-2",
+    "--model.rates.codes=1e-2",
     "--model.threshold_scope=global",
     # Trained for eight steps at 2 bits, blocks of random weights are worse than rounding at 4.
     "--trainer.callbacks=[{class_path: mobiq_lightning.callbacks.Guards, init_args: {worse_block: record}}]",
-    "--model.stages=[{epochs: 2, train: [weights, ranges], depth: 2}, "
-    "{epochs: 1, train: [weights, ranges], depth: 2, scope: model}, {epochs: 1, train: [rounding], depth: 4, lr_scale: 0.2}, "
-    "{epochs: 1, train: [weights], depth: 8, lr_scale: 0.1}, {epochs: 2, train: [routers], scope: model}]",
+    "--model.stages=[{epochs: 2, train: [codes, ranges], depth: 2}, "
+    "{epochs: 1, train: [codes, ranges], depth: 2, scope: model}, "
+    "{epochs: 1, train: [codes], bounds: [rounding], depth: 4, lr_scale: 0.2}, "
+    "{epochs: 1, train: [codes], depth: 8, lr_scale: 0.1}, {epochs: 2, train: [routers], scope: model}]",
 ]
 
 

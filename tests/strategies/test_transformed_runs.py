@@ -35,7 +35,7 @@ FEW = ["--model.eval_bits=[2, 8]", "--data.eval_max_windows=4"]
 def equivalent(make_model: Callable[..., Path], text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A finished run with LET, on a model that has biases already. Not to be changed by tests."""
     folder = tmp_path_factory.mktemp("equivalent")
-    arguments = [*small_recipe(make_model(kind="qwen2"), text_file, folder), *FEW, "--model.transform_lr=0.02"]
+    arguments = [*small_recipe(make_model(kind="qwen2"), text_file, folder), *FEW, "--model.rates.transforms=0.02"]
     arguments += ["--model.transform=LearnableEquivalentTransform"]
     assert main(["fit", *arguments]) == 0
     return folder / "run", arguments

@@ -11,6 +11,7 @@ from torch.autograd import Function
 
 from mobiq_lightning.packing import dequantize, spread
 from mobiq_lightning.strategies.abilities import TrainableCodes
+from mobiq_lightning.strategies.base import DEFAULT_SLICE_BITS
 from mobiq_lightning.strategies.slices.nested_code import cells, group_sum, unit_position
 from mobiq_lightning.strategies.slices.residual import ResidualSlices
 
@@ -29,7 +30,7 @@ class ProgressiveSlices(ResidualSlices, TrainableCodes):
     Training weights through the quantizer, block by block: EfficientQAT, arXiv 2407.11062.
 
     Depths that are not trained yet, or are never, take the weight itself, moved into the cell of the code before. Without
-    stages that train `weights` or `rounding` it is `ResidualSlices`.
+    stages that train `codes` it is `ResidualSlices`.
 
     Args:
         out_features: O.
@@ -45,7 +46,7 @@ class ProgressiveSlices(ResidualSlices, TrainableCodes):
         self,
         out_features: int,
         in_features: int,
-        slice_bits: Sequence[int] = (2, 1, 1, 1, 1, 1, 1),
+        slice_bits: Sequence[int] = DEFAULT_SLICE_BITS,
         group_size: int = 128,
     ) -> None:
         super().__init__(out_features, in_features, slice_bits, group_size)
@@ -58,6 +59,10 @@ class ProgressiveSlices(ResidualSlices, TrainableCodes):
     def code_parameters(self) -> list[nn.Parameter]:
         """The target of the slice in training, (O, I); empty before the first slice starts and after `freeze`."""
         return [self.target]
+
+    def resized_tensors(self) -> list[str]:
+        """The trained target and the frozen codes, which exist only while they are needed."""
+        return ["target", "codes"]
 
     @torch.no_grad()
     def start_slice(self, weight: Tensor, n_bits: int) -> bool:

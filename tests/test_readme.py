@@ -19,7 +19,7 @@ from mobiq_lightning.cli import main
 ROOT = Path(__file__).parents[1]
 SMALL = [
     "--model.slices.init_args.group_size=16",
-    "--model.stages=[{depth: 2, train: [weights, ranges], epochs: 1}, {train: [routers], epochs: 1, scope: model}]",
+    "--model.stages=[{depth: 2, train: [codes, ranges], epochs: 1}, {train: [routers], epochs: 1, scope: model}]",
     "--model.eval_bits=[2, 2.5, 8]",
     "--model.random_seeds=[0]",
     "--data.n_samples=8",

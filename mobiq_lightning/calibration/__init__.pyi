@@ -11,3 +11,5 @@ from .hidden_states import eval_mode as eval_mode
 from .module import ElasticCalibration as ElasticCalibration
 from .scores import block_scores_of as block_scores_of
 from .scores import scores_of as scores_of
+from .stage_training import begin_stage as begin_stage
+from .stage_training import end_stage as end_stage

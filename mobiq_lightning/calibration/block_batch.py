@@ -15,14 +15,14 @@ ROUTED = "routed"
 
 
 class BlockBatch:
-    """`BlockRun` of the block being calibrated.
+    """What an objective sees of the block being calibrated, on one batch: a `BlockRun`.
 
     Args:
         calibrated: What is learned of the block.
-        block: Its index.
-        caller: Calls it.
-        hidden: Its inputs and targets.
-        index: (B,) calibration windows of the batch.
+        block: Index of the block.
+        caller: Calls the block.
+        hidden: Tables of the inputs and targets of the block.
+        index: (B,) numbers of the calibration windows of the batch.
         depths: Fixed depths in the loss, in bits, with their weights; None: those of the objective.
     """
 
@@ -47,12 +47,18 @@ class BlockBatch:
         return self.hidden.batch(name, self.index)
 
     def at_depth(self, bits: int) -> Tensor:
-        """See `BlockRun.at_depth`."""
+        """(B, T, H) output of the block with all weights read at `bits`, on the inputs of that depth."""
         with fixed_depth(self.routed_inputs, bits):
             return self.caller.call(self.block, self.inputs(str(bits)))
 
     def routed(self, target_bits: float, meet_exactly: bool) -> tuple[Tensor, Tensor]:
-        """See `BlockRun.routed`."""
+        """Output (B, T, H) of the routed block and the average bits (scalar) that its gates spent.
+
+        Args:
+            target_bits: The budget, average bits per weight.
+            meet_exactly: Whether each input takes the threshold at which its average is `target_bits`; otherwise the threshold
+                is 0, and the average is whatever the scores give.
+        """
         with ExitStack() as stack:
             if meet_exactly:
                 stack.enter_context(meet_budget(self.routed_inputs, target_bits))
@@ -63,7 +69,7 @@ class BlockBatch:
         return output, (used * sizes).sum() / sizes.sum()
 
     def auxiliary_target(self, bits: int) -> Tensor:
-        """See `BlockRun.auxiliary_target`."""
+        """(B, T, H) output of the full-precision block on the inputs of depth `bits`."""
         if bits not in self._auxiliary:
             with torch.no_grad(), full_precision(self.routed_inputs):
                 self._auxiliary[bits] = self.caller.call(self.block, self.inputs(str(bits)))

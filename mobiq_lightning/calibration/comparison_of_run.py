@@ -14,10 +14,10 @@ from mobiq_lightning.nn import ElasticLinear
 from mobiq_lightning.runs import LAYER_GAINS
 
 if TYPE_CHECKING:
-    from mobiq_lightning.calibration.sliced_model import SlicedModel
+    from mobiq_lightning.calibration.module import ElasticCalibration
 
 
-def comparison_of_run(module: SlicedModel, folder: Path, device: torch.device) -> Comparison:
+def comparison_of_run(module: ElasticCalibration, folder: Path, device: torch.device) -> Comparison:
     """Loads the checkpoint of a run beside its source model.
 
     Args:
@@ -25,12 +25,12 @@ def comparison_of_run(module: SlicedModel, folder: Path, device: torch.device) -
         folder: The run folder.
         device: Where to run.
     """
-    elastic = load(folder, dtype=module.source.model.dtype, device=device)
+    elastic = load(folder, dtype=module.sliced.source.model.dtype, device=device)
     seed = os.environ.get("PL_GLOBAL_SEED")
     linear = next(m for m in elastic.modules() if isinstance(m, ElasticLinear))
     key = rounding_key(module, linear.group_size, device)
     comparison = Comparison(
-        module.source.model,
+        module.sliced.source.model,
         elastic,
         module.layout,
         module.eval_bits,
@@ -45,14 +45,14 @@ def comparison_of_run(module: SlicedModel, folder: Path, device: torch.device) -
     return comparison
 
 
-def rounding_key(module: SlicedModel, group_size: int, device: torch.device) -> dict[str, Any]:
+def rounding_key(module: ElasticCalibration, group_size: int, device: torch.device) -> dict[str, Any]:
     """All that the rows of round-to-nearest depend on."""
     return {
-        "weights": module.source.fingerprint,
-        "dtype": str(module.source.model.dtype),
+        "weights": module.sliced.source.fingerprint,
+        "dtype": str(module.sliced.source.model.dtype),
         "group_size": group_size,
-        "protocol": module.trainer.datamodule.protocol.data_hash,  # type: ignore[attr-defined]
-        "batch": module.trainer.datamodule.eval_batch_size,  # type: ignore[attr-defined]
+        "protocol": module.text.protocol.data_hash,
+        "batch": module.text.eval_batch_size,
         "bits": RTN_BITS,
         "device": device.type,
     }

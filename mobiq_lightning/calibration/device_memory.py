@@ -7,8 +7,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from mobiq_lightning.errors import ModelError
+from mobiq_lightning.nn import Learned
 
 if TYPE_CHECKING:
     from mobiq_lightning.calibration.module import ElasticCalibration
@@ -25,7 +27,7 @@ def move_model(module: ElasticCalibration) -> None:
         needed, (free, _) = needed_bytes(module), torch.cuda.mem_get_info(device)
         if needed > free:
             raise ModelError(too_large(module, needed, free))
-    module.source.model.to(device)
+    module.sliced.source.model.to(device)
 
 
 @contextmanager
@@ -39,8 +41,8 @@ def whole_model_on_device(module: ElasticCalibration, needed: int) -> Iterator[s
     Yields:
         None; or, if they are not there, a clause that says so, with the figures, and the model stays where it is.
     """
-    model, device = module.source.model, module.device
-    module.caller.release()
+    model, device = module.sliced.source.model, module.device
+    module.sliced.caller.release()
     before = next(model.parameters()).device
     if device.type == "cuda" and before.type != "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -60,10 +62,10 @@ def measuring_bytes(module: ElasticCalibration, seq_len: int, batch_size: int, g
     """About what measuring layer gains needs on the device: frozen weights, codes, the logits and activations of a batch of
     windows, all depths of one linear; for gradients those of one block with their squares, and the activations of a window.
     """
-    model: Any = module.source.model
+    model: Any = module.sliced.source.model
     frozen = sum(p.numel() * p.element_size() for p in model.parameters())
-    sizes = [routed.n_weights for routed in module.all_inputs()]
-    slices = len(module.all_inputs()[0].slice_bits)
+    sizes = [routed.n_weights for routed in module.sliced.all_inputs()]
+    slices = len(module.sliced.all_inputs()[0].slice_bits)
     width, vocabulary = model.config.hidden_size, model.config.vocab_size
     needed = (
         frozen + sum(sizes) + 8 * (slices + 2) * max(sizes) + 4 * batch_size * seq_len * (4 * vocabulary + 16 * width)
@@ -77,11 +79,11 @@ def measuring_bytes(module: ElasticCalibration, seq_len: int, batch_size: int, g
 
 def too_large(module: ElasticCalibration, needed: int, free: int) -> str:
     """What the user reads if the model does not fit."""
-    number, trained = module.segment.number, " + ".join(module.stage.train)
+    number, trained = module.segment.number, module.stage.trained
     return (
         f"model.stages[{number}] (scope model, {trained}) needs about {needed / 1e9:.1f} GB on {module.device} for the whole "
         f"model; {free / 1e9:.1f} GB are free. Everything before is kept: take this stage out, train less in it (routers and "
-        "ranges need far less than weights), set model.recompute_blocks, lower data.batch_size, or use a larger device"
+        "ranges need far less than codes), set model.recompute_blocks, lower data.batch_size, or use a larger device"
     )
 
 
@@ -89,19 +91,18 @@ def needed_bytes(module: ElasticCalibration) -> int:
     """About what a model stage needs on the device: frozen weights, what is learned with AdamW's two averages and the
     gradient, codes, one dequantized copy of the weights in training, and activations.
     """
-    model: Any = module.source.model
+    model: Any = module.sliced.source.model
     frozen = sum(p.numel() * p.element_size() for p in model.parameters())
-    sliced = sum(routed.n_weights for routed in module.all_inputs())
-    learned = sum(p.numel() for kind in module.rates if module.stage.trains(kind) for p in _learned(module, kind))
-    learned = max(learned, sliced) if module.stage.trains("weights") else learned
+    sliced = sum(routed.n_weights for routed in module.sliced.all_inputs())
+    learned = sum(p.numel() for kind in module.stage.train for p in _learned(module, kind))
+    learned = max(learned, sliced) if module.stage.trains("codes") else learned
     of_blocks = sliced if not module.recompute_blocks else sliced // len(module.blocks)
-    data: Any = getattr(module.trainer, "datamodule", None)
-    tokens = data.batch_size * data.seq_len if data is not None else 0
+    tokens = module.text.batch_size * module.text.seq_len
     kept = 40 if not module.recompute_blocks else 2  # tensors of the width of the model that a block keeps per token
     width, vocabulary = model.config.hidden_size, model.config.vocab_size
     activations = tokens * (kept * width * len(module.blocks) + 4 * vocabulary) * 4
     return int(frozen + 16 * learned + sliced + 4 * of_blocks + activations)
 
 
-def _learned(module: ElasticCalibration, kind: Any) -> list[Any]:
+def _learned(module: ElasticCalibration, kind: Learned) -> list[nn.Parameter]:
     return [p for block in module.blocks_in_training() for p in block.parameters_of(kind)]

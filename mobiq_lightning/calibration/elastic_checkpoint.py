@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def checkpoint_writer(module: ElasticCalibration) -> CheckpointWriter:
     """Writes the elastic checkpoint of a model that is being calibrated into its run folder."""
-    return CheckpointWriter(module.source, module.layout, module.run_folder / ELASTIC)
+    return CheckpointWriter(module.sliced.source, module.layout, module.run_folder / ELASTIC)
 
 
 def finish_checkpoint(module: ElasticCalibration, recipe: str) -> list[int]:
@@ -29,17 +29,15 @@ def finish_checkpoint(module: ElasticCalibration, recipe: str) -> list[int]:
     Returns:
         Blocks, by index from 0, whose shard was damaged since it was written, and was written again.
     """
-    data = module.trainer.datamodule  # type: ignore[attr-defined]
-    calibration = {**data.protocol.calibration.to_json(), "data_hash": data.calibration_digest}
-    origin = describe_provenance(module.source, calibration, module.transform)
+    calibration = {**module.text.protocol.calibration.to_json(), "data_hash": module.text.calibration_digest}
+    origin = describe_provenance(module.sliced.source, calibration, module.transform)
     extra = {RECIPE: recipe, PROVENANCE: json.dumps(origin, indent=2) + "\n"}
-    blocks = [module.block_at(index) for index in range(len(module.blocks))]
-    return checkpoint_writer(module).finish(blocks, elastic_format(module), extra)
+    return checkpoint_writer(module).finish(module.sliced.calibrated_blocks(), elastic_format(module), extra)
 
 
 def elastic_format(module: ElasticCalibration) -> ElasticFormat:
     """What config.json says of the checkpoint of a calibrated model."""
-    first = module.block_at(0)
+    first = module.sliced.block_at(0)
     scheme: Any = next(iter(first.schemes.values()))
     stored = next((list(transform.stored()) for transform in first.transforms()), [])
     return ElasticFormat(

@@ -146,10 +146,10 @@ class HiddenStates:
         caller: Calls the blocks.
         input_ids: (N, T) calibration windows.
         streams: For each input stream its name and how it reads the blocks that it has passed.
-        full_precision: How the targets read blocks.
+        full_precision: How the blocks are read whose outputs are the targets.
         batch_size: Windows per call of a block.
         storage: Where the tables lie.
-        folder: Where, if on disk.
+        folder: The folder of the tables, if they lie on disk.
     """
 
     def __init__(

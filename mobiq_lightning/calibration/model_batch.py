@@ -24,12 +24,12 @@ from mobiq_lightning.strategies.thresholds import threshold_for_budget, with_bud
 
 
 class ModelBatch:
-    """`BlockRun` of the whole model: what comes out are logits (B, T, V).
+    """What an objective sees of the whole model, on one batch: a `BlockRun` whose outputs are logits (B, T, V).
 
     Args:
         model: The source model with sliced linears, all on one device.
-        blocks: Its decoder blocks.
-        inputs: Its routed inputs.
+        blocks: The decoder blocks of the model.
+        inputs: The routed inputs of the model.
         input_ids: (B, T) calibration windows.
         depths: Fixed depths in the loss, in bits, with their weights; None: those of the objective.
         recompute: Compute the inside of each block again in the backward pass instead of keeping it (gradient
@@ -74,7 +74,7 @@ class ModelBatch:
         return logits, (used * sizes).sum() / sizes.sum()
 
     def auxiliary_target(self, bits: int) -> Tensor:
-        """The same as `target`: the model has one input."""
+        """The target, logits (B, T, V), whatever the depth: the model has one input."""
         return self.target
 
     def _decide(self, target_bits: float) -> tuple[Tensor, list[Tensor]]:

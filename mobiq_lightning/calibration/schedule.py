@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Literal
 
-Trained = Literal["slices", "clipping", "ranges", "rounding", "weights", "routers"]
-WEIGHTS: frozenset[str] = frozenset({"weights", "rounding"})
-"""What moves codes: of one slice at a time, all coarser ones being frozen."""
-RANGES: frozenset[str] = frozenset({"slices", "clipping", "ranges"})
+from mobiq_lightning.nn import Learned
+
+Bound = Literal["clipping", "rounding"]
+BOUNDED: dict[Bound, Learned] = {"clipping": "ranges", "rounding": "codes"}
+"""What each bound keeps in its limits."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Stage:
     """A part of the calibration: what is trained, where, at which depth, for how long.
 
@@ -24,11 +25,11 @@ class Stage:
     the order of the stages decides whether the slices of a block follow each other, or the blocks of a slice.
 
     Args:
-        share: Of the block's `epochs_per_block`, in (0, 1]. Either this or `epochs`.
-        train: What is trained. `slices`: all that schemes without slices of their own learn, with the transforms.
-            `ranges`: the ranges of the groups. `clipping`: the same, but they can only become narrower. `rounding`: the
-            codes of the slice that reaches `depth`, each to a neighbour at most. `weights`: the same without that bound.
-            `routers`.
+        train: What is trained. `ranges`: the quantization ranges of the groups. `codes`: the codes of the slice that reaches
+            `depth`, all coarser slices being frozen. `transforms`: what the transform learns. `routers`: the routers.
+        bounds: Limits for what is trained. `clipping`: ranges can only become narrower than the weights of their group.
+            `rounding`: each code moves to a neighbour of the weight's own code at most.
+        share: The part of the block's `epochs_per_block` that this stage takes, in (0, 1]. Give either this or `epochs`.
         epochs: Passes over the calibration windows, for each block or for the model.
         depth: The fixed depth that is trained, in bits; by default those of the objective.
         other_depths: Depths in the loss beside `depth`, in bits, each with its weight. Coarser ones read the first bits of
@@ -38,8 +39,9 @@ class Stage:
         scope: `block`: one block after the other, against its output. `model`: all, against the model's output.
     """
 
+    train: list[Learned]
+    bounds: list[Bound] = field(default_factory=list)
     share: float | None = None
-    train: list[Trained] = field(default_factory=list)
     epochs: int | None = None
     depth: int | None = None
     other_depths: dict[int, float] = field(default_factory=dict)
@@ -49,14 +51,31 @@ class Stage:
     @property
     def depths(self) -> dict[int, float] | None:
         """The fixed depths in its loss, in bits, with their weights; None: those of the objective."""
-        if self.train == ["routers"]:
+        if self.trains_routers_alone:
             return {}
         return None if self.depth is None else {self.depth: 1.0, **self.other_depths}
 
-    def trains(self, kind: str) -> bool:
-        """Whether it trains `slices` (ranges), `transforms`, `weights` or `routers`."""
-        wanted = {"slices": RANGES, "weights": WEIGHTS, "transforms": {"slices"}}.get(kind, {kind})
-        return not wanted.isdisjoint(self.train)
+    def trains(self, kind: Learned) -> bool:
+        """Whether it trains ranges, codes, transforms or routers."""
+        return kind in self.train
+
+    @property
+    def trains_routers_alone(self) -> bool:
+        """Whether nothing that a checkpoint stores of the weights changes in it."""
+        return self.train == ["routers"]
+
+    @property
+    def trained(self) -> str:
+        """What it trains, for people to read, as in ``codes + ranges, bounded by rounding``."""
+        return " + ".join(self.train) + (f", bounded by {' and '.join(self.bounds)}" if self.bounds else "")
+
+
+def default_stages() -> list[Stage]:
+    """Ranges and transforms at fixed depths for a third of a block's epochs, then together with routers."""
+    return [
+        Stage(train=["ranges", "transforms"], share=1 / 3),
+        Stage(train=["ranges", "transforms", "routers"], share=2 / 3),
+    ]
 
 
 @dataclass(frozen=True)
@@ -65,10 +84,10 @@ class Segment:
 
     Args:
         stage: The stage.
-        number: Of the stage in the recipe, from 0.
-        block: The block; None for the model.
+        number: The position of the stage in the recipe, from 0.
+        block: The index of the block; None for the model.
         sweep: Number of the sweep, or of the model stage, that it belongs to.
-        epochs: Of the fit.
+        epochs: The epochs of the fit that it takes.
         span: Epochs over which learning rates and budgets run their course: those of the segment, or of the visit where
             stages are shares of one course.
         visit: Epochs of the fit that the sweep spends at this block without a break.
@@ -84,12 +103,12 @@ class Segment:
 
 
 class Schedule:
-    """The epochs of a fit.
+    """Which epoch of a fit trains what.
 
     Args:
-        stages: In their order.
-        epochs_per_block: What shares are shares of.
-        n_blocks: Decoder blocks.
+        stages: The stages of the recipe, in their order.
+        epochs_per_block: The epochs of a block that the shares of stages divide.
+        n_blocks: Number of decoder blocks.
     """
 
     def __init__(self, stages: Sequence[Stage], epochs_per_block: int, n_blocks: int) -> None:
@@ -138,15 +157,15 @@ class Schedule:
         last = [
             segment.epochs.stop - 1
             for segment in self.segments
-            if segment.block in (block, None) and segment.stage.train != ["routers"]
+            if segment.block in (block, None) and not segment.stage.trains_routers_alone
         ]
         visits = [segment.visit.stop - 1 for segment in self.segments if segment.block == block]
         return max([*last, *visits[:1]], default=0)
 
-    def trains_weights_after(self, segment: Segment) -> bool:
+    def trains_codes_after(self, segment: Segment) -> bool:
         """Whether a later segment of the same block, or of the model, moves codes."""
         later = self.segments[self.segments.index(segment) + 1 :]
-        return any(s.stage.trains("weights") and (s.block is None or s.block == segment.block) for s in later)
+        return any(s.stage.trains("codes") and (s.block is None or s.block == segment.block) for s in later)
 
 
 def sweeps_of(stages: Sequence[Stage]) -> Iterator[list[tuple[int, Stage]]]:
@@ -173,13 +192,13 @@ def epochs_of(sweep: Sequence[Stage], epochs_per_block: int) -> list[int]:
     return counts
 
 
-def stage_problems(stages: Sequence[Stage], depths: Sequence[int], learns_weights: bool) -> Iterator[str]:
+def stage_problems(stages: Sequence[Stage], depths: Sequence[int], learns_codes: bool) -> Iterator[str]:
     """What is wrong with the stages of a recipe.
 
     Args:
-        stages: As given.
-        depths: That the slices have, in bits.
-        learns_weights: Whether the slice scheme has codes that can be trained.
+        stages: The stages, as the recipe gives them.
+        depths: The depths of the slices, in bits.
+        learns_codes: Whether the slice scheme has codes that can be trained.
     """
     if not stages:
         yield "model.stages: there is none; give at least one"
@@ -193,7 +212,10 @@ def stage_problems(stages: Sequence[Stage], depths: Sequence[int], learns_weight
     for number, stage in enumerate(stages):
         where = f"model.stages[{number}]"
         if not stage.train:
-            yield f"{where}: train names nothing; give some of slices, clipping, ranges, rounding, weights, routers"
+            yield f"{where}: train names nothing; give some of ranges, codes, transforms, routers"
+        for bound in stage.bounds:
+            if BOUNDED[bound] not in stage.train:
+                yield f"{where}: bounds {bound} of {BOUNDED[bound]}, which it does not train; add them to train"
         if stage.share is None and (stage.epochs or 0) < 1:
             yield f"{where}: epochs ({stage.epochs}) must be at least 1, or give a share of epochs_per_block"
         if stage.share is not None and stage.epochs is not None:
@@ -207,11 +229,11 @@ def stage_problems(stages: Sequence[Stage], depths: Sequence[int], learns_weight
             yield f"{where}: scope model takes epochs, as shares are of a block's epochs"
         if stage.depth is not None and stage.depth not in depths:
             yield f"{where}: depth {stage.depth} is no prefix of the slices; depths are {list(depths)}"
-        if stage.trains("weights"):
-            if not learns_weights:
-                yield f"{where}: {'/'.join(stage.train)}: only a scheme with trained codes has them; use ProgressiveSlices"
+        if stage.trains("codes"):
+            if not learns_codes:
+                yield f"{where}: codes cannot be trained by this slice scheme; use ProgressiveSlices"
             if stage.depth is None:
-                yield f"{where}: training {'/'.join(stage.train)} takes a depth: the one whose slice is trained"
+                yield f"{where}: training codes takes a depth: the one whose slice is trained"
             elif stage.depth < reached:
                 yield f"{where}: depth {stage.depth} comes after depth {reached}, by which its codes are frozen"
             reached = max(reached, stage.depth or 0)

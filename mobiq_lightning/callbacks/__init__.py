@@ -1,5 +1,6 @@
 """Callbacks: one per file."""
 
+from mobiq_lightning.callbacks.base import CalibrationCallback
 from mobiq_lightning.callbacks.block_export import BlockExport
 from mobiq_lightning.callbacks.guards import Guards
 from mobiq_lightning.callbacks.latency_check import LatencyCheck
@@ -13,6 +14,7 @@ from mobiq_lightning.callbacks.threshold_tuning import ThresholdTuning
 
 __all__ = [
     "BlockExport",
+    "CalibrationCallback",
     "CalibrationProgress",
     "Guards",
     "LatencyCheck",

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Trainer
 
-from mobiq_lightning.calibration import checkpoint_writer
-from mobiq_lightning.callbacks.layerwise_calibration import checked
+from mobiq_lightning.calibration import ElasticCalibration, checkpoint_writer
+from mobiq_lightning.callbacks.base import CalibrationCallback
 
 
-class BlockExport(Callback):
+class BlockExport(CalibrationCallback):
     """Writes blocks as they finish: nothing finished is lost, and saving needs no more memory than one block.
 
     A resumed run that calibrates a block again, bit for bit, writes its shard again.
     """
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, module: ElasticCalibration) -> None:
         """Writes the blocks whose last epoch this was."""
-        module = checked(pl_module)
         if trainer.is_global_zero:
             for block in range(len(module.blocks)):
                 if module.schedule.final_epoch(block) == module.current_epoch:

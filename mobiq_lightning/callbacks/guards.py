@@ -5,51 +5,34 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Trainer
 
 from mobiq_lightning.calibration import ROUTED, ElasticCalibration, block_scores_of, eval_mode
 from mobiq_lightning.calibration.guarding import (
-    COLLAPSE_SHARE,
+    Action,
+    CollapsedRouter,
+    DepthShare,
+    ExplodingProbe,
+    Guard,
     Measured,
     Probe,
+    ProbeReading,
+    Sighting,
     State,
-    restore,
-    round_block,
+    WorseBlock,
     state_of,
     worst_share,
 )
-from mobiq_lightning.callbacks.layerwise_calibration import checked
+from mobiq_lightning.callbacks.base import CalibrationCallback
 from mobiq_lightning.console import say
 from mobiq_lightning.errors import GuardError, RecipeError
 from mobiq_lightning.nn import meet_budget
-from mobiq_lightning.runs import GuardEvent, GuardName, sentence
-
-Action = Literal["stop", "repair", "record", "off"]
-
-_ADVICE = {
-    "worse_block": "Lower model.weights_lr or model.slices_lr, or give the stages more epochs",
-    "exploding_probe": "Lower model.weights_lr or model.slices_lr, or give the stages more epochs",
-    "collapsed_router": "Lower model.router_lr, give its stage more epochs, or take another model.router",
-}
+from mobiq_lightning.runs import GuardEvent, sentence
 
 
-class Excess(NamedTuple):
-    """A figure beyond its limit.
-
-    Args:
-        depth: Depth or budget at which it was measured, in bits.
-        value: The figure, finite or not.
-        limit: What it should not have exceeded.
-    """
-
-    depth: float
-    value: float
-    limit: float
-
-
-class Guards(Callback):
+class Guards(CalibrationCallback):
     """At the end of every visit to a block, and of every stage of the whole model, compares with not having calibrated.
 
     Each guard has an action. ``stop`` ends the run with the numbers; ``repair`` mends and goes on; ``record`` leaves things as
@@ -73,12 +56,15 @@ class Guards(Callback):
 
     Args:
         worse_block: Action where a block, or the model after a stage of its own, is worse than rounded.
-        worse_tolerance: See above.
+        worse_tolerance: The part of the rounded errors, at the depth and at the lowest depth, by which a depth may be worse; 0 or
+            more.
         exploding_probe: Action where the perplexity is not finite or above `probe_factor` times that of the rounded model.
-        probe_factor: Above 1.
+        probe_factor: How many times the perplexity of the rounded model is too much, above 1.
         collapsed_router: Action where a router cannot tell tokens apart.
         windows: Calibration windows to look at, the first ones.
     """
+
+    order = -20  # looks at a block before it is measured, exported and saved
 
     may_change_on_resume: ClassVar[bool] = True
     """Whether a run that goes on may have other arguments of this callback than it was started with."""
@@ -98,37 +84,33 @@ class Guards(Callback):
             raise RecipeError(f"Guards: probe_factor ({probe_factor:g}) must be above 1")
         if windows < 1:
             raise RecipeError(f"Guards: windows ({windows}) must be at least 1")
-        self.actions: dict[GuardName, Action] = {
-            "worse_block": worse_block,
-            "exploding_probe": exploding_probe,
-            "collapsed_router": collapsed_router,
-        }
-        self.tolerance, self.factor, self.windows = worse_tolerance, probe_factor, windows
+        self.worse_block = WorseBlock(worse_block, worse_tolerance)
+        self.exploding_probe = ExplodingProbe(exploding_probe, probe_factor)
+        self.collapsed_router = CollapsedRouter(collapsed_router)
+        self.windows = windows
         self._probe: tuple[int, Probe] | None = None
         self._before: State | None = None
 
     # ------------------------------------------------------------------ when
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_epoch_start(self, trainer: Trainer, module: ElasticCalibration) -> None:
         """Keeps what a stage of the whole model begins with, where it may have to go back there."""
-        module = checked(pl_module)
         if module.block_index is not None:
             self._before = None
         elif module.current_epoch == module.segment.visit.start and self._may_repair():
             self._before = state_of(module)
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, module: ElasticCalibration) -> None:
         """Looks at what was calibrated, before it is exported and saved."""
-        module = checked(pl_module)
         if not module.schedule.ends_visit(module.current_epoch):
             return
         stages = module.schedule.stages_of_visit(module.current_epoch)
-        if any(stage.train != ["routers"] for stage in stages):
+        if any(not stage.trains_routers_alone for stage in stages):
             self._look_at_codes(trainer, module)
         if any(stage.trains("routers") for stage in stages) and module.block_index is not None:
             self._look_at_routers(module, module.block_index)
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_end(self, trainer: Trainer, module: ElasticCalibration) -> None:
         """Lets go of the windows."""
         self._probe = self._before = None
 
@@ -137,51 +119,31 @@ class Guards(Callback):
         return {"before_stage": self._before}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes it up again."""
+        """Restores what `state_dict` gave."""
         self._before = state_dict["before_stage"]
 
     # ------------------------------------------------------------------ codes
 
     def _look_at_codes(self, trainer: Trainer, module: ElasticCalibration) -> None:
-        if self.actions["worse_block"] == self.actions["exploding_probe"] == "off":
+        if self.worse_block.action == self.exploding_probe.action == "off":
             return
         looked_at, compared = depths_to_look_at(module)
-        found = trainer.strategy.broadcast(self._measure(trainer, module, looked_at))  # all ranks must decide alike
-        worse = list(self._worse(found, compared, module.block_index is None))
-        if self._act(module, "worse_block", worse) and self._may_repair():
-            found = trainer.strategy.broadcast(self._measure(trainer, module, looked_at))
+        found = trainer.strategy.broadcast(self._measure(module, looked_at))  # all ranks must decide alike
+        worse = self.worse_block.look(ProbeReading(found, compared))
+        if self._act(module, self.worse_block, worse) and self._may_repair():
+            found = trainer.strategy.broadcast(self._measure(module, looked_at))
         self._log(module, found)
-        self._act(module, "exploding_probe", list(self._exploded(found, looked_at)))
+        self._act(module, self.exploding_probe, self.exploding_probe.look(ProbeReading(found, looked_at)))
 
-    def _measure(self, trainer: Trainer, module: ElasticCalibration, depths: Sequence[int]) -> Measured:
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        sweep, block = module.segment.sweep, module.block_index
+    def _measure(self, module: ElasticCalibration, depths: Sequence[int]) -> Measured:
+        sweep, block, text = module.segment.sweep, module.block_index, module.text
         if self._probe is None or self._probe[0] != sweep or block is None:
-            self._probe = sweep, Probe(module, data.calibration_ids()[: self.windows], depths, data.batch_size)
+            self._probe = sweep, Probe(module.sliced, text.calibration_ids()[: self.windows], depths, text.batch_size)
         probe = self._probe[1]
         if block is None:
             return probe.measure_model()
         probe.advance(block)
         return probe.measure_block(others_sliced=sweep > 0)
-
-    def _worse(self, found: Measured, depths: Sequence[int], whole_model: bool) -> list[Excess]:
-        values = found.kl if whole_model else found.error
-        lowest = values["rounded", min(depth for _, depth in values)]
-        events = []
-        for depth in depths:
-            value, rounded = values["calibrated", depth], values["rounded", depth]
-            limit = rounded + self.tolerance * (rounded + lowest)
-            if math.isfinite(limit) and not value <= limit:
-                events.append(Excess(depth, value, limit))
-        return events
-
-    def _exploded(self, found: Measured, depths: Sequence[int]) -> list[Excess]:
-        events = []
-        for depth in depths:
-            value, limit = found.perplexity["calibrated", depth], self.factor * found.perplexity["rounded", depth]
-            if not (math.isfinite(value) and value <= limit):
-                events.append(Excess(depth, value, limit))
-        return events
 
     def _log(self, module: ElasticCalibration, found: Measured) -> None:
         metrics = {"probe/perplexity_full": found.full_perplexity}
@@ -193,89 +155,80 @@ class Guards(Callback):
     # ------------------------------------------------------------------ routers
 
     def _look_at_routers(self, module: ElasticCalibration, block: int) -> None:
-        inputs, routers = module.block_at(block).routed_inputs(), module.block_at(block).routers()
-        if self.actions["collapsed_router"] == "off" or not routers[0].per_token or module.hidden is None:
+        inputs, routers = module.sliced.block_at(block).routed_inputs(), module.sliced.block_at(block).routers()
+        if self.collapsed_router.action == "off" or not routers[0].per_token or module.hidden is None:
             return
         hidden = module.hidden.inputs[ROUTED][: self.windows]
         with eval_mode(routers), meet_budget(inputs, module.budget.final_bits):
-            scores = block_scores_of(module, block, hidden)
-        first = next(i for i, routed in enumerate(module.all_inputs()) if routed is inputs[0])
-        for number, of_input in enumerate(scores, start=first):
-            share, bits = worst_share(module, number, of_input)
-            if share > COLLAPSE_SHARE:
-                self.note_collapse(module, number, share, bits)
+            scores = block_scores_of(module.sliced, block, hidden)
+        first = next(i for i, routed in enumerate(module.sliced.all_inputs()) if routed is inputs[0])
+        for name, routed, of_input in zip(module.sliced.input_names()[first:], inputs, scores, strict=False):
+            share, bits = worst_share(routed, of_input)
+            self.note_collapse(module, DepthShare(name, bits, share))
 
-    def note_collapse(self, module: ElasticCalibration, number: int, share: float, bits: float) -> bool:
-        """Acts on a router that cannot tell tokens apart.
+    def note_collapse(self, module: ElasticCalibration, seen: DepthShare) -> bool:
+        """Looks at whether the router of an input can tell tokens apart, and acts if it cannot.
 
         Args:
             module: The calibration.
-            number: Of the input, as of `all_inputs`.
-            share: Of its tokens that read the same depth.
-            bits: The budget at which they do.
+            seen: The largest share of the input's tokens that read one depth.
 
         Returns:
-            Whether its input is to get static depths.
+            Whether the input is to get static depths.
 
         Raises:
-            GuardError: If the recipe says so.
+            GuardError: If it cannot, and the recipe says stop.
         """
-        name, action = module.input_names()[number], self.actions["collapsed_router"]
-        if action == "off":
+        guard = self.collapsed_router
+        sightings = [] if guard.action == "off" else guard.look(seen)
+        if not sightings:
             return False
-        if name not in module.collapsed:
-            self._act(module, "collapsed_router", [Excess(bits, share, COLLAPSE_SHARE)], name)
-        module.collapsed[name] = max(share, module.collapsed.get(name, 0.0))
-        return action == "repair"
+        if seen.input not in module.record.collapsed:
+            self._act(module, guard, sightings)
+        module.record.note_collapse(seen.input, seen.share)
+        return guard.action == "repair"
 
     # ------------------------------------------------------------------ what is done
 
-    def _act(
-        self, module: ElasticCalibration, guard: GuardName, seen: Sequence[Excess], input_name: str | None = None
-    ) -> bool:
-        """Notes what was seen, says it, and does what the recipe asks for.
+    def _act(self, module: ElasticCalibration, guard: Guard[Any], sightings: Sequence[Sighting]) -> bool:
+        """Notes what a guard has noticed, says it, and does what the recipe asks for.
 
         Args:
             module: The calibration.
-            guard: The guard that has seen it.
-            seen: What it has seen.
-            input_name: Name of the input whose router it is about, if it is about one.
+            guard: The guard that has noticed it.
+            sightings: What it has noticed.
 
         Returns:
-            Whether anything was seen.
+            Whether anything was noticed.
 
         Raises:
             GuardError: If the recipe says stop.
         """
-        action = self.actions[guard]
-        if not seen or action == "off":
+        action = guard.action
+        if not sightings or action == "off":
             return False
-        block = module.block_index
-        if action == "repair" and guard != "collapsed_router" and not self._can_repair(block, module):
+        if action == "repair" and not guard.can_repair(module, self._before):
             action = "record"
-        noted = [GuardEvent(guard, block, input_name, action, module.current_epoch, *excess) for excess in seen]
+        events = [
+            GuardEvent(guard.name, module.block_index, s.input, action, module.current_epoch, s.depth, s.value, s.limit)
+            for s in sightings
+        ]
+        said = [sentence(event, module.schedule.n_epochs) for event in events]
         if action == "stop":
-            said = "\n".join(sentence(event, module.schedule.n_epochs) for event in noted)
             raise GuardError(
-                f"{said}\n{_ADVICE[guard]}, and start again with --overwrite. Or set `{guard}` of the callback Guards in "
+                "\n".join(said)
+                + f"\n{guard.advice}, and start again with --overwrite. Or set `{guard.name}` of the callback Guards in "
                 "trainer.callbacks to repair or record: then the same command goes on here; finished blocks are kept"
             )
-        for event in noted:
-            say(sentence(event, module.schedule.n_epochs))
-            module.guards.append(replace(event, value=_finite(event.value), limit=_finite(event.limit)))
-        if action == "repair" and guard != "collapsed_router":
-            if block is None:
-                assert self._before is not None
-                restore(module, self._before)
-            else:
-                round_block(module, block)
+        for event, line in zip(events, said, strict=True):
+            say(line)
+            module.record.note_guard(replace(event, value=_finite(event.value), limit=_finite(event.limit)))
+        if action == "repair":
+            guard.repair(module, self._before)
         return True
 
-    def _can_repair(self, block: int | None, module: ElasticCalibration) -> bool:
-        return self._before is not None if block is None else block not in module.rounded
-
     def _may_repair(self) -> bool:
-        return "repair" in (self.actions["worse_block"], self.actions["exploding_probe"])
+        return "repair" in (self.worse_block.action, self.exploding_probe.action)
 
 
 def depths_to_look_at(module: ElasticCalibration) -> tuple[list[int], list[int]]:
@@ -284,14 +237,14 @@ def depths_to_look_at(module: ElasticCalibration) -> tuple[list[int], list[int]]
     When nothing moves the codes any more, these are all depths. Before that, those that were trained; and of a block that was
     trained as a part of the whole model before, only those that this visit has trained, since the others owe the block nothing.
     """
-    schedule, segment, all_depths = module.schedule, module.segment, module.block_at(0).routed_inputs()[0].depths
+    schedule, segment, all_depths = module.schedule, module.segment, module.sliced.block_at(0).routed_inputs()[0].depths
     objective = module.objective.depths if segment.block is not None else module.model_objective.depths
 
     def trained(segments: Sequence[Any]) -> set[int]:
         return {
             depth
             for s in segments
-            if s.stage.train != ["routers"]
+            if not s.stage.trains_routers_alone
             for depth in ((s.stage.depth,) if s.stage.depth else objective)
         }
 
@@ -302,14 +255,14 @@ def depths_to_look_at(module: ElasticCalibration) -> tuple[list[int], list[int]]
     block = 0 if segment.block is None else segment.block
     if schedule.final_epoch(block) == module.current_epoch:
         looked_at = set(all_depths)
-    mixed = segment.block is not None and any(s.block is None and s.stage.train != ["routers"] for s in so_far)
+    mixed = segment.block is not None and any(s.block is None and not s.stage.trains_routers_alone for s in so_far)
     compared = trained([s for s in so_far if s.visit == segment.visit]) if mixed else looked_at
     return sorted(looked_at), sorted(compared)
 
 
-def guards_of(trainer: Trainer) -> Guards:
-    """The guards of a run, or those of every run."""
-    return next((c for c in trainer.callbacks if isinstance(c, Guards)), Guards())  # type: ignore[attr-defined]
+def guards_of(trainer: Trainer) -> Guards | None:
+    """The guards of a run; None if its trainer has none, and nothing is looked at."""
+    return next((c for c in trainer.callbacks if isinstance(c, Guards)), None)  # type: ignore[attr-defined]
 
 
 def _finite(value: float | None) -> float | None:

@@ -6,10 +6,10 @@ import time
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Trainer
 
 from mobiq_lightning.calibration import ElasticCalibration
-from mobiq_lightning.callbacks.layerwise_calibration import checked
+from mobiq_lightning.callbacks.base import CalibrationCallback
 from mobiq_lightning.checkpoint import add_results
 from mobiq_lightning.errors import RecipeError
 from mobiq_lightning.latency import Clock, print_budgets, time_linears
@@ -17,21 +17,24 @@ from mobiq_lightning.runs import ELASTIC, RESULTS, add_to_results
 from mobiq_lightning.serving import measure_speed, store_speed
 
 LINEARS_SHARE = 0.4
-"""Of the time, for the linears; the rest decodes."""
+"""Share of the time that linears are measured for; the rest is for decoding."""
 NEW_TOKENS = {"cuda": 64, "cpu": 8}
+"""Tokens that one measurement decodes, by the type of the device."""
 
 
-class LatencyCheck(Callback):
+class LatencyCheck(CalibrationCallback):
     """After the comparison, times the loaded checkpoint: its linears at each budget, and decoding.
 
     Results go to results.json (``latency``) of run and checkpoint, to the terminal, to the loggers, and as a curve from bits
     to tokens per second to speed.json of the checkpoint, for `BitsPolicy`. Where the model runs on the reference, they say
-    so. Must come after `Results`.
+    so.
 
     Args:
         seconds: About how long it may take; 0 switches it off. The lowest and the highest budget are decoded at in any
             case; when time is up, those between them are left out, and the policy interpolates.
     """
+
+    order = 20  # adds to what `Results` has written, and logs after all others
 
     measures_speed: ClassVar[bool] = True
     """Whether it measures what other work on the machine disturbs; comparisons leave such callbacks out of their cells."""
@@ -41,9 +44,8 @@ class LatencyCheck(Callback):
             raise RecipeError(f"LatencyCheck: seconds ({seconds:g}) must be 0 or more")
         self.seconds = seconds
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, module: ElasticCalibration) -> None:
         """Measures on the first rank."""
-        module = checked(pl_module)
         if self.seconds == 0 or not trainer.is_global_zero:
             return
         comparison = module.comparison

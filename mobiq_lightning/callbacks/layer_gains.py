@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Trainer
 from torch import Tensor
 
 from mobiq_lightning.calibration import ElasticCalibration, eval_mode, measuring_bytes, whole_model_on_device
-from mobiq_lightning.callbacks.layerwise_calibration import checked
+from mobiq_lightning.callbacks.base import CalibrationCallback
 from mobiq_lightning.console import say
 from mobiq_lightning.errors import ModelError, RecipeError
 from mobiq_lightning.evaluation import (
@@ -25,13 +25,14 @@ from mobiq_lightning.evaluation import (
 )
 from mobiq_lightning.files import write_json
 from mobiq_lightning.runs import LAYER_GAINS, UNIT, GainMethod, GainsSummary, LayerGainRow, LayerGainsFile, MethodGains
+from mobiq_lightning.strategies import ObservesGains
 
 
-class LayerGains(Callback):
+class LayerGains(CalibrationCallback):
     """Leaves layer_gains.json in the run folder, and shows routers that ask for it what their slices gain.
 
-    The comparison takes its static layers of greatest gain from the file. Must come before `ThresholdTuning`, which
-    asks the routers, and sees to that by itself.
+    The comparison takes its static layers of greatest gain from the file. It comes before `ThresholdTuning`, which asks the
+    routers.
 
     Args:
         windows: Calibration windows to measure on, the first ones; 0 measures nothing.
@@ -40,6 +41,8 @@ class LayerGains(Callback):
             slice.
         batch_size: Windows per forward pass of a probe.
     """
+
+    order = -10  # thresholds are tuned with what routers are shown here
 
     def __init__(
         self,
@@ -55,25 +58,23 @@ class LayerGains(Callback):
         self.windows, self.batch_size, self.reference_bits = windows, batch_size, reference_bits
         self.methods: list[GainMethod] = ["probes"] if methods is None else methods
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, module: ElasticCalibration) -> None:
         """Refuses what would fail after hours of calibration."""
-        module = checked(pl_module)
-        routed = module.all_inputs()[0]
+        routed = module.sliced.all_inputs()[0]
         if self.reference_bits is not None and self.reference_bits not in routed.depths:
             raise RecipeError(
                 f"LayerGains: reference_bits ({self.reference_bits}) is no prefix of the slices; give one of "
                 f"{list(routed.depths)}"
             )
-        if routed.router.gains_from is not None and not self.windows:
+        if isinstance(routed.router, ObservesGains) and not self.windows:
             raise RecipeError(
                 f"LayerGains: windows is 0, but {type(routed.router).__name__} scores layers by what is measured on them"
             )
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, module: ElasticCalibration) -> None:
         """Measures after the last epoch, before thresholds are tuned and the checkpoint is written."""
-        module = checked(pl_module)
         if module.current_epoch + 1 == trainer.max_epochs:
-            self.measure(module, trainer.datamodule.calibration_ids()[: self.windows])  # type: ignore[attr-defined]
+            self.measure(module, module.text.calibration_ids()[: self.windows])
 
     def measure(self, module: ElasticCalibration, input_ids: Tensor) -> None:
         """Measures on windows (N, T), tells the routers and writes the file.
@@ -81,13 +82,15 @@ class LayerGains(Callback):
         Raises:
             ModelError: If the router needs what cannot be measured, since the whole model does not fit on the device.
         """
-        inputs, asked = module.all_inputs(), module.all_inputs()[0].router.gains_from
+        inputs = module.sliced.all_inputs()
+        first = inputs[0].router
+        asked = first.gains_from if isinstance(first, ObservesGains) else None
         methods = list(dict.fromkeys([*self.methods, *([asked] if asked else [])]))
         path = module.run_folder / LAYER_GAINS
         if module.trainer.is_global_zero:
             path.unlink(missing_ok=True)
         if not self.windows or not methods:
-            module.layer_gains = "not measured: switched off"
+            module.record.note_layer_gains("not measured: switched off")
             return
         needed = measuring_bytes(module, input_ids.shape[1], self.batch_size, "gradients" in methods)
         started = time.monotonic()
@@ -97,35 +100,37 @@ class LayerGains(Callback):
                 found = {method: self._measured(module, method, ids) for method in methods}
                 views = self._views(module, ids) if "probes" in found else []
         if shortage is not None:
-            module.layer_gains = f"not measured: {shortage}"
+            missing = f"not measured: {shortage}"
+            module.record.note_layer_gains(missing)
             if asked:
                 raise ModelError(
-                    f"{type(inputs[0].router).__name__} needs layer gains, {module.layer_gains}. Everything before is kept"
+                    f"{type(inputs[0].router).__name__} needs layer gains, {missing}. Everything before is kept"
                 )
-            say(f"Layer gains are {module.layer_gains}; the comparison goes without best layers.")
+            say(f"Layer gains are {missing}; the comparison goes without best layers.")
             return
         tokens = found.get("probes")
         if tokens is not None:
             found["probes"] = tokens.double().mean(-1)
         if asked:
             for routed, gains in zip(inputs, found[asked], strict=True):
+                assert isinstance(routed.router, ObservesGains)
                 routed.router.observe_gains(gains, routed.slice_bits, routed.n_weights)
         self._write(module, found, input_ids, time.monotonic() - started, tokens, views)
 
     def _measured(self, module: ElasticCalibration, method: GainMethod, input_ids: Tensor) -> Tensor:
         """Gains (inputs, S - 1), nats per token; of probes (inputs, S - 1, tokens)."""
-        model = module.source.model
+        model = module.sliced.source.model
         if method == "probes":
-            bits = self._reference(module.all_inputs()[0].depths)
-            return token_gains(model, module.all_inputs(), input_ids, bits, self.batch_size)
-        return gradient_gains(model, [module.block_at(i).readers for i in range(len(module.blocks))], input_ids)
+            bits = self._reference(module.sliced.all_inputs()[0].depths)
+            return token_gains(model, module.sliced.all_inputs(), input_ids, bits, self.batch_size)
+        return gradient_gains(model, [block.readers for block in module.sliced.calibrated_blocks()], input_ids)
 
     def _views(self, module: ElasticCalibration, input_ids: Tensor) -> list[TokenView]:
         """What routers see of the tokens that were probed."""
-        blocks = [module.block_at(i) for i in range(len(module.blocks))]
-        bits = self._reference(module.all_inputs()[0].depths)
+        blocks = module.sliced.calibrated_blocks()
+        bits = self._reference(module.sliced.all_inputs()[0].depths)
         with eval_mode([router for block in blocks for router in block.routers()]):
-            return token_views(module.source.model, blocks, input_ids, bits, self.batch_size)
+            return token_views(module.sliced.source.model, blocks, input_ids, bits, self.batch_size)
 
     def _reference(self, depths: Sequence[int]) -> int:
         return depths[len(depths) // 2] if self.reference_bits is None else self.reference_bits
@@ -139,7 +144,7 @@ class LayerGains(Callback):
         tokens: Tensor | None,
         views: Sequence[TokenView],
     ) -> None:
-        inputs, names = module.all_inputs(), module.input_names()
+        inputs, names = module.sliced.all_inputs(), module.sliced.input_names()
         rows = rows_of(found, names, [routed.n_weights for routed in inputs], inputs[0].slice_bits)
         reference_bits = self._reference(inputs[0].depths) if "probes" in found else None
         methods, of_tokens = {method: _summary(rows, method) for method in found}, None
@@ -147,7 +152,7 @@ class LayerGains(Callback):
             spread = token_rows(tokens, views, ids.shape[1])
             of_tokens = token_summary(tokens, spread, [row.bits * row.weights for row in rows])
             rows = [replace(row, tokens=one) for row, one in zip(rows, spread, strict=True)]
-        module.layer_gains = GainsSummary(
+        summary = GainsSummary(
             windows=ids.shape[0],
             seq_len=ids.shape[1],
             reference_bits=reference_bits,
@@ -155,6 +160,7 @@ class LayerGains(Callback):
             methods=methods,
             tokens=of_tokens,
         )
+        module.record.note_layer_gains(summary)
         if module.trainer.is_global_zero:
             content = LayerGainsFile(
                 windows=ids.shape[0],

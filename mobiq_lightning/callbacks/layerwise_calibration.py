@@ -6,49 +6,50 @@ import shutil
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Trainer
 
-from mobiq_lightning.calibration import ElasticCalibration, initialize_transforms, move_model
+from mobiq_lightning.calibration import ElasticCalibration, begin_stage, end_stage, initialize_transforms, move_model
+from mobiq_lightning.callbacks.base import CalibrationCallback
 from mobiq_lightning.console import say
 from mobiq_lightning.errors import MobiqError
 from mobiq_lightning.runs import check_identity
 from mobiq_lightning.strategies.base import SliceScheme
 
 
-class LayerwiseCalibration(Callback):
+class LayerwiseCalibration(CalibrationCallback):
     """Sets the number of epochs, and keeps the hidden states at the current block, or the whole model where it is trained.
 
     What is current is derived from the trainer's epoch, which checkpoints restore: after a resume the hidden states
     are computed anew through the blocks that are done, and are bit for bit what they were.
     """
 
+    order = -30  # the current block must be in place before anything else looks at it
+
     def __init__(self) -> None:
         self.sweep: int | None = None
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, module: ElasticCalibration) -> None:
         """Sets the number of epochs, and makes sure that an interrupted run had this model and this text."""
-        module = checked(pl_module)
         if trainer.is_global_zero:
-            check_identity(module.run_folder, module.identity())
+            check_identity(module.run_folder, _identity(module))
         trainer.fit_loop.max_epochs = module.schedule.n_epochs
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, module: ElasticCalibration) -> None:
         """Catches up after a resume."""
-        self.catch_up(trainer, checked(pl_module))
+        self.catch_up(module)
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_epoch_start(self, trainer: Trainer, module: ElasticCalibration) -> None:
         """Moves on when a block or a stage begins; lets transforms begin, and shows weights to routers that look at them."""
-        module = checked(pl_module)
-        self.catch_up(trainer, module)
+        self.catch_up(module)
         segment = module.segment
         if module.hidden is not None and segment.sweep == 0 and module.current_epoch == segment.visit.start:
             # Later, a resumed run has them from its checkpoint.
             initialize_transforms(module.blocks_in_training()[0], module.hidden)
-        module.begin_stage()
+        begin_stage(module)
         for block in module.blocks_in_training():
             block.show_weights_to_routers()
 
-    def catch_up(self, trainer: Trainer, module: ElasticCalibration) -> None:
+    def catch_up(self, module: ElasticCalibration) -> None:
         """Brings the hidden states to the current block, or the whole model to the device; does nothing if it is there."""
         segment = module.segment
         if self.sweep != segment.sweep:
@@ -59,27 +60,23 @@ class LayerwiseCalibration(Callback):
         if segment.block is None:
             return
         if module.hidden is None:
-            module.start_hidden_states(trainer.datamodule.calibration_ids())  # type: ignore[attr-defined]
+            module.start_hidden_states()
         assert module.hidden is not None
         if module.hidden.block < segment.block:
             if segment.block - module.hidden.block > 1:
                 say(f"Resuming: passing the calibration windows through {segment.block} finished blocks.")
             module.hidden.advance(segment.block)
             _forget(module, segment.block)
-        module.caller.bring(segment.block)
+        module.sliced.caller.bring(segment.block)
 
     def _leave(self, module: ElasticCalibration) -> None:
         """Ends a sweep or a model stage: tables and frozen weights leave the device."""
-        module.hidden = None
-        if module.device.type != "cpu":
-            module.source.model.to("cpu")
-        module.make_caller()
+        module.end_hidden_states()
         _forget(module, len(module.blocks))
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, module: ElasticCalibration) -> None:
         """At the end of a block, shows routers its final weights, and makes sure that all processes learned the same."""
-        module = checked(pl_module)
-        module.end_stage()
+        end_stage(module)
         if not module.schedule.ends_visit(module.current_epoch):
             return
         for block in module.blocks_in_training():
@@ -95,9 +92,8 @@ class LayerwiseCalibration(Callback):
                     "Use trainer.strategy ddp_find_unused_parameters_true, or one device"
                 )
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, module: ElasticCalibration) -> None:
         """Releases the tables and the device memory of the last block."""
-        module = checked(pl_module)
         self._leave(module)
         self.sweep = None
         shutil.rmtree(module.hidden_states_folder, ignore_errors=True)
@@ -106,17 +102,15 @@ class LayerwiseCalibration(Callback):
 def _forget(module: ElasticCalibration, n_blocks: int) -> None:
     """Lets the slice schemes of the first blocks give up what they keep of their weights."""
     for index in range(n_blocks):
-        for scheme in module.block_at(index).schemes.values():
+        for scheme in module.sliced.block_at(index).schemes.values():
             if isinstance(scheme, SliceScheme):
                 scheme.forget()
 
 
-def checked(module: LightningModule) -> ElasticCalibration:
-    """`module` as the one that this package's callbacks work on.
-
-    Raises:
-        TypeError: If it is another.
-    """
-    if not isinstance(module, ElasticCalibration):
-        raise TypeError(f"this callback works on ElasticCalibration, not on {type(module).__name__}")
-    return module
+def _identity(module: ElasticCalibration) -> dict[str, str]:
+    """What a resumed run must have in common with the interrupted one beside its recipe."""
+    return {
+        "source weights": module.sliced.source.fingerprint,
+        "tokenizer": module.sliced.source.tokenizer_hash,
+        "calibration tokens": module.text.calibration_digest,
+    }

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from mobiq_lightning.calibration import ElasticCalibration
-from mobiq_lightning.callbacks.layerwise_calibration import checked
+from mobiq_lightning.callbacks.base import CalibrationCallback
 from mobiq_lightning.environment import environment
 from mobiq_lightning.errors import RecipeError
 from mobiq_lightning.outliers import (
@@ -25,7 +25,7 @@ from mobiq_lightning.outliers import (
 )
 
 
-class OutlierMigration(Callback):
+class OutlierMigration(CalibrationCallback):
     """After the comparison, reads the checkpoint with all tokens at one depth, for several depths, and compares the worst
     tokens: by the KL divergence of the model, and by the relative error of the linears of each input.
 
@@ -38,6 +38,8 @@ class OutlierMigration(Callback):
         max_windows: Evaluation windows to read at most, spread over all of them; null reads all.
     """
 
+    order = 10  # adds to what `Results` has written, and logs after it
+
     def __init__(self, bits: list[int] | None = None, share: float = 0.1, max_windows: int | None = 64) -> None:
         check_share(share)
         if max_windows is not None and max_windows < 1:
@@ -47,38 +49,39 @@ class OutlierMigration(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Looks at the precisions before anything is loaded."""
-        self.bits = chosen_bits(checked(pl_module), self.bits)
+        super().setup(trainer, pl_module, stage)
+        assert isinstance(pl_module, ElasticCalibration)
+        self.bits = chosen_bits(pl_module, self.bits)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, module: ElasticCalibration) -> None:
         """Measures on the first rank."""
-        module = checked(pl_module)
         if not trainer.is_global_zero:
             return
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        record = self._read(module, data)
+        record = self._read(module)
         tokens = summarize_tokens(record, self.share)
         found: dict[str, Any] = {
             "model": module.pretrained,
-            "protocol": {**data.protocol.to_json(), "outlier_windows": int(record.windows[-1]) + 1},
+            "protocol": {**module.text.protocol.to_json(), "outlier_windows": int(record.windows[-1]) + 1},
             "environment": environment(),
             "bits": list(self.bits),
             "share": self.share,
             "tokens": {"elastic": tokens},
         }
-        write_outliers(found, record, module.source.tokenizer, module.run_folder)
+        write_outliers(found, record, module.sliced.source.tokenizer, module.run_folder)
         print_overlaps(found["tokens"])
         for logger in trainer.loggers:  # at the step of the last budget: W&B takes no earlier one
             logger.log_metrics(overlap_metrics(tokens), step=module.global_step + len(module.eval_bits))
 
-    def _read(self, module: ElasticCalibration, data: Any) -> TokenRecord:
-        comparison = module.comparison
+    def _read(self, module: ElasticCalibration) -> TokenRecord:
+        comparison, text = module.comparison, module.text
         assert comparison is not None
+        assert text.evaluation is not None
         return read_uniformly(
             comparison.full,
             comparison.rounded,
             comparison.elastic,
             comparison.inputs,
-            spread_windows(data.evaluation, data.eval_batch_size, self.max_windows),
+            spread_windows(text.evaluation, text.eval_batch_size, self.max_windows),
             self.bits,
             InputErrors(comparison.full, comparison.elastic, self.bits),
         )

@@ -6,16 +6,17 @@ import sys
 import time
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
 from mobiq_lightning.calibration import ElasticCalibration
-from mobiq_lightning.callbacks.layerwise_calibration import checked
+from mobiq_lightning.callbacks.base import CalibrationCallback
 from mobiq_lightning.environment import format_seconds, peak_memory_gb
+from mobiq_lightning.sources import ComparisonPass
 
 
-class CalibrationProgress(ProgressBar):
+class CalibrationProgress(CalibrationCallback, ProgressBar):
     """One bar over all blocks on a terminal; elsewhere one line per epoch."""
 
     def __init__(self) -> None:
@@ -26,16 +27,15 @@ class CalibrationProgress(ProgressBar):
         self._first_epoch = 0
 
     def disable(self) -> None:
-        """Called by the trainer on all ranks but the first."""
+        """Shows nothing; the trainer calls it on all ranks but the first."""
         self._enabled = False
 
     def enable(self) -> None:
-        """Undoes `disable`."""
+        """Shows progress after all; the trainer calls it on the first rank."""
         self._enabled = True
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, module: ElasticCalibration) -> None:
         """Starts the clock and, on a terminal, the bar."""
-        module = checked(pl_module)
         self._started, self._first_epoch = time.monotonic(), module.current_epoch
         if self._enabled and sys.stderr.isatty():
             steps = int(trainer.num_training_batches)
@@ -44,17 +44,16 @@ class CalibrationProgress(ProgressBar):
             self._bar = tqdm(total=total, initial=done, dynamic_ncols=True, unit="step")
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, module: ElasticCalibration, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Moves the bar."""
         if self._bar is not None:
-            self._bar.set_description(self._place(pl_module))
-            self._bar.set_postfix_str(self._state(trainer, checked(pl_module)))
+            self._bar.set_description(self._place(module))
+            self._bar.set_postfix_str(self._state(trainer, module))
             self._bar.update()
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, module: ElasticCalibration) -> None:
         """Prints a line where there is no terminal."""
-        module = checked(pl_module)
         if self._enabled and self._bar is None:
             segment = module.segment
             epoch = module.current_epoch - segment.span.start + 1
@@ -62,56 +61,55 @@ class CalibrationProgress(ProgressBar):
             left = module.schedule.n_epochs - module.current_epoch - 1
             eta = (time.monotonic() - self._started) / done * left
             print(
-                f"{self._place(pl_module)}, epoch {epoch}/{len(segment.span)}, {self._state(trainer, checked(pl_module))}, "
+                f"{self._place(module)}, epoch {epoch}/{len(segment.span)}, {self._state(trainer, module)}, "
                 f"ETA {format_seconds(eta)}",
                 file=sys.stderr,
                 flush=True,
             )
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, module: ElasticCalibration) -> None:
         """Closes the bar."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, module: ElasticCalibration, exception: BaseException) -> None:
         """Closes the bar, so that the message starts on a line of its own."""
-        self.on_train_end(trainer, pl_module)
+        self.on_train_end(trainer, module)
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_start(self, trainer: Trainer, module: ElasticCalibration) -> None:
         """Starts the bar of the comparison."""
         total = sum(int(n) for n in trainer.num_val_batches)
         if self._enabled:
             hidden = not sys.stderr.isatty()
             self._bar = tqdm(total=total, desc="comparing", dynamic_ncols=True, unit="batch", disable=hidden)
             if hidden:
-                print(f"comparing on {total // 2} batches, twice", file=sys.stderr, flush=True)
+                print(f"comparing on {total // len(ComparisonPass)} batches, twice", file=sys.stderr, flush=True)
 
     def on_validation_batch_end(
         self,
         trainer: Trainer,
-        pl_module: LightningModule,
+        module: ElasticCalibration,
         outputs: Any,
         batch: Any,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Moves it."""
+        """Moves the bar of the comparison."""
         if self._bar is not None:
             self._bar.update()
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Closes it."""
-        self.on_train_end(trainer, pl_module)
+    def on_validation_end(self, trainer: Trainer, module: ElasticCalibration) -> None:
+        """Closes the bar of the comparison."""
+        self.on_train_end(trainer, module)
 
-    def _place(self, pl_module: LightningModule) -> str:
-        module = checked(pl_module)
+    def _place(self, module: ElasticCalibration) -> str:
         segment = module.segment
         place = "whole model" if segment.block is None else f"block {segment.block + 1}/{len(module.blocks)}"
         if segment.stage.share is not None:
             return place
         depth = "" if segment.stage.depth is None else f" at {segment.stage.depth} bits"
-        return f"stage {segment.number + 1}/{len(module.stages)} ({' + '.join(segment.stage.train)}{depth}), {place}"
+        return f"stage {segment.number + 1}/{len(module.stages)} ({segment.stage.trained}{depth}), {place}"
 
     def _state(self, trainer: Trainer, module: ElasticCalibration) -> str:
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Trainer
 from torch import Tensor
 
 from mobiq_lightning.calibration import ElasticCalibration
-from mobiq_lightning.callbacks.layerwise_calibration import checked
+from mobiq_lightning.callbacks.base import CalibrationCallback
 from mobiq_lightning.checkpoint import add_results
 from mobiq_lightning.environment import environment
 from mobiq_lightning.evaluation import print_table, write_results
@@ -18,7 +18,6 @@ from mobiq_lightning.runs import (
     LAYER_GAINS,
     RESULTS,
     RESULTS_PLOT,
-    EvalProtocol,
     Measured,
     RouterNote,
     Row,
@@ -29,12 +28,11 @@ from mobiq_lightning.runs import Results as StoredResults
 from mobiq_lightning.strategies.base import Router
 
 
-class Results(Callback):
+class Results(CalibrationCallback):
     """Ends every validation: one table on the terminal, the same rows in the run folder, the checkpoint and the loggers."""
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, module: ElasticCalibration) -> None:
         """Gathers the rows on all ranks, writes them on the first."""
-        module = checked(pl_module)
         assert module.comparison is not None
         rows = module.comparison.rows()
         bits_per_input = module.comparison.bits_per_input()
@@ -45,23 +43,21 @@ class Results(Callback):
             module.shared_work.keep_rows(module.comparison.rounded_key, rounded)
         # A later `validate` must not lose what guards noticed, the harness's tasks and speeds.
         known = read_results(module.run_folder / RESULTS)
-        measured = self._measured(module, trainer.datamodule.protocol, rows, known.measured)  # type: ignore[attr-defined]
+        measured = self._measured(module, rows, known.measured)
         results = StoredResults(measured, known.lm_eval, known.latency)
         write_results(results, module.run_folder)
         add_results(module.run_folder / ELASTIC, results)
         print_table(measured)
         self._log(trainer, module, rows, bits_per_input)
 
-    def _measured(
-        self, module: ElasticCalibration, protocol: EvalProtocol, rows: Sequence[Row], known: Measured | None
-    ) -> Measured:
+    def _measured(self, module: ElasticCalibration, rows: Sequence[Row], known: Measured | None) -> Measured:
         """What the comparison has measured, with what an earlier one knows of the calibration."""
         comparison = module.comparison
         assert comparison is not None
         known_gains = known.layer_gains if known else ""
         return Measured(
             model=module.pretrained,
-            protocol=protocol,
+            protocol=module.text.protocol,
             environment=environment(),
             slices=SlicesNote(
                 slice_bits=tuple(comparison.slice_bits),
@@ -70,9 +66,9 @@ class Results(Callback):
                 threshold_scope=module.threshold_scope,
             ),
             router=_describe_router(comparison.inputs[0].router),
-            collapsed=module.collapsed or (known.collapsed if known else {}),
-            layer_gains=module.layer_gains or known_gains or _describe_gains(comparison.gains),
-            guards=tuple(module.guards) or (known.guards if known else ()),
+            collapsed=module.record.collapsed or (known.collapsed if known else {}),
+            layer_gains=module.record.layer_gains or known_gains or _describe_gains(comparison.gains),
+            guards=tuple(module.record.guards) or (known.guards if known else ()),
             rows=tuple(rows),
         )
 

@@ -6,20 +6,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Trainer
 from torch import Tensor
 
 from mobiq_lightning.calibration import ElasticCalibration
-from mobiq_lightning.callbacks.layerwise_calibration import checked
+from mobiq_lightning.callbacks.base import CalibrationCallback
 from mobiq_lightning.errors import RecipeError
 from mobiq_lightning.evaluation import BlockErrors, Comparison, residual_basis, use_by_frequency, use_by_position
 from mobiq_lightning.files import write_json
 from mobiq_lightning.nn import full_precision
 from mobiq_lightning.runs import DIAGNOSTICS, BlockErrorNote, BudgetUse, Diagnostics, InputSize
-from mobiq_lightning.sources import IGNORED
+from mobiq_lightning.sources import IGNORED, ComparisonPass
 
 
-class RoutingDiagnostics(Callback):
+class RoutingDiagnostics(CalibrationCallback):
     """With every comparison: depths per input at each budget, bits by token position and frequency, error of each block.
 
     What routers do is counted while the comparison runs. The blocks' errors take passes of their own, through a few
@@ -35,7 +35,7 @@ class RoutingDiagnostics(Callback):
         self.error_batches = error_batches
         self.errors: BlockErrors | None = None
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_start(self, trainer: Trainer, module: ElasticCalibration) -> None:
         """Every validation measures anew."""
         self.errors = None
 
@@ -43,16 +43,17 @@ class RoutingDiagnostics(Callback):
     def on_validation_batch_end(
         self,
         trainer: Trainer,
-        pl_module: LightningModule,
+        module: ElasticCalibration,
         outputs: Any,
         batch: dict[str, Tensor],
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
         """Measures the blocks' errors on some batches of the first pass."""
-        if dataloader_idx != 0 or batch_idx not in _spread(self.error_batches, int(trainer.num_val_batches[0])):
+        number = ComparisonPass(dataloader_idx)
+        count = int(trainer.num_val_batches[number])
+        if number is not ComparisonPass.ROUTER or batch_idx not in _spread(self.error_batches, count):
             return
-        module = checked(pl_module)
         comparison = _comparison(module)
         if self.errors is None:
             full, elastic = module.layout.find(comparison.full), module.layout.find(comparison.elastic)
@@ -63,9 +64,8 @@ class RoutingDiagnostics(Callback):
         with full_precision(comparison.rounded):
             self.errors.update(comparison.full, ids, labels != IGNORED)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, module: ElasticCalibration) -> None:
         """Gathers on all ranks, writes on the first."""
-        module = checked(pl_module)
         comparison = _comparison(module)
         assert self.errors is not None
         errors, tokens = self.errors.compute()

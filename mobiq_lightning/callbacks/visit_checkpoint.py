@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from mobiq_lightning.callbacks.layerwise_calibration import checked
+from mobiq_lightning.calibration import ElasticCalibration
+from mobiq_lightning.callbacks.base import CalibrationCallback
 
 
-class VisitCheckpoint(ModelCheckpoint):
+class VisitCheckpoint(CalibrationCallback, ModelCheckpoint):
     """Saves when a block, or a stage of the whole model, is done: visits need not be equally long."""
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, module: ElasticCalibration) -> None:
         """Saves after the last epoch of a visit, unless that is the only one and saved anyway."""
-        module = checked(pl_module)
         if module.schedule.ends_visit(module.current_epoch) and len(module.segment.visit) > 1:
-            super().on_train_epoch_end(trainer, pl_module)
+            super().on_train_epoch_end(trainer, module)

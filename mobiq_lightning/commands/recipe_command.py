@@ -11,7 +11,7 @@ from mobiq_lightning.extras import require
 
 
 class RecipeCommand(Command):
-    """A command that takes a recipe; keys that are not its own options are the recipe's, as in ``--model.router_lr 0.1``."""
+    """A command that takes a recipe; keys that are not its own options are the recipe's, as in ``--model.rates.routers 0.1``."""
 
     needs = "calibrate"
     recipe_help = "recipe: a path, or the name of a shipped one (`recipes ls`); the same as --config"

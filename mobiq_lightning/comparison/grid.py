@@ -13,7 +13,7 @@ import yaml
 
 from mobiq_lightning.comparison.file_names import CELLS, SHARED
 from mobiq_lightning.errors import RecipeError, nearest
-from mobiq_lightning.jobs import check_key, check_recipe, read_recipe, recipe_path
+from mobiq_lightning.jobs import GROUPS, check_key, check_recipe, read_recipe, recipe_path
 
 RULES_SEEDS = 3
 """Seeds below which a comparison says that its spreads mean little."""
@@ -202,11 +202,14 @@ def _recipe_problems(grid: Grid) -> Iterator[str]:
 
 
 def flatten(changes: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Changes by dotted key; ``{model: {budget: x}}`` and ``{model.budget: x}`` say the same."""
+    """Changes by dotted key; ``{model: {budget: x}}`` and ``{model.budget: x}`` say the same.
+
+    Keys of groups are changed one by one: ``{model.rates: {ranges: x}}`` leaves the other rates as they are.
+    """
     flat: dict[str, Any] = {}
     for key, value in (changes or {}).items():
-        if key in ("model", "data", "trainer") and isinstance(value, dict):
-            flat |= {f"{key}.{inner}": found for inner, found in value.items()}
+        if key in ("model", "data", "trainer", *GROUPS) and isinstance(value, dict):
+            flat |= flatten({f"{key}.{inner}": found for inner, found in value.items()})
         else:
             flat[str(key)] = value
     return flat

@@ -28,8 +28,9 @@ from mobiq_lightning.nn import (
 )
 from mobiq_lightning.packing import n_groups
 from mobiq_lightning.runs import CONTROLS, Allocation, Row
-from mobiq_lightning.sources import IGNORED
+from mobiq_lightning.sources import IGNORED, ComparisonPass
 from mobiq_lightning.strategies import ResidualSlices, StaticRouter
+from mobiq_lightning.strategies.base import DEFAULT_SLICE_BITS
 from mobiq_lightning.strategies.thresholds import Scope
 
 RTN_BITS = (2, 3, 4, 6, 8)
@@ -122,12 +123,12 @@ class Comparison:
             self._prepare(arm)
 
     @torch.no_grad()
-    def step(self, batch: dict[str, Tensor], number: int, batch_idx: int) -> None:
+    def step(self, batch: dict[str, Tensor], number: ComparisonPass, batch_idx: int) -> None:
         """Measures one batch.
 
         Args:
             batch: ``input_ids`` (B, T) and ``labels`` (B, T), `IGNORED` where padded.
-            number: 0 for the first pass, 1 for the second.
+            number: The pass that the batch belongs to.
             batch_idx: Number of the batch; with the seed it decides what is random.
         """
         ids, labels = batch["input_ids"].to(self.device), batch["labels"].to(self.device)
@@ -135,7 +136,7 @@ class Comparison:
         with full_precision(self.rounded):
             reference = log_probabilities(self.full(input_ids=ids, use_cache=False).logits[:, :-1][scored])
         reference_probs, wanted = reference.exp(), wanted[scored]
-        for arm in self.first if number == 0 else self.second:
+        for arm in self.first if number is ComparisonPass.ROUTER else self.second:
             log_probs = reference
             if arm.allocation != "full":
                 logits, bits = self._run(arm, ids, batch_idx)
@@ -210,7 +211,7 @@ class Comparison:
 
 
 def wrap_for_rounding(
-    model: nn.Module, layout: BlockLayout, group_size: int, bits: tuple[int, ...] = (2, 1, 1, 2, 2)
+    model: nn.Module, layout: BlockLayout, group_size: int, bits: tuple[int, ...] = DEFAULT_SLICE_BITS
 ) -> tuple[list[RoutedInput], float]:
     """Lets the decoder linears of a model be read as uncalibrated nested codes.
 

@@ -2,6 +2,7 @@
 from .arguments import override_arguments as override_arguments
 from .cli import ElasticCLI as ElasticCLI
 from .exit_codes import exit_code as exit_code
+from .recipe import GROUPS as GROUPS
 from .recipe import check_key as check_key
 from .recipe import check_recipe as check_recipe
 from .recipe import read_recipe as read_recipe

@@ -23,8 +23,8 @@ def command_line(recipe: Recipe, overrides: Mapping[str, Any]) -> list[str]:
 
     Args:
         recipe: The recipe.
-        overrides: Keys of the recipe with other values, dotted (``{"model.router_lr": 0.1}``) or nested
-            (``{"model": {"router_lr": 0.1}}``).
+        overrides: Keys of the recipe with other values, dotted (``{"model.rates.routers": 0.1}``) or nested
+            (``{"model": {"rates": {"routers": 0.1}}}``).
 
     Raises:
         RecipeError: If a value is nothing that YAML can say.

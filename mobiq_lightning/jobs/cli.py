@@ -23,11 +23,11 @@ from mobiq_lightning.callbacks import (
     LatencyCheck,
     LayerGains,
     LayerwiseCalibration,
-    OutlierMigration,
     Results,
     RoutingDiagnostics,
     ThresholdTuning,
 )
+from mobiq_lightning.callbacks.base import CalibrationCallback
 from mobiq_lightning.callbacks.visit_checkpoint import VisitCheckpoint
 from mobiq_lightning.console import program, say
 from mobiq_lightning.errors import MobiqError, NonFiniteError, RecipeError, RunFolderError
@@ -151,7 +151,8 @@ class ElasticCLI(LightningCLI):
             super().instantiate_classes()
         except (ValueError, TypeError) as error:  # raised by the constructor of a plug-in
             raise RecipeError(str(error)) from error
-        self.model.lr_scales = {block: RETRY_FACTOR**n for block, n in self.run_folder.retries().items()}
+        for block, n in self.run_folder.retries().items():
+            self.model.record.lower_rates(block, RETRY_FACTOR**n)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Adds the callbacks, loggers and checkpoint writer that every run has."""
@@ -168,17 +169,7 @@ class ElasticCLI(LightningCLI):
         # A run with results counts as finished, so they are written when all else is.
         own += [RoutingDiagnostics(), Results(), LatencyCheck(), *self._checkpoints()]
         callbacks = given + [c for c in own if not any(type(c) is type(g) for g in given) or _is_checkpoint(c)]
-        # Those that the recipe gives come first, but none before the current block is in place and its routers have seen its
-        # weights, guards have looked at it and gains are measured; the last ones add to what Results writes and log after it,
-        # in this order.
-        first, last = (LayerwiseCalibration, Guards, LayerGains), (OutlierMigration, LatencyCheck)
-        config["callbacks"] = sorted(
-            callbacks,
-            key=lambda c: [
-                *(isinstance(c, kind) for kind in reversed(last)),
-                *(not isinstance(c, kind) for kind in first),
-            ],
-        )
+        config["callbacks"] = sorted(callbacks, key=lambda c: getattr(c, "order", CalibrationCallback.order))
         config["logger"] = self._loggers(config.get("logger"))
         plugins = config.get("plugins") or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
@@ -259,7 +250,7 @@ class ElasticCLI(LightningCLI):
         if retry > MAX_RETRIES:
             raise MobiqError(
                 f"{error}\nThis was try {retry} of {place}, at {RETRY_FACTOR ** (retry - 1):g} of the learning rates. "
-                "Finished blocks are kept. Lower model.slices_lr, model.weights_lr and model.router_lr, or look at the "
+                "Finished blocks are kept. Lower model.rates (ranges, codes, routers), or look at the "
                 "weights there; then start again with --overwrite"
             ) from error
         place = place[0].upper() + place[1:]

@@ -28,6 +28,21 @@ _STRATEGY_KEYS = {
     "model.objective": "objectives",
     "model.model_objective": "objectives",
 }
+GROUPS = {"model.rates": ("calibration/rates.py", "Rates"), "model.layout": ("nn/layout.py", "BlockLayout")}
+"""Keys that hold further keys: the fields of a dataclass, by the file in which it is."""
+_RENAMED = {
+    "model.slices_lr": "model.rates.ranges",
+    "model.weights_lr": "model.rates.codes",
+    "model.transform_lr": "model.rates.transforms",
+    "model.router_lr": "model.rates.routers",
+}
+_RENAMED_TRAINED = {
+    "slices": "ranges, transforms",
+    "weights": "codes",
+    "clipping": "ranges, with bounds: [clipping]",
+    "rounding": "codes, with bounds: [rounding]",
+}
+"""Former words of `train` in a stage, with what is written instead."""
 _TOP_LEVEL = ("seed_everything", "trainer", "model", "data", "overwrite")
 
 
@@ -95,7 +110,9 @@ def check_recipe(recipe: dict[str, Any]) -> list[str]:
     return [
         problem
         for keys, value in _walk(recipe, [])
-        for problem in (check_key(keys) or _check_class(keys, value) or _check_stages(keys, value))
+        for problem in (
+            check_key(keys) or _check_group(keys, value) or _check_class(keys, value) or _check_stages(keys, value)
+        )
     ]
 
 
@@ -115,11 +132,12 @@ def _class_name(value: Any) -> str:
 def _check_override(keys: list[str], value: str, classes: dict[str, str]) -> list[str]:
     """A problem if ``--model.router.init_args.x value`` names no argument of the class that the router has by now."""
     key = ".".join(keys[:2])
-    if keys == ["model", "stages"]:
+    if keys == ["model", "stages"] or (key in GROUPS and len(keys) == 2):
         try:
-            return _check_stages(keys, yaml.safe_load(value))
+            given = yaml.safe_load(value)
         except yaml.YAMLError:
-            return []
+            return []  # the parser will say what it makes of it
+        return _check_stages(keys, given) or _check_group(keys, given)
     if key not in _STRATEGY_KEYS:
         return []
     if len(keys) == 2 or keys[2] == "class_path":
@@ -145,8 +163,14 @@ def _walk(value: Any, keys: list[str]) -> Iterator[tuple[list[str], Any]]:
 
 
 def check_key(keys: list[str]) -> list[str]:
-    """A problem if the path ``[model, slices, ...]`` names no key. Below the second level only classes are known."""
+    """A problem if the path ``[model, slices, ...]`` names no key, or one that has another name now.
+
+    Below the second level, keys of groups are known here; those of classes are looked at with the class.
+    """
     accepted = accepted_keys()
+    above = ".".join(keys[:2])
+    if above in _RENAMED:
+        return [f"{above}: renamed to {_RENAMED[above]}"]
     if keys[0] not in accepted:
         known = [*accepted, *(f"{top}.{key}" for top, inner in accepted.items() for key in inner)]
         return [f"{'.'.join(keys)}: no such key. {nearest('.'.join(keys), known)}".rstrip()]
@@ -155,7 +179,21 @@ def check_key(keys: list[str]) -> list[str]:
         everywhere = [f"{top}.{key}" for top, inner in accepted.items() for key in inner if key == keys[1]]
         hint = f"Did you mean {everywhere[0]!r}?" if everywhere else hint
         return [f"{'.'.join(keys[:2])}: no such key. {hint}".rstrip()]
-    return []
+    return _check_group(keys[:2], {keys[2]: None}) if len(keys) > 2 else []
+
+
+def _check_group(keys: list[str], value: Any) -> list[str]:
+    """One line for every key of a group that does not exist."""
+    group = ".".join(keys)
+    if group not in GROUPS or not isinstance(value, dict):
+        return []
+    path, name = GROUPS[group]
+    known = _fields(_PACKAGE / path, name)
+    return [
+        f"{group}.{key}: no such key. {nearest(str(key), known) or 'There are ' + ', '.join(known)}"
+        for key in value
+        if key not in known
+    ]
 
 
 def _check_class(keys: list[str], value: Any) -> list[str]:
@@ -186,17 +224,37 @@ def _check_class(keys: list[str], value: Any) -> list[str]:
 
 
 def _check_stages(keys: list[str], value: Any) -> list[str]:
-    """One line for every key of a stage that does not exist."""
+    """One line for every key of a stage, and every word of what it trains, that does not exist."""
     if keys != ["model", "stages"] or not isinstance(value, list):
         return []
-    known = _fields(_PACKAGE / "calibration" / "schedule.py", "Stage")
-    return [
-        f"model.stages[{number}].{key}: no such key. {nearest(str(key), known) or 'There are ' + ', '.join(known)}"
-        for number, stage in enumerate(value)
-        if isinstance(stage, dict)
-        for key in stage
-        if key not in known
-    ]
+    schedule = _PACKAGE / "calibration" / "schedule.py"
+    known = _fields(schedule, "Stage")
+    words = {
+        "train": _words(_PACKAGE / "nn" / "calibrated_block.py", "Learned"),
+        "bounds": _words(schedule, "Bound"),
+    }
+    problems = []
+    for number, stage in enumerate(value):
+        for key, given in stage.items() if isinstance(stage, dict) else ():
+            where = f"model.stages[{number}].{key}"
+            if key not in known:
+                problems.append(f"{where}: no such key. {nearest(str(key), known) or 'There are ' + ', '.join(known)}")
+            for word in given if key in words and isinstance(given, list) else ():
+                if key == "train" and str(word) in _RENAMED_TRAINED:
+                    problems.append(f"{where}: {word}: renamed to {_RENAMED_TRAINED[str(word)]}")
+                elif word not in words[key]:
+                    hint = nearest(str(word), words[key]) or "There are " + ", ".join(words[key])
+                    problems.append(f"{where}: no such word {word!r}. {hint}")
+    return problems
+
+
+@cache
+def _words(path: Path, name: str) -> tuple[str, ...]:
+    """The strings of a ``name = Literal[...]`` in a file."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
+            return tuple(str(c.value) for c in ast.walk(node.value) if isinstance(c, ast.Constant))
+    raise AssertionError(f"{path} defines no {name}")
 
 
 @cache
@@ -211,17 +269,28 @@ def _fields(path: Path, name: str) -> tuple[str, ...]:
 def accepted_keys() -> dict[str, tuple[str, ...]]:
     """Top-level keys, each with the keys below it."""
     require("calibrate", "a recipe")
-    spec = importlib.util.find_spec("lightning")
-    assert spec is not None
-    assert spec.submodule_search_locations
-    trainer = Path(next(iter(spec.submodule_search_locations))) / "pytorch" / "trainer" / "trainer.py"
     return {
         "seed_everything": (),
         "overwrite": (),
-        "trainer": _classes(trainer)["Trainer"][1],
+        "trainer": _trainer_keys(),
         "model": _classes(_PACKAGE / "calibration" / "module.py")["ElasticCalibration"][1],
         "data": _classes(_PACKAGE / "sources" / "windows.py")["TextWindows"][1],
     }
+
+
+def _trainer_keys() -> tuple[str, ...]:
+    """Arguments of Lightning's trainer; none if its source cannot be read, and its keys are left to the parser.
+
+    Its source is not ours: where its ``__init__`` is moved to another file or base class, a recipe must still run.
+    """
+    spec = importlib.util.find_spec("lightning")
+    assert spec is not None
+    assert spec.submodule_search_locations
+    path = Path(next(iter(spec.submodule_search_locations))) / "pytorch" / "trainer" / "trainer.py"
+    try:
+        return _classes(path)["Trainer"][1]
+    except (OSError, SyntaxError, KeyError):
+        return ()
 
 
 @cache

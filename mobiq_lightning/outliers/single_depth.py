@@ -47,7 +47,11 @@ def for_one_depth(recipe: dict[str, Any], bits: int) -> dict[str, Any]:
             "is calibrated for one depth alone; use BlockReconstruction"
         )
     objective["init_args"]["depth_weights"] = {bits: 1.0}
-    model |= {"stages": [{"share": 1.0, "train": ["slices"]}], "eval_bits": [float(bits)], "random_seeds": [0]}
+    model |= {
+        "stages": [{"share": 1.0, "train": ["ranges", "transforms"]}],
+        "eval_bits": [float(bits)],
+        "random_seeds": [0],
+    }
     model["router"] = {"class_path": "mobiq_lightning.strategies.StaticRouter"}
     one["data"]["eval_max_windows"] = min(_FEW_WINDOWS, one["data"]["eval_max_windows"] or _FEW_WINDOWS)
     callbacks = one["trainer"].get("callbacks") or []

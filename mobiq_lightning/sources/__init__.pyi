@@ -4,6 +4,8 @@ from .model import Source as Source
 from .model import check_finite as check_finite
 from .model import load_source as load_source
 from .windows import IGNORED as IGNORED
+from .windows import ComparisonPass as ComparisonPass
 from .windows import TextWindows as TextWindows
 from .windows import Windows as Windows
+from .windows import Write as Write
 from .windows import pad_windows as pad_windows

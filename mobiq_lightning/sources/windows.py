@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from enum import IntEnum
 from typing import Any
 
 import torch
@@ -20,6 +21,15 @@ IGNORED = -100
 
 Write = Callable[[int, int, int], list[int]]
 """Writes text: `SourceWriter.write`."""
+
+
+class ComparisonPass(IntEnum):
+    """The passes of a comparison over the evaluation windows; each has a data loader, whose index is the value."""
+
+    ROUTER = 0
+    """Measures full precision, round-to-nearest and the router, and with it the bits that the router uses."""
+    CONTROLS = 1
+    """Measures the controls, which are given the bits that the router used in the first pass."""
 
 
 class Windows(Dataset[dict[str, Tensor]]):
@@ -44,7 +54,7 @@ class TextWindows(LightningDataModule):
 
     Args:
         source: Calibration text: `builtin`, `wikitext2`, `c4`, or a path to a .txt, .jsonl or .parquet file.
-        eval_source: Evaluation text, likewise.
+        eval_source: Evaluation text: `builtin`, `wikitext2`, `c4`, or a path to such a file.
         n_samples: Calibration windows of the text.
         seq_len: Tokens per window.
         batch_size: Calibration windows per step.
@@ -201,7 +211,7 @@ class TextWindows(LightningDataModule):
         return DataLoader(self.calibration, batch_size=self.batch_size, sampler=sampler)
 
     def val_dataloader(self) -> list[DataLoader[dict[str, Tensor]]]:
-        """The evaluation windows twice: the controls of the second pass spend the bits that the first one measured.
+        """The evaluation windows, once for each `ComparisonPass`.
 
         None during a fit: perplexity of a half-calibrated model means nothing.
         """
@@ -211,7 +221,7 @@ class TextWindows(LightningDataModule):
         world, rank = _world()
         # A DistributedSampler would repeat windows to even out the ranks, and count them twice.
         share = Subset(self.evaluation, range(rank, len(self.evaluation), world))
-        return [DataLoader(share, batch_size=self.eval_batch_size, collate_fn=pad_windows) for _ in range(2)]
+        return [DataLoader(share, batch_size=self.eval_batch_size, collate_fn=pad_windows) for _ in ComparisonPass]
 
 
 def pad_windows(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ def places(schedule: Schedule) -> list[tuple[int, int | None]]:
 
 
 def test_shares_of_a_block_follow_each_other_block_by_block() -> None:
-    schedule = Schedule([Stage(0.33, ["slices"]), Stage(0.67, ["slices", "routers"])], 6, 2)
+    schedule = Schedule([Stage(share=0.33, train=["ranges"]), Stage(share=0.67, train=["ranges", "routers"])], 6, 2)
     assert places(schedule) == [(0, 0)] * 2 + [(1, 0)] * 4 + [(0, 1)] * 2 + [(1, 1)] * 4
     assert all(schedule.at(epoch).span == range(6) for epoch in range(6))
     assert [epoch for epoch in range(12) if schedule.ends_visit(epoch)] == [5, 11]
@@ -23,10 +23,10 @@ def test_shares_of_a_block_follow_each_other_block_by_block() -> None:
 
 def test_a_stage_of_the_model_ends_the_sweep_before_it() -> None:
     stages = [
-        Stage(train=["weights", "ranges"], epochs=2, depth=2),
-        Stage(train=["weights"], epochs=1, depth=3),
-        Stage(train=["weights"], epochs=2, depth=3, scope="model"),
-        Stage(train=["weights"], epochs=1, depth=4),
+        Stage(train=["codes", "ranges"], epochs=2, depth=2),
+        Stage(train=["codes"], epochs=1, depth=3),
+        Stage(train=["codes"], epochs=2, depth=3, scope="model"),
+        Stage(train=["codes"], epochs=1, depth=4),
         Stage(train=["routers"], epochs=1, scope="model"),
         Stage(train=["routers"], epochs=1, scope="model"),
     ]
@@ -38,52 +38,63 @@ def test_a_stage_of_the_model_ends_the_sweep_before_it() -> None:
 
 
 def test_a_block_is_written_when_nothing_that_it_stores_changes_any_more() -> None:
-    by_block = Schedule([Stage(1.0, ["slices", "routers"])], 3, 2)
+    by_block = Schedule([Stage(share=1.0, train=["ranges", "routers"])], 3, 2)
     assert [by_block.final_epoch(block) for block in range(2)] == [2, 5]
-    stages = [Stage(train=["weights"], epochs=2, depth=2), Stage(train=["weights"], epochs=1, depth=2, scope="model")]
+    stages = [Stage(train=["codes"], epochs=2, depth=2), Stage(train=["codes"], epochs=1, depth=2, scope="model")]
     finished = Schedule([*stages, Stage(train=["routers"], epochs=5, scope="model")], 0, 2)
     assert [finished.final_epoch(block) for block in range(2)] == [4, 4]
 
 
 def test_codes_are_in_training_until_no_later_stage_moves_them() -> None:
-    stages = [Stage(train=["weights"], epochs=1, depth=2), Stage(train=["weights"], epochs=1, depth=2, scope="model")]
+    stages = [Stage(train=["codes"], epochs=1, depth=2), Stage(train=["codes"], epochs=1, depth=2, scope="model")]
     schedule = Schedule([*stages, Stage(train=["ranges", "routers"], epochs=1, scope="model")], 0, 2)
-    assert [schedule.trains_weights_after(schedule.at(epoch)) for epoch in range(4)] == [True, True, False, False]
+    assert [schedule.trains_codes_after(schedule.at(epoch)) for epoch in range(4)] == [True, True, False, False]
 
 
 @pytest.mark.parametrize(
     ("stages", "said"),
     [
         ([], "there is none"),
-        ([Stage(0.5, ["slices"])], "must be above 0 and add up to 1"),
-        ([Stage(0.5, ["slices"]), Stage(train=["slices"], epochs=2)], "all a share, or all a number of epochs"),
-        ([Stage(1.0, [])], "train names nothing"),
-        ([Stage(train=["slices"])], "epochs (None) must be at least 1"),
-        ([Stage(1.0, ["slices"], epochs=2)], "give share (1) or epochs (2), not both"),
-        ([Stage(1.0, ["routers"], scope="model")], "scope model takes epochs"),
-        ([Stage(train=["weights"], epochs=1, depth=5)], "depth 5 is no prefix of the slices"),
-        ([Stage(train=["weights"], epochs=1)], "takes a depth"),
-        ([Stage(train=["slices"], epochs=1, lr_scale=0.0)], "lr_scale (0) must be above 0"),
-        ([Stage(train=["weights"], epochs=1, depth=4, other_depths={5: 1.0})], "beside depth (4)"),
+        ([Stage(share=0.5, train=["ranges"])], "must be above 0 and add up to 1"),
+        (
+            [Stage(share=0.5, train=["ranges"]), Stage(train=["ranges"], epochs=2)],
+            "all a share, or all a number of epochs",
+        ),
+        ([Stage(share=1.0, train=[])], "train names nothing"),
+        ([Stage(train=["ranges"])], "epochs (None) must be at least 1"),
+        ([Stage(share=1.0, train=["ranges"], epochs=2)], "give share (1) or epochs (2), not both"),
+        ([Stage(share=1.0, train=["routers"], scope="model")], "scope model takes epochs"),
+        ([Stage(train=["codes"], epochs=1, depth=5)], "depth 5 is no prefix of the slices"),
+        ([Stage(train=["codes"], epochs=1)], "takes a depth"),
+        (
+            [Stage(train=["routers"], bounds=["rounding"], epochs=1)],
+            "bounds rounding of codes, which it does not train",
+        ),
+        (
+            [Stage(train=["codes"], bounds=["clipping"], epochs=1, depth=2)],
+            "bounds clipping of ranges, which it does not",
+        ),
+        ([Stage(train=["ranges"], epochs=1, lr_scale=0.0)], "lr_scale (0) must be above 0"),
+        ([Stage(train=["codes"], epochs=1, depth=4, other_depths={5: 1.0})], "beside depth (4)"),
         ([Stage(train=["routers"], epochs=1, other_depths={8: 1.0})], "beside depth (None)"),
         (
-            [Stage(train=["weights"], epochs=1, depth=4), Stage(train=["rounding"], epochs=1, depth=3)],
+            [Stage(train=["codes"], epochs=1, depth=4), Stage(train=["codes"], bounds=["rounding"], epochs=1, depth=3)],
             "depth 3 comes after depth 4",
         ),
     ],
 )
 def test_stages_that_cannot_be_are_refused_with_the_values(stages: list[Stage], said: str) -> None:
-    problems = list(stage_problems(stages, DEPTHS, learns_weights=True))
+    problems = list(stage_problems(stages, DEPTHS, learns_codes=True))
     assert len(problems) == 1
     assert said in problems[0]
 
 
 def test_the_loss_of_a_stage_has_its_depth_and_finer_ones_and_none_for_routers_alone() -> None:
-    assert Stage(train=["weights"], epochs=1, depth=2, other_depths={8: 0.5}).depths == {2: 1.0, 8: 0.5}
+    assert Stage(train=["codes"], epochs=1, depth=2, other_depths={8: 0.5}).depths == {2: 1.0, 8: 0.5}
     assert Stage(train=["routers"], epochs=1).depths == {}
-    assert Stage(1.0, ["slices", "routers"]).depths is None
+    assert Stage(share=1.0, train=["ranges", "routers"]).depths is None
 
 
-def test_weights_are_refused_for_schemes_that_have_none_to_train() -> None:
-    problems = list(stage_problems([Stage(train=["weights"], epochs=1, depth=2)], DEPTHS, learns_weights=False))
+def test_codes_are_refused_for_schemes_that_have_none_to_train() -> None:
+    problems = list(stage_problems([Stage(train=["codes"], epochs=1, depth=2)], DEPTHS, learns_codes=False))
     assert "use ProgressiveSlices" in problems[0]

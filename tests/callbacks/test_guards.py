@@ -11,25 +11,32 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 from torch import Tensor
 
-from mobiq_lightning.calibration.guarding import Measured
+from mobiq_lightning.calibration.guarding import CollapsedRouter, DepthShare, Measured, ProbeReading, WorseBlock
 from mobiq_lightning.callbacks import Guards
 from mobiq_lightning.cli import main
-from mobiq_lightning.comparison.results import _noticed
+from mobiq_lightning.comparison.results import noticed_by_guards
 from mobiq_lightning.errors import RecipeError
 from mobiq_lightning.runs import GuardEvent, sentence
 from mobiq_lightning.strategies import ResidualSlices, Router
+from tests.checkpoints import tensors_of
 from tests.conftest import Run
 
-RUIN = ["--model.slices_lr=100", "--model.stages=[{share: 1.0, train: [slices]}]", "--model.epochs_per_block=2"]
+RUIN = [
+    "--model.rates.ranges=100",
+    "--model.stages=[{share: 1.0, train: [ranges, transforms]}]",
+    "--model.epochs_per_block=2",
+]
 RUIN += ["--model.eval_bits=[2, 4]"]
 
 
 def codes_of(run: Path) -> dict[str, Tensor]:
-    tensors = {k: v for path in sorted((run / "elastic").glob("*.safetensors")) for k, v in load_file(path).items()}
-    return {k: v for k, v in tensors.items() if any(part in k for part in ("plane_", "slice_scale", "slice_bias"))}
+    return {
+        k: v
+        for k, v in tensors_of(run / "elastic").items()
+        if any(part in k for part in ("plane_", "slice_scale", "slice_bias"))
+    }
 
 
 def assert_same_codes(one: Path, other: Path) -> None:
@@ -124,8 +131,8 @@ def test_a_resumed_run_with_repaired_blocks_ends_bit_by_bit_as_if_it_had_not_bee
     recipe_arguments: list[str], tmp_path: Path
 ) -> None:
     # The first block falls back in the first sweep. A second sweep must leave it alone, in both runs.
-    stages = "--model.stages=[{epochs: 1, train: [weights, ranges], depth: 2}, {epochs: 1, train: [weights], depth: 2, "
-    stages += "scope: model}, {epochs: 2, train: [weights, ranges], depth: 3}]"
+    stages = "--model.stages=[{epochs: 1, train: [codes, ranges], depth: 2}, {epochs: 1, train: [codes], depth: 2, "
+    stages += "scope: model}, {epochs: 2, train: [codes, ranges], depth: 3}]"
     slices = "--model.slices={class_path: ProgressiveSlices, init_args: {slice_bits: [2, 1, 1, 2, 2], group_size: 16}}"
     arguments = [*recipe_arguments, *RUIN, stages, slices, guarded()]
     whole = tmp_path / "whole"
@@ -143,8 +150,8 @@ def test_a_model_stage_that_makes_the_model_worse_is_taken_back_also_after_a_res
     recipe_arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     common = [*recipe_arguments, "--model.eval_bits=[2, 4]", guarded()]
-    blocks = "{share: null, epochs: 1, train: [slices]}"
-    bad = "{share: null, epochs: 3, train: [slices], depth: 2, scope: model, lr_scale: 10000}"
+    blocks = "{share: null, epochs: 1, train: [ranges, transforms]}"
+    bad = "{share: null, epochs: 3, train: [ranges, transforms], depth: 2, scope: model, lr_scale: 10000}"
     without, whole = tmp_path / "without", tmp_path / "whole"
     assert main(["fit", *in_folder([*common, f"--model.stages=[{blocks}]"], without)]) == 0
     arguments = [*common, f"--model.stages=[{blocks}, {bad}]"]
@@ -171,9 +178,9 @@ class ExplodingSlices(ResidualSlices):
 def test_an_exploding_probe_is_noticed_at_the_first_block(
     recipe_arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], action: str
 ) -> None:
-    slices = "--model.slices={class_path: tests.test_guards.ExplodingSlices, init_args: {group_size: 16}}"
+    slices = f"--model.slices={{class_path: {__name__}.ExplodingSlices, init_args: {{group_size: 16}}}}"
     guard = guarded(worse_block="off", exploding_probe=action)
-    code = main(["fit", *recipe_arguments, *RUIN, "--model.slices_lr=0.02", slices, guard])
+    code = main(["fit", *recipe_arguments, *RUIN, "--model.rates.ranges=0.02", slices, guard])
     error = capsys.readouterr().err
     assert "Exploding perplexity: not finite" in error
     assert "after block 1, at 2 bits" in error
@@ -206,7 +213,7 @@ def test_a_collapsed_router_is_noticed_when_its_block_is_done(
     callbacks += (
         f', {{"class_path": "mobiq_lightning.callbacks.ThresholdTuning", "init_args": {{"rounds": {rounds}}}}}]'
     )
-    router = "--model.router=tests.test_guards.ConstantRouter"
+    router = f"--model.router={__name__}.ConstantRouter"
     code = main(["fit", *recipe_arguments, router, callbacks])
     error = capsys.readouterr().err
     assert code == (1 if action == "stop" else 0)
@@ -232,7 +239,7 @@ def test_a_comparison_says_in_which_runs_guards_noticed_something() -> None:
     cells: Any = [SimpleNamespace(name=name) for name in [*noticed, "unfinished"]]
     measured = {name: SimpleNamespace(guards=events) for name, events in noticed.items()}
     folder: Any = SimpleNamespace(finished=lambda c: c.name in measured, measured=lambda c: measured[c.name])
-    assert _noticed(folder, cells) == [
+    assert noticed_by_guards(folder, cells) == [
         "a-0: guards noticed 2 x worse_block (repair); its run folder's results.json says where."
     ]
 
@@ -241,17 +248,23 @@ class TestLimits:
     @pytest.mark.parametrize(("value", "events"), [(0.2099, 0), (0.2101, 1), (float("nan"), 1)])
     def test_the_lowest_depth_may_be_worse_by_twice_the_tolerance(self, value: float, events: int) -> None:
         found = Measured(error={("calibrated", 2): value, ("rounded", 2): 0.2})
-        assert len(list(Guards(worse_tolerance=0.025)._worse(found, [2], False))) == events
+        assert len(WorseBlock("record", 0.025).look(ProbeReading(found, [2]))) == events
 
     @pytest.mark.parametrize(("value", "events"), [(0.0100, 0), (0.0103, 1)])
     def test_a_high_depth_may_be_worse_by_a_part_of_the_error_at_the_lowest(self, value: float, events: int) -> None:
         error = {("calibrated", 8): value, ("rounded", 8): 0.0001, ("calibrated", 2): 0.1, ("rounded", 2): 0.2}
-        assert len(list(Guards()._worse(Measured(error=error), [2, 8], False))) == events  # type: ignore[arg-type]
+        looked = ProbeReading(Measured(error=error), [2, 8])  # type: ignore[arg-type]
+        assert len(Guards().worse_block.look(looked)) == events
 
     @pytest.mark.parametrize(("value", "events"), [(199.0, 0), (201.0, 1), (float("inf"), 1)])
     def test_a_probe_explodes_above_its_factor(self, value: float, events: int) -> None:
         found = Measured(perplexity={("calibrated", 2): value, ("rounded", 2): 100.0})
-        assert len(list(Guards()._exploded(found, [2]))) == events
+        assert len(Guards().exploding_probe.look(ProbeReading(found, [2]))) == events
+
+    @pytest.mark.parametrize(("share", "events"), [(0.995, 0), (0.9951, 1), (1.0, 1)])
+    def test_a_router_has_collapsed_above_its_share(self, share: float, events: int) -> None:
+        sightings = CollapsedRouter("record").look(DepthShare("a", 2.5, share))
+        assert [(s.input, s.depth, s.value, s.limit) for s in sightings] == [("a", 2.5, share, 0.995)] * events
 
     @pytest.mark.parametrize("arguments", [{"worse_tolerance": -1}, {"probe_factor": 1}, {"windows": 0}])
     def test_arguments_that_mean_nothing_are_refused(self, arguments: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -11,6 +12,7 @@ import pytest
 import yaml
 
 from mobiq_lightning.cli import main
+from mobiq_lightning.comparison.check import check_cells
 from mobiq_lightning.comparison.grid import read_grid
 from mobiq_lightning.comparison.table import CellRow, at_bits, lead, long_table, points_of
 from mobiq_lightning.comparison.verdicts import storage_verdict, verdicts
@@ -52,23 +54,28 @@ class TestShippedGrids:
             assert max(cell.recipe["model"]["eval_bits"]) > max(grid.bits)
             assert cell.recipe["data"]["seed"] == cell.recipe["seed_everything"] == cell.seed
 
+    @pytest.mark.e2e  # a command line is parsed for each of them, which takes seconds
     def test_all_its_strategies_can_be_built(self, path: Path) -> None:
-        from mobiq_lightning.comparison.check import check_cells
-
-        check_cells(read_grid(str(path)).cells())
+        cells = read_grid(str(path)).cells()
+        broken = {**cells[0].recipe["model"], "budget": {"class_path": "ConstantBudget", "init_args": {"bits": "many"}}}
+        wrong = replace(cells[0], strategy="wrong", recipe={**cells[0].recipe, "model": broken})
+        with pytest.raises(RecipeError) as raised:
+            check_cells([*cells, wrong])
+        assert re.findall(r"^strategies\.(.*?):", str(raised.value), re.MULTILINE) == ["wrong"]
 
 
 def test_a_change_replaces_a_class_with_its_arguments_or_one_argument_alone(tmp_path: Path) -> None:
     strategies = {
         "one": {"model.slices.init_args.group_size": 32},
         "whole": {"model.slices": {"class_path": "ResidualSlices", "init_args": {"slice_bits": [2, 2]}}},
-        "nested": {"model": {"slices_lr": 0.5}},
+        "nested": {"model": {"rates": {"ranges": 0.5}}},
     }
     one, whole, nested = read_grid(str(write_grid(tmp_path, strategies=strategies, seeds=[0]))).cells()
     assert one.recipe["model"]["slices"]["init_args"] == {"slice_bits": [2, 1, 1, 2, 2], "group_size": 32}
     assert whole.recipe["model"]["slices"]["init_args"] == {"slice_bits": [2, 2]}
-    assert nested.recipe["model"]["slices_lr"] == 0.5
-    assert nested.changes == {"model.slices_lr": 0.5}
+    assert nested.recipe["model"]["rates"] == {**one.recipe["model"]["rates"], "ranges": 0.5}
+    assert one.recipe["model"]["rates"]["routers"] == nested.recipe["model"]["rates"]["routers"]
+    assert nested.changes == {"model.rates.ranges": 0.5}
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
@@ -106,7 +113,7 @@ def test_a_wrong_grid_is_answered_before_anything_runs(
 
 def test_two_cells_of_one_name_are_refused(tmp_path: Path) -> None:
     path = write_grid(tmp_path)
-    path.write_text(path.read_text().replace("  mlp: {}\n", "  mlp: {}\n  mlp: {model.slices_lr: 1}\n"))
+    path.write_text(path.read_text().replace("  mlp: {}\n", "  mlp: {}\n  mlp: {model.rates.ranges: 1}\n"))
     with pytest.raises(RecipeError, match="mlp is there twice; two cells need two names"):
         read_grid(str(path))
 
@@ -117,7 +124,7 @@ def test_two_cells_of_one_name_are_refused(tmp_path: Path) -> None:
         (["--conifg", "x"], "no such option. Did you mean 'config'"),
         (["--config"], "a value is missing"),
         ([], "--config is missing"),
-        (["--config", "GRID", "--model.slises_lr", "1"], "model.slises_lr: no such key"),
+        (["--config", "GRID", "--model.rates.rangs", "1"], "model.rates.rangs: no such key"),
         (["--config", "GRID", "--model.budget", "LinearBudget"], "the strategies constant set it themselves"),
     ],
 )

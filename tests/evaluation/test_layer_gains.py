@@ -156,7 +156,11 @@ def too_small(module: Any, needed: int) -> Iterator[str | None]:
     yield "the whole model would take about 26.0 GB on cuda:0, of which 20.0 GB are free"
 
 
-FAST = ["--model.epochs_per_block=1", "--model.eval_bits=[2.5]", "--model.stages=[{share: 1.0, train: [slices]}]"]
+FAST = [
+    "--model.epochs_per_block=1",
+    "--model.eval_bits=[2.5]",
+    "--model.stages=[{share: 1.0, train: [ranges, transforms]}]",
+]
 
 
 @pytest.mark.parametrize("kind", ["GradientLayerRouter", "ProbedLayerRouter"])
@@ -178,7 +182,7 @@ def test_routers_of_layers_are_fitted_saved_and_loaded(kind: str, recipe_argumen
 
 
 def test_layers_are_learned_in_a_stage_of_the_whole_model(recipe_arguments: list[str], tmp_path: Path) -> None:
-    block = "{share: null, epochs: 1, train: [slices]}"
+    block = "{share: null, epochs: 1, train: [ranges, transforms]}"
     stages = f"--model.stages=[{block}, {{share: null, scope: model, epochs: 3, train: [routers], lr_scale: 10.0}}]"
     assert main(["fit", *recipe_arguments, "--model.router=LearnedLayerRouter", *FAST[:2], stages]) == 0
     scores = torch.stack([r.router.layer_scores() for r in routed_inputs(mobiq_lightning.load(tmp_path / "run"))])

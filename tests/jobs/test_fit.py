@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 
 from mobiq_lightning.checkpoint import load
 from mobiq_lightning.cli import main
@@ -21,18 +20,15 @@ from mobiq_lightning.evaluation import RTN_BITS
 from mobiq_lightning.nn import SlicedLinear, fixed_depth, routed_inputs
 from mobiq_lightning.packing import unpack_codes
 from mobiq_lightning.runtime import Dial
+from tests.checkpoints import tensors_of
 from tests.conftest import Run
 
 
-def tensors_of(run: Path) -> dict[str, torch.Tensor]:
-    return {k: v for path in sorted((run / "elastic").glob("*.safetensors")) for k, v in load_file(path).items()}
-
-
-def test_the_router_that_contributing_shows_is_used_from_a_recipe_by_its_path(
+def test_the_router_that_the_guide_shows_is_used_from_a_recipe_by_its_path(
     recipe_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    guide = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
-    example = guide.split("## A new router in one file")[1].split("```python\n")[1].split("```")[0]
+    guide = (Path(__file__).parents[2] / "docs" / "developer" / "add-a-router.md").read_text()
+    example = guide.split("```python\n")[1].split("```")[0]
     assert example.startswith("# my_routers.py")
     package = tmp_path / "plugins"
     package.mkdir()
@@ -105,8 +101,12 @@ class TestResults:
     def test_all_in_bits_count_scales_and_routers(self, finished: Run) -> None:
         run, _ = finished
         rows = json.loads((run / "results.json").read_text())["rows"]
-        tensors = tensors_of(run)
-        n_weights = sum(v.shape[0] * {6: 44}.get(v.shape[1], 32) for k, v in tensors.items() if k.endswith("plane_0"))
+        tensors = tensors_of(run / "elastic")
+        columns = {
+            32 // 8: 32,
+            -(-44 // 8): 44,
+        }  # by the bytes of a plane's row: eight columns in each, the last padded
+        n_weights = sum(v.shape[0] * columns[v.shape[1]] for k, v in tensors.items() if k.endswith("plane_0"))
         scales = sum(v.numel() * 16 for k, v in tensors.items() if "slice_scale" in k or "slice_bias" in k)
         routers = sum(v.numel() * 32 for k, v in tensors.items() if ".router." in k and not k.endswith("threshold"))
         router = next(r for r in rows if r["allocation"] == "router" and r["target_bits"] == 8)
@@ -237,9 +237,9 @@ class TestRunFolder:
     def test_another_recipe_in_the_same_folder_is_refused_with_the_keys(
         self, finished: Run, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        assert main(["fit", *finished[1], "--model.slices_lr=0.5", "--data.seed=3"]) == 1
+        assert main(["fit", *finished[1], "--model.rates.ranges=0.5", "--data.seed=3"]) == 1
         error = capsys.readouterr().err
-        assert "model.slices_lr: 0.02 -> 0.5" in error
+        assert "model.rates.ranges: 0.02 -> 0.5" in error
         assert "data.seed: 0 -> 3" in error
         assert "--overwrite" in error
 
@@ -281,9 +281,9 @@ class TestRunFolder:
         (["--model.budget.init_args.high_bits=9"], "asks for 2 to 9 bits"),
         (["--model.eval_bits=[1, 4]"], "[1.0] lie outside"),
         (["--model.epochs_per_block=0"], "must be at least 1"),
-        (["--model.stages=[{share: 0.5, train: [slices]}]"], "must be above 0 and add up to 1"),
+        (["--model.stages=[{share: 0.5, train: [ranges, transforms]}]"], "must be above 0 and add up to 1"),
         (["--model.slices.init_args.group_size=0"], "group_size (0)"),
-        (["--model.slices_lr=fast"], "model.slices_lr"),
+        (["--model.rates.ranges=fast"], "model.rates.ranges"),
         (["--trainer.max_epoch=3"], "Did you mean 'trainer.max_epochs'"),
         (["--model.router.init_args.hiden=3"], "hiden"),
         (["--trainer.strategy=fsdp", "--trainer.devices=1"], "fsdp"),
@@ -304,10 +304,8 @@ def test_other_slices_and_routers_run_by_a_change_of_the_recipe(
     recipe_arguments: list[str], tmp_path: Path, bits: str, router: str
 ) -> None:
     arguments = [*recipe_arguments, f"--model.slices.init_args.slice_bits={bits}", f"--model.router={router}"]
-    assert (
-        main(["fit", *arguments, "--model.epochs_per_block=1", "--model.stages=[{share: 1, train: [slices, routers]}]"])
-        == 0
-    )
+    stages = "--model.stages=[{share: 1, train: [ranges, transforms, routers]}]"
+    assert main(["fit", *arguments, "--model.epochs_per_block=1", stages]) == 0
     rows = json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
     router_row: dict[str, Any] = next(r for r in rows if r["allocation"] == "router" and r["target_bits"] == 2.5)
     # Thresholds come from 256 tokens here; a router whose thresholds were lost would read whole slices too many.
@@ -336,7 +334,7 @@ def test_models_of_the_family_calibrate_save_and_load(
     attention = loaded.model.layers[0].self_attn
     assert {value.dtype for value in attention.q_proj.input.state_dict().values()} == {torch.float32}
     assert attention.q_proj.slice_scale.dtype == torch.bfloat16
-    saved = tensors_of(tmp_path / "run")
+    saved = tensors_of(tmp_path / "run" / "elastic")
     assert all(torch.equal(saved[name], value) for name, value in loaded.state_dict().items() if name in saved)
     assert not list((tmp_path / "run").rglob("*.tmp"))
     assert not list((tmp_path / "run").rglob("hidden_states/*/*"))

@@ -25,9 +25,11 @@ from tests.conftest import Run
 
 class TestCommandLine:
     def test_dotted_and_nested_keys_say_the_same(self) -> None:
-        dotted = command_line("r.yaml", {"model.router_lr": 0.1, "data.source": "a.txt"})
-        assert dotted == command_line("r.yaml", {"model": {"router_lr": 0.1}, "data": {"source": Path("a.txt")}})
-        assert dotted == ["--config=r.yaml", "--model.router_lr=0.1", "--data.source=a.txt"]
+        dotted = command_line("r.yaml", {"model.rates.routers": 0.1, "data.source": "a.txt"})
+        assert dotted == command_line(
+            "r.yaml", {"model": {"rates": {"routers": 0.1}}, "data": {"source": Path("a.txt")}}
+        )
+        assert dotted == ["--config=r.yaml", "--model.rates.routers=0.1", "--data.source=a.txt"]
 
     def test_a_mapping_that_names_a_class_is_a_value_and_others_are_keys(self) -> None:
         slices = {"class_path": "ResidualSlices", "init_args": {"slice_bits": (2, 2)}}
@@ -104,7 +106,7 @@ def test_a_run_is_made_continued_and_compared_again_from_python(finished: Run, t
     stored = RunFolder(finished[0])
     recipe = yaml.safe_load(stored.recipe.read_text())
     folder = tmp_path / "run"
-    quick = {"epochs_per_block": 1, "stages": [{"share": 1.0, "train": ["slices", "routers"]}]}
+    quick = {"epochs_per_block": 1, "stages": [{"share": 1.0, "train": ["ranges", "routers"]}]}
     callbacks = [{"class_path": f"{__name__}.Interrupt"}]
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from mobiq_lightning.cli import main
 from mobiq_lightning.jobs import check_recipe
+from mobiq_lightning.jobs import recipe as recipe_module
 from mobiq_lightning.jobs.recipe import strategy_classes
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
@@ -71,6 +73,27 @@ def test_stages_of_the_command_line_replace_those_of_the_recipe_whole(tmp_path: 
         ({"modle": {}}, "modle: no such key. Did you mean 'model"),
         ({"model": {"slice": 1}}, "model.slice: no such key. Did you mean 'model.slices'"),
         ({"model": {"stages": [{"depht": 2}]}}, "model.stages[0].depht: no such key. Did you mean 'depth'"),
+        (
+            {"model": {"stages": [{"train": ["range"]}]}},
+            "model.stages[0].train: no such word 'range'. Did you mean 'ranges'",
+        ),
+        (
+            {"model": {"stages": [{"bounds": ["roundng"]}]}},
+            "model.stages[0].bounds: no such word 'roundng'. Did you mean",
+        ),
+        (
+            {"model": {"stages": [{"train": ["slices"]}]}},
+            "model.stages[0].train: slices: renamed to ranges, transforms",
+        ),
+        ({"model": {"stages": [{}, {"train": ["weights"]}]}}, "model.stages[1].train: weights: renamed to codes"),
+        ({"model": {"stages": [{"train": ["clipping"]}]}}, "clipping: renamed to ranges, with bounds: [clipping]"),
+        ({"model": {"stages": [{"train": ["rounding"]}]}}, "rounding: renamed to codes, with bounds: [rounding]"),
+        ({"model": {"slices_lr": 1.0}}, "model.slices_lr: renamed to model.rates.ranges"),
+        ({"model": {"weights_lr": 1.0}}, "model.weights_lr: renamed to model.rates.codes"),
+        ({"model": {"transform_lr": 1.0}}, "model.transform_lr: renamed to model.rates.transforms"),
+        ({"model": {"router_lr": 1.0}}, "model.router_lr: renamed to model.rates.routers"),
+        ({"model": {"rates": {"rangs": 1.0}}}, "model.rates.rangs: no such key. Did you mean 'ranges'"),
+        ({"model": {"layout": {"block": "model.layers"}}}, "model.layout.block: no such key. Did you mean 'blocks'"),
         ({"data": {"n_sample": 1}}, "Did you mean 'data.n_samples'"),
         ({"trainer": {"max_epoch": 1}}, "Did you mean 'trainer.max_epochs'"),
         ({"model": {"seq_len": 1}}, "Did you mean 'data.seq_len'"),
@@ -85,6 +108,25 @@ def test_a_wrong_key_or_class_gets_the_nearest_name(recipe: dict, message: str) 
     problems = check_recipe(recipe)
     assert len(problems) == 1
     assert message in problems[0]
+
+
+@pytest.mark.parametrize("source", [None, "def Trainer(", "class Trainer(Base): ...", "Trainer = Base"])
+def test_a_trainer_whose_source_cannot_be_read_is_left_to_the_parser(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str | None
+) -> None:
+    place = tmp_path / "pytorch" / "trainer"
+    place.mkdir(parents=True)
+    if source is not None:
+        (place / "trainer.py").write_text(source)
+    monkeypatch.setattr(
+        recipe_module.importlib.util, "find_spec", lambda _: SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    )
+    recipe_module.accepted_keys.cache_clear()
+    try:
+        assert check_recipe({"trainer": {"max_epoch": 1}}) == []
+        assert "Did you mean 'model.slices'" in check_recipe({"model": {"slice": 1}})[0]
+    finally:
+        recipe_module.accepted_keys.cache_clear()
 
 
 def test_every_problem_of_a_recipe_is_named_at_once() -> None:
@@ -123,6 +165,11 @@ def test_typos_and_help_do_not_wait_for_heavy_imports(tmp_path: Path) -> None:
         (["fti"], "no command 'fti'. Did you mean 'fit'"),
         (["fit", "--config", "recipes/tini.yaml"], "no such file"),
         (["fit", "--model.slice", "1"], "Did you mean 'model.slices'"),
+        (["fit", "--model.slices_lr=1"], "model.slices_lr: renamed to model.rates.ranges"),
+        (["fit", "--model.router_lr", "1"], "model.router_lr: renamed to model.rates.routers"),
+        (["fit", "--model.rates.rooters=1"], "model.rates.rooters: no such key. Did you mean 'routers'"),
+        (["fit", "--model.rates={codez: 1}"], "model.rates.codez: no such key. Did you mean 'codes'"),
+        (["fit", "--model.stages=[{train: [weights]}]"], "model.stages[0].train: weights: renamed to codes"),
         (["fit", "--model.router", "MLPRoter"], "Did you mean 'MLPRouter'"),
         (["fit", "--config", str(RECIPES[-1]), "--model.router.init_args.hiden=3"], "Did you mean 'hidden_features'"),
         (["fit", "--config", str(RECIPES[-1]), "--model.slices.groupsize", "3"], "Did you mean 'group_size'"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from mobiq_lightning.callbacks.threshold_tuning import nested_allocation
+from mobiq_lightning.calibration.guarding import nested_allocation
 from mobiq_lightning.errors import BitsError
 from mobiq_lightning.nn import ElasticLinear, RoutedInput, held_slices
 from mobiq_lightning.runtime import Dial

@@ -13,7 +13,9 @@ import torch
 from mobiq_lightning.cli import main
 from mobiq_lightning.strategies import ProgressiveSlices, ResidualSlices
 from mobiq_lightning.strategies.slices.progressive import refine
-from tests.jobs.test_interruption import tensors_of
+from mobiq_lightning.strategies.slices.ranges import learned_range
+from tests.checkpoints import tensors_of
+from tests.conftest import small_recipe
 
 BITS = (2, 1, 1, 2, 2)
 
@@ -157,7 +159,8 @@ class TestGradients:
         (scheme.weight_at(weight, 1) * gradient).sum().backward()
         found = scheme.low_clip.grad
         scheme.low_clip.grad = None
-        scale, bias = (v.repeat_interleave(64, 1)[:, :172] for v in scheme._range(weight))
+        learned = learned_range(weight, scheme.low_clip, scheme.high_clip, 64)
+        scale, bias = (v.repeat_interleave(64, 1)[:, :172] for v in learned)
         unit = (scheme.target.detach() - bias) / scale + 0.5
         code = (unit * 4).floor().clamp(0, 3)
         clipped = unit.clamp(0, 1)
@@ -186,20 +189,19 @@ PROGRESSIVE = [
     "--model.slices=ProgressiveSlices",
     "--model.slices.init_args.slice_bits=[2, 1, 1, 2, 2]",
     "--model.slices.init_args.group_size=16",
-    "--model.weights_lr=1e-2",
+    "--model.rates.codes=1e-2",
     "--model.threshold_scope=global",
     # Trained for eight steps at 2 bits, blocks of random weights are worse than rounding at 4.
     "--trainer.callbacks=[{class_path: mobiq_lightning.callbacks.Guards, init_args: {worse_block: record}}]",
-    "--model.stages=[{epochs: 2, train: [weights, ranges], depth: 2}, "
-    "{epochs: 1, train: [weights, ranges], depth: 2, scope: model}, {epochs: 1, train: [rounding], depth: 4, lr_scale: 0.2}, "
-    "{epochs: 1, train: [weights], depth: 8, lr_scale: 0.1}, {epochs: 2, train: [routers], scope: model}]",
+    "--model.stages=[{epochs: 2, train: [codes, ranges], depth: 2}, "
+    "{epochs: 1, train: [codes, ranges], depth: 2, scope: model}, "
+    "{epochs: 1, train: [codes], bounds: [rounding], depth: 4, lr_scale: 0.2}, "
+    "{epochs: 1, train: [codes], depth: 8, lr_scale: 0.1}, {epochs: 2, train: [routers], scope: model}]",
 ]
 
 
 @pytest.fixture(scope="module")
 def progressive_run(make_model: Any, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.conftest import small_recipe
-
     folder = tmp_path_factory.mktemp("progressive")
     assert main(["fit", *small_recipe(make_model(), text_file, folder), *PROGRESSIVE]) == 0
     return folder / "run"
@@ -231,7 +233,7 @@ def test_computing_blocks_again_changes_nothing(
 ) -> None:
     arguments = [*recipe_arguments, *PROGRESSIVE, f"--model.recompute_blocks={str(recompute).lower()}"]
     assert main(["fit", *arguments]) == 0
-    one, other = tensors_of(progressive_run), tensors_of(tmp_path / "run")
+    one, other = tensors_of(progressive_run / "elastic"), tensors_of(tmp_path / "run" / "elastic")
     planes = [name for name in one if "plane" in name]
     assert planes
     assert all(torch.equal(one[name], other[name]) for name in planes)

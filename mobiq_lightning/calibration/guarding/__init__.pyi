@@ -7,5 +7,15 @@ from .fallback import State as State
 from .fallback import restore as restore
 from .fallback import round_block as round_block
 from .fallback import state_of as state_of
+from .guard import Action as Action
+from .guard import CollapsedRouter as CollapsedRouter
+from .guard import DepthShare as DepthShare
+from .guard import ExplodingProbe as ExplodingProbe
+from .guard import Guard as Guard
+from .guard import ProbeReading as ProbeReading
+from .guard import Sighting as Sighting
+from .guard import WorseBlock as WorseBlock
 from .probe import Measured as Measured
 from .probe import Probe as Probe
+from .static_depths import StaticDepths as StaticDepths
+from .static_depths import nested_allocation as nested_allocation

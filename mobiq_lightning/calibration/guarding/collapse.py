@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
+from mobiq_lightning.nn import RoutedInput
+from mobiq_lightning.strategies import ThresholdTask
 from mobiq_lightning.strategies.allocation import split_budget
-
-if TYPE_CHECKING:
-    from mobiq_lightning.calibration.module import ElasticCalibration
-
 
 COLLAPSE_SHARE = 0.995
 """Share of tokens at one depth above which a router is no router any more."""
@@ -28,18 +24,18 @@ def most_common_share(scores: Tensor, threshold: float) -> float:
     return float(counts.max() / counts.sum())
 
 
-def worst_share(module: ElasticCalibration, number: int, scores: Tensor) -> tuple[float, float]:
+def worst_share(routed: RoutedInput, scores: Tensor) -> tuple[float, float]:
     """The largest share of tokens at one depth, over the budgets that mix depths, and the first budget that has it.
 
     Args:
-        module: The calibration.
-        number: Of the input, as of `all_inputs`.
-        scores: (N, S - 1) of its tokens.
+        routed: The input, with its router.
+        scores: (N, S - 1) scores that the router gives to the tokens of the input.
     """
-    routed = module.all_inputs()[number]
     budgets = [bits for bits in routed.budgets.tolist() if mixes_depths(routed.slice_bits, bits)]
     if not budgets:
         return 0.0, 0.0
-    thresholds = routed.router.thresholds_for([scores], [routed.n_weights], routed.slice_bits, budgets)[0]
+    thresholds = routed.router.thresholds_for(ThresholdTask([scores], [routed.n_weights], routed.slice_bits, budgets))[
+        0
+    ]
     shares = [most_common_share(scores, float(threshold)) for threshold in thresholds]
     return max(shares), budgets[shares.index(max(shares))]

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mobiq_lightning.calibration.sliced_source import SlicedSource
 from mobiq_lightning.nn import fixed_depth, full_precision, transformed_by
 from mobiq_lightning.strategies.base import SliceScheme
 from mobiq_lightning.strategies.objectives.block_reconstruction import relative_error
 from mobiq_lightning.strategies.objectives.logit_distillation import divergence
 
 if TYPE_CHECKING:
-    from mobiq_lightning.calibration.module import ElasticCalibration
     from mobiq_lightning.nn import SlicedLinear
     from mobiq_lightning.strategies.transform_base import InputTransform
 
@@ -35,10 +35,10 @@ class Measured:
     """What the windows gave at each depth, in bits, calibrated and rounded.
 
     Args:
-        error: Relative squared error of the block's output, see `relative_error`; empty if the whole model was measured.
-        perplexity: Of the whole model.
-        kl: Its divergence from the full-precision model, nats per token.
-        full_perplexity: Of the full-precision model.
+        error: Relative squared error of the block's output, of its spread; empty if the whole model was measured.
+        perplexity: Perplexity of the whole model.
+        kl: KL divergence of the whole model from the full-precision model, nats per token.
+        full_perplexity: Perplexity of the full-precision model.
     """
 
     error: dict[tuple[Kind, int], float] = field(default_factory=dict)
@@ -54,16 +54,16 @@ class Probe:
     without training. What was passed is kept, so that a block costs what it costs once.
 
     Args:
-        module: The calibration.
+        sliced: The model being calibrated.
         input_ids: (N, T) windows.
-        depths: In bits.
+        depths: Depths at which blocks are read, in bits.
         batch_size: Windows per call of a block.
     """
 
-    def __init__(self, module: ElasticCalibration, input_ids: Tensor, depths: Sequence[int], batch_size: int) -> None:
-        self.module, self.input_ids, self.depths, self.batch_size = module, input_ids, tuple(depths), batch_size
+    def __init__(self, sliced: SlicedSource, input_ids: Tensor, depths: Sequence[int], batch_size: int) -> None:
+        self.sliced, self.input_ids, self.depths, self.batch_size = sliced, input_ids, tuple(depths), batch_size
         self.block = 0
-        self.full = module.caller.embed_all(input_ids)
+        self.full = sliced.caller.embed_all(input_ids)
         kinds: tuple[Kind, ...] = ("calibrated", "rounded")
         self.streams: Streams = {(kind, depth): self.full for kind in kinds for depth in depths}
         self._passed: tuple[Tensor, Streams] | None = None
@@ -96,10 +96,10 @@ class Probe:
         for depth in self.depths:
             found.error["calibrated", depth] = float(relative_error(outputs["calibrated", depth], target))
             found.error["rounded", depth] = float(relative_error(same_inputs[depth], target))
-        for later in range(block + 1, len(self.module.blocks)):
+        for later in range(block + 1, len(self.sliced.blocks)):
             target = self._full(later, target)
             if others_sliced:
-                with uncalibrated(self.module, later):
+                with uncalibrated(self.sliced, later):
                     rounded = {key: self._at(later, key[1], outputs[key]) for key in outputs if key[0] == "rounded"}
                 outputs = {**self._calibrated(later, outputs), **rounded}
             else:
@@ -109,7 +109,7 @@ class Probe:
 
     def measure_model(self) -> Measured:
         """The whole model, all blocks being calibrated."""
-        self.advance(len(self.module.blocks))
+        self.advance(len(self.sliced.blocks))
         found = Measured()
         self._measure_model(found, self.full, self.streams)
         return found
@@ -119,7 +119,7 @@ class Probe:
         full_nll, nll = 0.0, dict.fromkeys(outputs, 0.0)
         found.kl = dict.fromkeys(outputs, 0.0)
         count = len(self.input_ids)
-        with self.module.caller.after_blocks() as logits_of:
+        with self.sliced.caller.after_blocks() as logits_of:
             for row in range(count):  # one by one: logits are wide
                 ids = self.input_ids[row : row + 1]
                 reference = F.log_softmax(logits_of(ids, target[row : row + 1]).float(), dim=-1)
@@ -134,11 +134,11 @@ class Probe:
     # ------------------------------------------------------------------ one block
 
     def _full(self, block: int, hidden: Tensor) -> Tensor:
-        with full_precision(self.module.block_at(block).routed_inputs()):
+        with full_precision(self.sliced.block_at(block).routed_inputs()):
             return self._call(block, hidden)
 
     def _at(self, block: int, depth: int, hidden: Tensor) -> Tensor:
-        with fixed_depth(self.module.block_at(block).routed_inputs(), depth):
+        with fixed_depth(self.sliced.block_at(block).routed_inputs(), depth):
             return self._call(block, hidden)
 
     def _calibrated(self, block: int, streams: Streams) -> Streams:
@@ -146,34 +146,34 @@ class Probe:
 
     def _rounded(self, block: int) -> tuple[Streams, dict[int, Tensor]]:
         """What the rounded block makes of the rounded streams, and of the calibrated one of each depth."""
-        with uncalibrated(self.module, block):
+        with uncalibrated(self.sliced, block):
             passed = {key: self._at(block, key[1], self.streams[key]) for key in self.streams if key[0] == "rounded"}
             return passed, {depth: self._at(block, depth, self.streams["calibrated", depth]) for depth in self.depths}
 
     @torch.no_grad()
     def _call(self, block: int, hidden: Tensor) -> Tensor:
-        return torch.cat([self.module.caller.call(block, part) for part in hidden.split(self.batch_size)])
+        return torch.cat([self.sliced.caller.call(block, part) for part in hidden.split(self.batch_size)])
 
 
-def fresh_schemes(module: ElasticCalibration, block: int) -> list[tuple[SlicedLinear, SliceScheme]]:
+def fresh_schemes(sliced: SlicedSource, block: int) -> list[tuple[SlicedLinear, SliceScheme]]:
     """The linears of a block, each with a scheme as it begins."""
-    linears = module.block_at(block).sliced_linears()
+    linears = sliced.block_at(block).sliced_linears()
     with torch.random.fork_rng(devices=[]):  # training must not depend on whether somebody looks
-        return [(li, module.slices(li.out_features, li.in_features).to(module.device)) for li in linears]
+        return [(li, sliced.slices(li.out_features, li.in_features).to(sliced.caller.device)) for li in linears]
 
 
-def fresh_transforms(module: ElasticCalibration, block: int) -> list[InputTransform | None]:
+def fresh_transforms(sliced: SlicedSource, block: int) -> list[InputTransform | None]:
     """Transforms of the inputs of a block, as they begin before anything is known of the input: without effect."""
-    transforms = [module.transform.for_input(r.router.in_features) for r in module.block_at(block).routed_inputs()]
-    return [None if transform is None else transform.to(module.device) for transform in transforms]
+    transforms = [sliced.transform.for_input(r.router.in_features) for r in sliced.block_at(block).routed_inputs()]
+    return [None if transform is None else transform.to(sliced.caller.device) for transform in transforms]
 
 
 @contextmanager
-def uncalibrated(module: ElasticCalibration, block: int) -> Iterator[None]:
+def uncalibrated(sliced: SlicedSource, block: int) -> Iterator[None]:
     """Within it, a block is read with schemes and transforms as they begin."""
-    linears = fresh_schemes(module, block)
+    linears = fresh_schemes(sliced, block)
     schemes = [linear.scheme for linear, _ in linears]
-    with transformed_by(module.block_at(block).routed_inputs(), fresh_transforms(module, block)):
+    with transformed_by(sliced.block_at(block).routed_inputs(), fresh_transforms(sliced, block)):
         try:
             for linear, scheme in linears:
                 linear.slice_by(scheme)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mobiq_lightning.packing import SCALE_DTYPE, PackedBinary, binary_prefixes, pack_planes
+from mobiq_lightning.strategies.base import DEFAULT_SLICE_BITS
 from mobiq_lightning.strategies.slices.binary_fit import fit_binary
 from mobiq_lightning.strategies.slices.fixed_codes import FixedCodeSlices, follow
 from mobiq_lightning.strategies.slices.ranges import round_as_stored
@@ -42,7 +43,7 @@ class BinaryCodedSlices(FixedCodeSlices):
         self,
         out_features: int,
         in_features: int,
-        slice_bits: Sequence[int] = (2, 1, 1, 1, 1, 1, 1),
+        slice_bits: Sequence[int] = DEFAULT_SLICE_BITS,
         group_size: int = 128,
         rounds: int = 8,
     ) -> None:

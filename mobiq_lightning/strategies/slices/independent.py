@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mobiq_lightning.packing import SCALE_DTYPE, PackedResiduals, pack_planes
+from mobiq_lightning.strategies.base import DEFAULT_SLICE_BITS
 from mobiq_lightning.strategies.slices.grouped import GroupedSlices
 from mobiq_lightning.strategies.slices.nested_code import NestedCode, cells, unit_position
 from mobiq_lightning.strategies.slices.ranges import learned_range
@@ -35,7 +36,7 @@ class IndependentResidualSlices(GroupedSlices):
         self,
         out_features: int,
         in_features: int,
-        slice_bits: Sequence[int] = (2, 1, 1, 1, 1, 1, 1),
+        slice_bits: Sequence[int] = DEFAULT_SLICE_BITS,
         group_size: int = 128,
     ) -> None:
         super().__init__(out_features, in_features, slice_bits, group_size)

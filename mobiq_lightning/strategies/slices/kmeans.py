@@ -29,7 +29,8 @@ class KMeansSlices(FixedCodeSlices):
     Args:
         out_features: O.
         in_features: I; the last group may be shorter than `group_size`.
-        slice_bits: Bits of each slice, coarsest first; any positive integers with a sum of at most 8.
+        slice_bits: Bits of each slice, coarsest first; any positive integers with a sum of at most 8. By default they reach 4
+            bits, not 8 as in other schemes, since a table has 2^bits entries.
         group_size: Columns that share tables; by default a whole row.
     """
 

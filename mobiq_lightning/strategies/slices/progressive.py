@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from mobiq_lightning.packing import dequantize, spread
+from mobiq_lightning.strategies.abilities import TrainableCodes
+from mobiq_lightning.strategies.base import DEFAULT_SLICE_BITS
 from mobiq_lightning.strategies.slices.nested_code import cells, group_sum, unit_position
 from mobiq_lightning.strategies.slices.residual import ResidualSlices
 
@@ -17,7 +19,7 @@ _INSIDE = 1e-4
 """How far within its cell a target begins, of the cell's width in units of the range: at the border, rounding could leave it."""
 
 
-class ProgressiveSlices(ResidualSlices):
+class ProgressiveSlices(ResidualSlices, TrainableCodes):
     """The nested code of `ResidualSlices`, whose slices are trained one after the other, each for its own depth.
 
     All depths trained at once are in each other's way: to move a weight across a border of the 2-bit code for the sake of
@@ -28,7 +30,7 @@ class ProgressiveSlices(ResidualSlices):
     Training weights through the quantizer, block by block: EfficientQAT, arXiv 2407.11062.
 
     Depths that are not trained yet, or are never, take the weight itself, moved into the cell of the code before. Without
-    stages that train `weights` or `rounding` it is `ResidualSlices`.
+    stages that train `codes` it is `ResidualSlices`.
 
     Args:
         out_features: O.
@@ -37,8 +39,6 @@ class ProgressiveSlices(ResidualSlices):
         group_size: Columns that share one range.
     """
 
-    learns_weights = True
-
     target: nn.Parameter
     codes: Tensor
 
@@ -46,7 +46,7 @@ class ProgressiveSlices(ResidualSlices):
         self,
         out_features: int,
         in_features: int,
-        slice_bits: Sequence[int] = (2, 1, 1, 1, 1, 1, 1),
+        slice_bits: Sequence[int] = DEFAULT_SLICE_BITS,
         group_size: int = 128,
     ) -> None:
         super().__init__(out_features, in_features, slice_bits, group_size)
@@ -56,13 +56,17 @@ class ProgressiveSlices(ResidualSlices):
         # Plain numbers: of a tensor on a GPU, every read of the weights would wait for the device.
         self.bits_frozen = self.bits_trained = 0
 
-    def weight_parameters(self) -> list[nn.Parameter]:
-        """See `SliceScheme.weight_parameters`."""
+    def code_parameters(self) -> list[nn.Parameter]:
+        """The target of the slice in training, (O, I); empty before the first slice starts and after `freeze`."""
         return [self.target]
+
+    def resized_tensors(self) -> list[str]:
+        """The trained target and the frozen codes, which exist only while they are needed."""
+        return ["target", "codes"]
 
     @torch.no_grad()
     def start_slice(self, weight: Tensor, n_bits: int) -> bool:
-        """See `SliceScheme.start_slice`."""
+        """Freezes the codes so far and starts the target of the slice that reaches `n_bits`; False if that was done before."""
         frozen, trained = self._bits()
         if trained >= n_bits:
             return False
@@ -75,7 +79,7 @@ class ProgressiveSlices(ResidualSlices):
 
     @torch.no_grad()
     def freeze(self, weight: Tensor) -> None:
-        """See `SliceScheme.freeze`."""
+        """Fixes the codes of all slices and gives up the target."""
         self._freeze_at(weight, self.depths[-1])
         self.bits_trained = self.depths[-1]
         self.target.data = self.target.new_empty(0, 0)
@@ -83,7 +87,7 @@ class ProgressiveSlices(ResidualSlices):
 
     @torch.no_grad()
     def bound_rounding(self, weight: Tensor) -> None:
-        """See `SliceScheme.bound_rounding`."""
+        """Moves the target back to within half a step of where it started, so that a code reaches a neighbour at most."""
         frozen, trained = self._bits()
         if trained > frozen:
             scale, _ = self._range(weight)

@@ -12,7 +12,7 @@ class LearnableEquivalentTransform(Transform):
     OmniQuant's learnable equivalent transformation (arXiv 2308.13137, section 3.3). There it is folded into the norms and
     linears in front; here it is applied to the input when the product is taken, so that every input can have one, also
     behind the MLP's non-linearity, and so that routers see the input without it. It is learned in the stages that train
-    `slices`, at ``model.transform_lr``.
+    `transforms`, at ``model.rates.transforms``.
 
     Args:
         shift: Also shift the channels; linears then add a bias.

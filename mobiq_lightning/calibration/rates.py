@@ -1,0 +1,43 @@
+"""Learning rates of a calibration, one for each kind of thing that is learned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mobiq_lightning.nn import CalibratedBlock, Learned
+
+KINDS: tuple[Learned, ...] = ("ranges", "codes", "transforms", "routers")
+"""What a calibration learns, in the order of the optimizer's groups."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Learning rates at the beginning of a stage; they fall from there along half a cosine.
+
+    Args:
+        ranges: Learning rate of the quantization ranges of the slice scheme.
+        codes: Learning rate of the codes, in the unit of the weights; used by stages that train `codes`.
+        transforms: Learning rate of what the transform learns.
+        routers: Learning rate of the routers.
+    """
+
+    ranges: float = 5e-3
+    codes: float = 1e-3
+    transforms: float = 5e-3
+    routers: float = 1e-3
+
+
+def parameter_groups(blocks: Sequence[CalibratedBlock], rates: Rates) -> list[dict[str, Any]]:
+    """Groups for an optimizer, one for each kind of which there is something to learn, in the order of `KINDS`.
+
+    Args:
+        blocks: What is learned of all blocks.
+        rates: The learning rates; each group keeps its own as ``full_lr`` while ``lr`` falls.
+    """
+    groups: list[dict[str, Any]] = []
+    for kind in KINDS:
+        learned, rate = [p for block in blocks for p in block.parameters_of(kind)], getattr(rates, kind)
+        groups += [{"name": kind, "params": learned, "lr": rate, "full_lr": rate}] if learned else []
+    return groups

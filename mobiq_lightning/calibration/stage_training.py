@@ -1,0 +1,104 @@
+"""What a stage does to the blocks that it trains: beginning and ending their codes, keeping gradients and bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mobiq_lightning.calibration.block_batch import BlockBatch
+from mobiq_lightning.calibration.model_batch import ModelBatch
+from mobiq_lightning.calibration.rates import KINDS
+from mobiq_lightning.nn import SlicedLinear
+from mobiq_lightning.strategies import TrainableCodes
+from mobiq_lightning.strategies.base import BlockRun, Objective
+
+if TYPE_CHECKING:
+    from mobiq_lightning.calibration.module import ElasticCalibration
+
+
+@torch.no_grad()
+def begin_stage(module: ElasticCalibration) -> None:
+    """Begins the slice of the current stage, unless it is in training already, as after a resume or in a stage before."""
+    stage = module.stage
+    if not stage.trains("codes") or stage.depth is None:
+        return
+    for scheme, weight in _codes_in_training(module):
+        if scheme.start_slice(weight, stage.depth):
+            _forget_averages(module, scheme)  # they were another slice's
+
+
+@torch.no_grad()
+def end_stage(module: ElasticCalibration) -> None:
+    """In the last epoch of a stage, fixes the codes if no later stage moves them, and drops what their training needed."""
+    if module.current_epoch != module.segment.epochs.stop - 1 or not module.stage.trains("codes"):
+        return
+    if not module.schedule.trains_codes_after(module.segment):
+        for scheme, weight in _codes_in_training(module):
+            scheme.freeze(weight)
+            _forget_averages(module, scheme)
+
+
+def objective_on(module: ElasticCalibration, batch: dict[str, Tensor]) -> tuple[Objective, BlockRun]:
+    """What the current stage trains to match, and what it sees of a batch of calibration windows.
+
+    Args:
+        module: The calibration.
+        batch: ``input_ids`` (B, T) and ``index`` (B,), the numbers of the windows.
+    """
+    sliced, block, depths = module.sliced, module.block_index, module.stage.depths
+    if block is None:
+        ids = batch["input_ids"].to(module.device)
+        model, decoder = sliced.source.model, list(sliced.decoder)
+        run = ModelBatch(model, decoder, sliced.all_inputs(), ids, depths, module.recompute_blocks)
+        return module.model_objective, run
+    assert module.hidden is not None
+    calibrated = sliced.block_at(block)
+    return module.objective, BlockBatch(calibrated, block, sliced.caller, module.hidden, batch["index"], depths)
+
+
+def keep_gradients(module: ElasticCalibration) -> None:
+    """Drops the gradients of what the current stage does not train, and averages those that DDP does not.
+
+    Blocks that fell back to codes without training train nothing but their routers any more.
+    """
+    given_up = [module.sliced.block_at(index) for index in module.record.given_up]
+    for block in module.blocks_in_training():
+        for kind in KINDS:
+            idle = not module.stage.trains(kind) or (block in given_up and kind != "routers")
+            for parameter in block.parameters_of(kind):
+                if idle:
+                    parameter.grad = None
+                elif kind == "codes" and module.trainer.world_size > 1 and parameter.grad is not None:
+                    parameter.grad = module.trainer.strategy.reduce(parameter.grad, reduce_op="mean")
+
+
+@torch.no_grad()
+def keep_bounds(module: ElasticCalibration) -> None:
+    """Moves what the current stage trains back within its bounds."""
+    if "clipping" in module.stage.bounds:
+        for linear in _linears_in_training(module):
+            linear.scheme.bound_clipping()
+    if "rounding" in module.stage.bounds:
+        for scheme, weight in _codes_in_training(module):
+            scheme.bound_rounding(weight)
+
+
+def _linears_in_training(module: ElasticCalibration) -> Iterator[SlicedLinear]:
+    for block in module.blocks_in_training():
+        yield from block.sliced_linears()
+
+
+def _codes_in_training(module: ElasticCalibration) -> Iterator[tuple[TrainableCodes, Tensor]]:
+    """The schemes in training whose codes can be trained, each with its weight (O, I) on the device."""
+    for linear in _linears_in_training(module):
+        if isinstance(linear.scheme, TrainableCodes):
+            yield linear.scheme, linear.sliced_weight().to(module.device)
+
+
+def _forget_averages(module: ElasticCalibration, scheme: TrainableCodes) -> None:
+    """Drops what the optimizer keeps of the codes of a scheme."""
+    for parameter in scheme.code_parameters():
+        module.trainer.optimizers[0].state.pop(parameter, None)

@@ -6,13 +6,12 @@ import sys
 import textwrap
 from collections.abc import Sequence
 
-from mobiq_lightning.commands import COMMANDS
+from mobiq_lightning.commands import COMMANDS, WIDTH
 from mobiq_lightning.console import program
 from mobiq_lightning.errors import RecipeError, nearest
 from mobiq_lightning.jobs import exit_code
 from mobiq_lightning.version import __version__
 
-_WIDTH = 110
 _HELP = """\
 usage: {program} COMMAND [arguments]
 
@@ -52,7 +51,7 @@ def help_text() -> str:
     lines = []
     for command in COMMANDS.values():
         lines.append(f"  {command.name} {command.usage}")
-        lines.append(textwrap.fill(command.summary(), _WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6))
+        lines.append(textwrap.fill(command.summary(), WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6))
     return _HELP.format(program=program(), commands="\n".join(lines))
 
 

@@ -6,7 +6,7 @@ import textwrap
 from argparse import Namespace
 from pathlib import Path
 
-from mobiq_lightning.commands.command import Command, Parser
+from mobiq_lightning.commands.command import WIDTH, Command, Parser
 from mobiq_lightning.console import MODULE, program
 from mobiq_lightning.errors import RecipeError, nearest
 
@@ -45,11 +45,13 @@ class Recipes(Command):
             raise RecipeError(f"recipes ls: takes no name; `recipes cp {given.recipe}` copies that recipe")
         from mobiq_lightning.jobs import shipped_recipes
 
-        for name, path in shipped_recipes().items():
-            print(textwrap.fill(f"{name:22} {purpose(path)}", 110, subsequent_indent=" " * 23))
-        print(
-            f"\n`{program()} recipes cp NAME` copies one; without that it runs by its name, as in `{program()} fit tiny`."
-        )
+        indent = " " * 23
+        lines = [
+            textwrap.fill(f"{name:22} {purpose(path)}", WIDTH, subsequent_indent=indent)
+            for name, path in shipped_recipes().items()
+        ]
+        lines += ["", f"`{program()} recipes cp NAME` copies one; `{program()} fit tiny` runs one by its name."]
+        print("\n".join(lines))  # at once, so that `| head` does not end in a broken pipe
 
 
 def copy(name: str, target: Path) -> Path:

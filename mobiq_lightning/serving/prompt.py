@@ -20,7 +20,16 @@ def continue_prompt(
     seed: int,
     max_bits: int | None = None,
 ) -> tuple[str, BitsUsed]:
-    """Continues a prompt; see `mobiq_lightning.commands.generate`.
+    """Continues a prompt with an elastic checkpoint.
+
+    Args:
+        run: Run folder, elastic checkpoint or hub id.
+        prompt: Text to continue.
+        bits: Average bits per weight to run at.
+        max_new_tokens: Tokens to add at most.
+        temperature: 0 takes the likeliest token; above, tokens are sampled at this temperature.
+        seed: Seed of the sampling.
+        max_bits: Load only the planes up to this depth; by default all.
 
     Returns:
         The prompt with its continuation; the bits used, over all tokens that the model read.

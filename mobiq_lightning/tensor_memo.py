@@ -23,10 +23,10 @@ class _Entry(NamedTuple):
 class TensorMemo(Generic[T]):
     """Keeps the last value that was made of a tensor, for whoever asks with the same tensor again.
 
-    The same tensor is the same object whose data was neither changed in place (its version counter stands where it stood)
-    nor exchanged (its address and its device are what they were). The tensor is referred to weakly, and the value is given
-    up with it, so that neither outlives its use. A value whose autograd graph has saved the tensor is the exception: it
-    holds the tensor, and is given up at the next tensor or at `forget`.
+    The same tensor is the same object whose data was neither changed in place (its version counter stands where it
+    stood) nor exchanged (its address and its device are what they were). The tensor is referred to weakly, and the
+    value is given up with it, so that neither outlives its use. A value whose autograd graph has saved the tensor is
+    the exception: it holds the tensor, and is given up at the next tensor or at `forget`.
 
     Tensors made in inference mode do not count their changes. They are the same by identity and address, which suits
     activations, unless the memo is told to keep nothing of them.
@@ -43,7 +43,7 @@ class TensorMemo(Generic[T]):
         self._entry: _Entry | None = None
 
     def get(self, tensor: Tensor, make: Callable[[], T]) -> T:
-        """The value of a tensor, which `make` gives if none is kept; `make` runs once as long as the tensor stays the same."""
+        """The value of a tensor, which `make` gives unless it is kept from the last call and the tensor is the same."""
         if torch.compiler.is_compiling():
             return make()
         state, entry = _state_of(tensor), self._entry
@@ -70,7 +70,7 @@ class TensorMemo(Generic[T]):
         return value
 
     def forget(self) -> None:
-        """Gives up what is kept: needed whenever the value would become another one though the tensor stays the same."""
+        """Gives up what is kept. Call it when something else than the tensor, on which the value depends, changes."""
         self._entry = None
 
     def _keep(self, tensor: Tensor, state: tuple[int | None, int | None, torch.device], value: T) -> None:
@@ -92,7 +92,7 @@ class TensorMemo(Generic[T]):
 
 
 def _state_of(tensor: Tensor) -> tuple[int | None, int | None, torch.device]:
-    """What changes with the data of a tensor: version (None if it does not count), address (None if it has none), device."""
+    """What changes with the data: version (None if it is not counted), address (None if there is none) and device."""
     version = None if tensor.is_inference() else tensor._version
     try:
         address = tensor.data_ptr()

@@ -12,9 +12,10 @@ T = TypeVar("T")
 class Borrowed(Generic[T]):
     """A module, or a collection of modules, that belongs elsewhere.
 
-    `torch.nn.Module` registers every module that is assigned to one of its attributes: it moves, saves and lists it as its
-    own. What is wrapped in this class stays its owner's: ``self._routed = Borrowed(routed)`` and ``self._routed.value``.
-    Copies and pickles of the borrower refer to copies of what it borrows, the owner's copy if both are copied together.
+    `torch.nn.Module` registers every module that is assigned to one of its attributes: it moves, saves and lists it as
+    its own. What is wrapped in this class stays its owner's: ``self._routed = Borrowed(routed)``, then
+    ``self._routed.value``. Copies and pickles of the borrower refer to copies of what it borrows: to those of the owner if
+    both are copied together.
 
     Args:
         value: What is borrowed.

@@ -1,7 +1,8 @@
 """Within a `with` statement, routed inputs are read in another way, or are observed; afterwards as before.
 
-`read_as` changes how tokens are read, `observed_by` adds observers; the other functions are these two in common cases. Of
-nested statements for the same input the innermost decides alone how tokens are read, and all of them observe.
+`read_as` changes how tokens are read, `observed_by` adds observers, `transformed_by` exchanges what linears read instead
+of the tokens; the other functions are the first two in common cases. Of nested statements for the same input the
+innermost decides alone how tokens are read, and all of them observe.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def common_threshold(
     """Within it, all inputs share one threshold (scalar), with the gradient that it has.
 
     Args:
-        inputs: Of the model.
+        inputs: Routed inputs of a model.
         threshold: In the space of bounded scores where routers are trained, else of scores.
         opened: For each input, which gates (B, T, S - 1) are open, if that is decided already.
     """

@@ -39,7 +39,7 @@ class ElasticLinear(nn.Module):
         group_size: Columns per group.
         bias: Whether the layer adds a bias.
         max_bits: The depth up to which planes are held; by default all that `slice_bits` add up to.
-        dtype: Of the bias term.
+        dtype: dtype of the bias term.
         code: How codes become weights, one of `CODES`.
     """
 

@@ -1,7 +1,8 @@
 """How deep the tokens of an input are read: one value, of one of three kinds.
 
-`FullPrecision` reads the weights that were never sliced, `FixedSlices` the same slices for every token, `Routed` lets the
-scores of a router decide token by token. A `Routed` reading says whose scores these are and which threshold they must pass.
+`FullPrecision` reads the weights that were never sliced, `FixedSlices` the same slices for every token, `Routed` lets
+the scores of a router decide token by token. A `Routed` reading says whose scores these are and which threshold they
+must pass.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ class CommonThreshold:
 
     Args:
         threshold: Scalar; in the space of bounded scores (`Router.bounded`) where routers are trained, else of scores.
-        opened: (B, T, S - 1) bool, which gates are open, if that is decided already; then the threshold gives gradients
-            alone.
+        opened: (B, T, S - 1) bool, which gates are open, if that is decided already; the threshold then decides
+            gradients alone.
     """
 
     threshold: Tensor
@@ -69,7 +70,8 @@ class Routed:
 
     Args:
         rule: Which threshold.
-        router: Whose scores; None for the router of the input itself. Another one is not registered as a part of the model.
+        router: Whose scores; None for the router of the input itself. Another one is not registered as a part of the
+            model.
     """
 
     rule: Rule = OwnThreshold()

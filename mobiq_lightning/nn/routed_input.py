@@ -69,8 +69,8 @@ class ReadState:
 class RoutedInput(nn.Module):
     """One distinct input of a block: its router, and how deep its tokens are read at present.
 
-    How deep is said by `reading`; `observers` are told what a routed reading decides. Both are set by the context managers
-    of `contexts`, which also `forget` what was decided before.
+    `reading` says how deep; `observers` are told what a routed reading decides. Both are set by context managers such
+    as `fixed_depth` and `record_gates`, which also `forget` what was decided before.
 
     Args:
         router: Scores the tokens of this input; built for all of `slice_bits`.
@@ -134,14 +134,17 @@ class RoutedInput(nn.Module):
         return self._gates.get(x, lambda: self._decide(x))
 
     def read(self, x: Tensor) -> Tensor:
-        """What linears multiply instead of tokens (..., I): transformed, once for all that are given the same tensor."""
+        """What linears multiply instead of tokens (..., I).
+
+        They are transformed once for all linears that are given the same tensor.
+        """
         transform = self.transform
         return x if transform is None else self._transformed.get(x, lambda: transform.to_input(x))
 
     def gated(self, x: Tensor) -> Tensor:
         """What is read of tokens (..., I) beside itself once per slice, closed slices as zeros: (..., S * I).
 
-        One product of this with the slices beside each other is the sum over slices, and serves all linears of the input.
+        One product of this with the slices beside each other is the sum over slices. All linears of the input share it.
         """
         gates = self.gates(x).to(x.dtype)
         return self._gated.get(x, lambda: (gates.unsqueeze(-1) * self.read(x).unsqueeze(-2)).flatten(-2))

@@ -82,15 +82,17 @@ class KernelInput:
             )
         y = self._product.get(x, lambda: self._product_of_all(x))
         self._waiting -= 1
-        if not self._waiting:  # each linear has asked once; one that is called twice with one tensor multiplies anew
+        if not self._waiting:  # every linear has asked; if one of them is called twice, all are multiplied once more
             self._product.forget()
         start = self.weights.row_starts[index]
         mine: Tensor = y[:, start : start + linear.out_features].unflatten(0, x.shape[:-1])
         return mine
 
     def routes(self, x: Tensor) -> bool:
-        """Whether the depths of these tokens (..., I) can be decided in the launch that prepares them: few tokens, a router
-        that the kernels know, at its own threshold, and nobody who observes what it decides.
+        """Whether the launch that prepares these tokens (..., I) can decide their depths too.
+
+        It can if tokens are few, their router is one that the kernels know, they are read to its own threshold, and
+        nobody observes what it decides.
         """
         tokens = x.numel() // x.shape[-1]
         return (
@@ -184,8 +186,8 @@ class KernelInput:
 
 def fusable_router(router: Router) -> TwoLayerWeights | None:
     """The weights of a router that the kernels can run: one that says so, and whose scores and gates are nobody else's."""
-    # `two_layers` describes the scores of the class that defines it; a subclass with other scores inherits a description that
-    # is not true of it.
+    # `two_layers` describes the scores of the class that defines it. A subclass that overrides the scores alone inherits
+    # a description that is not true of it.
     owner: Any = next(cls for cls in type(router).__mro__ if "two_layers" in vars(cls))
     layers = router.two_layers()
     if layers is None or type(router).scores is not owner.scores or type(router).gates is not Router.gates:
@@ -198,7 +200,7 @@ def attach_kernels(model: nn.Module, dtype: torch.dtype) -> str | None:
 
     Args:
         model: On its device.
-        dtype: That it computes in.
+        dtype: dtype that the model computes in.
 
     Returns:
         Why it cannot be done, in which case nothing was changed; None if it was.

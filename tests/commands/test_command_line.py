@@ -115,15 +115,15 @@ def test_numbers_are_separated_by_commas() -> None:
 
 def test_keys_of_the_recipe_are_told_apart_from_options_of_the_command() -> None:
     command = COMMANDS["outliers"]
-    keys = ["--config", "a.yaml", "--model.slices_lr", "-1", "--data.source=x"]
+    keys = ["--config", "a.yaml", "--model.rates.ranges", "-1", "--data.source=x"]
     given = command.parse(command.parser(), [*keys[:3], "-1", "--bits", "2,4", keys[4], "--share=0.2", "--overwrite"])
     assert given.keys == keys
     assert (given.bits, given.share, given.overwrite) == ("2,4", 0.2, True)
     grid = COMMANDS["compare"]
-    given = grid.parse(grid.parser(), ["budgets", "--seeds", "0,1", "--model.slices_lr", "0.5", "--workers=auto"])
+    given = grid.parse(grid.parser(), ["budgets", "--seeds", "0,1", "--model.rates.ranges", "0.5", "--workers=auto"])
     assert (given.config, given.keys, given.seeds, given.workers) == (
         "budgets",
-        {"model.slices_lr": 0.5},
+        {"model.rates.ranges": 0.5},
         "0,1",
         "auto",
     )

@@ -28,11 +28,11 @@ def tensors_of(run: Path) -> dict[str, torch.Tensor]:
     return {k: v for path in sorted((run / "elastic").glob("*.safetensors")) for k, v in load_file(path).items()}
 
 
-def test_the_router_that_contributing_shows_is_used_from_a_recipe_by_its_path(
+def test_the_router_that_the_guide_shows_is_used_from_a_recipe_by_its_path(
     recipe_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    guide = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
-    example = guide.split("## A new router in one file")[1].split("```python\n")[1].split("```")[0]
+    guide = (Path(__file__).parents[2] / "docs" / "developer" / "add-a-router.md").read_text()
+    example = guide.split("```python\n")[1].split("```")[0]
     assert example.startswith("# my_routers.py")
     package = tmp_path / "plugins"
     package.mkdir()

@@ -1,4 +1,4 @@
-"""Linears of one input on the kernels: whoever reads them in another way, or observes, gets what the reference gives."""
+"""Linears of one input on the kernels: whoever reads them differently, or observes, gets what the reference gives."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class FixedCodeSlices(GroupedSlices, ABC):
         return self._found.get(weight, lambda: self._find_all(weight))
 
     def forget(self) -> None:
-        """See `SliceScheme.forget`."""
+        """Gives up the codes that were found, which the next call finds again; called when a block is done."""
         self._found.forget()
 
     def _find_all(self, weight: Tensor) -> tuple[Tensor, ...]:

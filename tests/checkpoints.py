@@ -33,6 +33,11 @@ def logits(model: Any, bits: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
         return model(ids).logits  # type: ignore[no-any-return]
 
 
+def logits_of(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids).logits  # type: ignore[no-any-return]
+
+
 def generate(model: Any, ids: torch.Tensor = IDS, **settings: Any) -> torch.Tensor:
     settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "do_sample": False, **settings}
     return model.generate(ids, pad_token_id=0, **settings)  # type: ignore[no-any-return]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pydoc_data.topics
 import shutil
@@ -16,6 +17,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest
 import torch
+from filelock import FileLock
+
+from tests import markers
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_SILENT"] = "true"
@@ -26,6 +30,16 @@ if not torch.cuda.is_available():
     )
 
 TOPICS: dict[str, str] = pydoc_data.topics.topics
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    tests = [item for item in items if isinstance(item, pytest.Function)]
+    for test in tests:
+        markers.mark(test)
+    config.stash[markers.COLLECTED] = tests
+    if "PYTEST_XDIST_WORKER" in os.environ and len(tests) == len(items):
+        items[:] = markers.costly_files_first(tests)
 
 
 @pytest.fixture(scope="session")
@@ -141,10 +155,16 @@ def finished(make_model: Callable[..., Path], text_file: Path, tmp_path_factory:
     """A finished run and the command line that made it. Not to be changed by tests."""
     from mobiq_lightning.cli import main
 
-    folder = tmp_path_factory.mktemp("finished")
-    arguments = small_recipe(make_model(), text_file, folder)
-    assert main(["fit", *arguments]) == 0
-    return folder / "run", arguments
+    # Of all processes that run tests the first one calibrates, and the others wait for it.
+    of_process = tmp_path_factory.getbasetemp()
+    folder = (of_process.parent if "PYTEST_XDIST_WORKER" in os.environ else of_process) / "finished"
+    stored = folder / "arguments.json"
+    with FileLock(f"{folder}.lock"):
+        if not stored.exists():
+            arguments = small_recipe(make_model(), text_file, folder)
+            assert main(["fit", *arguments]) == 0
+            stored.write_text(json.dumps(arguments), encoding="utf-8")
+    return folder / "run", json.loads(stored.read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -57,13 +58,16 @@ def room(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imports_of(path: Path) -> Iterator[tuple[str, tuple[str, ...]]]:
+@cache
+def imports_of(path: Path) -> list[tuple[str, tuple[str, ...]]]:
     """Modules that a file imports anywhere, each with the names taken from it."""
+    found: list[tuple[str, tuple[str, ...]]] = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from ((alias.name, ()) for alias in node.names)
+            found += [(alias.name, ()) for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module, tuple(alias.name for alias in node.names)
+            found.append((node.module, tuple(alias.name for alias in node.names)))
+    return found
 
 
 def own_imports(path: Path) -> Iterator[tuple[str, str, tuple[str, ...]]]:
@@ -75,6 +79,7 @@ def own_imports(path: Path) -> Iterator[tuple[str, str, tuple[str, ...]]]:
             yield from ((found, module, names) for found in rooms)
 
 
+@cache
 def exports_of(folder: Path) -> dict[str, str]:
     """Names that the face of a package exports, each with the module that it comes from."""
     tree = ast.parse((folder / "__init__.pyi").read_text(encoding="utf-8"))
@@ -144,6 +149,17 @@ def test_other_rooms_import_what_a_face_exports() -> None:
     assert wrong == []
 
 
+def test_tests_import_from_a_face_what_it_exports() -> None:
+    wrong = []
+    for path in Path(__file__).parent.rglob("*.py"):
+        for target, module, names in own_imports(path):
+            folder = PACKAGE / target
+            if module != f"{NAME}.{target}" and (folder / "__init__.pyi").is_file():
+                exported = set(names) & set(exports_of(folder))
+                wrong += [f"{path.name} imports {', '.join(exported)} from {module}"] if exported else []
+    assert wrong == []
+
+
 FACES = sorted(path.parent for path in PACKAGE.rglob("__init__.pyi") if path.parent != PACKAGE)
 
 
@@ -207,15 +223,14 @@ def test_the_package_imports_without_gpu_and_triton() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_serving_a_checkpoint_needs_no_training_framework() -> None:
+def test_a_policy_of_a_curve_chooses_bits_without_torch() -> None:
+    # One of a checkpoint loads it: torch knows the name of the GPU, which tells whether stored speeds are of this machine.
     loaded = loaded_by(
-        "from mobiq_lightning import BitsPolicy, load, verify; from mobiq_lightning.serving import continue_prompt"
+        "from mobiq_lightning import BitsPolicy; from mobiq_lightning.serving.policy import CurvePoint;"
+        "policy = BitsPolicy([CurvePoint(2, 40.0, 200.0), CurvePoint(4, 25.0, 100.0)]);"
+        "assert [policy.bits_for_queue(0), policy.bits_for_queue(99), policy.bits_for_speed(150)] == [4, 2, 2]"
     )
-    assert not {"lightning", "datasets", "wandb", "matplotlib", "torchmetrics", "jsonargparse"} & loaded
-
-
-def test_a_policy_needs_no_torch() -> None:
-    assert not {"torch", "transformers", "lightning"} & loaded_by("from mobiq_lightning import BitsPolicy")
+    assert not {"torch", "transformers", "lightning"} & loaded
 
 
 def test_results_are_read_without_torch() -> None:

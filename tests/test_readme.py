@@ -97,3 +97,9 @@ def test_readme_runs_from_top_to_bottom(fresh_folder: Path, capsys: pytest.Captu
     block = next(text for language, text in blocks_of(ROOT / "docs" / "checkpoint.md") if language == "python")
     exec(compile(block, "docs/checkpoint.md", "exec"), {})
     assert "[2.0, 4.0, 8.0]" in capsys.readouterr().out
+    # The page of the functions; the recipe of the small run stands for the shipped one that it names.
+    block = next(text for language, text in blocks_of(ROOT / "docs" / "python.md") if language == "python")
+    assert block.count('"tiny"') == 1
+    exec(compile(block.replace('"tiny"', '"runs/tiny/config.yaml"'), "docs/python.md", "exec"), {})
+    recipe = yaml.safe_load((fresh_folder / "runs" / "linear" / "config.yaml").read_text(encoding="utf-8"))
+    assert recipe["model"]["router"]["class_path"].endswith("LinearRouter")

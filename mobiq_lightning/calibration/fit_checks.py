@@ -10,7 +10,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStr
 from mobiq_lightning.calibration.schedule import Stage, stage_problems
 from mobiq_lightning.errors import RecipeError
 from mobiq_lightning.nn import RouterFactory, SliceFactory
-from mobiq_lightning.strategies import LearnedLayerRouter
+from mobiq_lightning.strategies import TrainableCodes
 from mobiq_lightning.strategies.base import BudgetSchedule, Objective
 from mobiq_lightning.strategies.transform_base import Transform
 
@@ -47,7 +47,7 @@ def check_plugins(
     problems = list(_transform_problems(transform))
     if epochs_per_block < 1:
         problems.append(f"model.epochs_per_block ({epochs_per_block}) must be at least 1")
-    problems += stage_problems(stages, depths, scheme.learns_weights)
+    problems += stage_problems(stages, depths, isinstance(scheme, TrainableCodes))
     for key, objective in zip(("objective", "model_objective"), objectives, strict=True):
         missing = [depth for depth in objective.depths if depth not in depths]
         if missing:
@@ -58,9 +58,9 @@ def check_plugins(
                 f"model.stages[{number}]: trains no depth; give one, or depth_weights in model.model_objective"
             )
     end_to_end = any(stage.scope == "model" and stage.trains("routers") for stage in stages)
-    if isinstance(built, LearnedLayerRouter) and not end_to_end:
+    if built.needs_model_stage and not end_to_end:
         problems.append(
-            "model.stages: LearnedLayerRouter learns end to end, and no stage with scope model trains routers; add one"
+            f"model.stages: {type(built).__name__} learns end to end, and no stage with scope model trains routers; add one"
         )
     if any(stage.trains("codes") for stage in stages) and any(stage.trains("transforms") for stage in stages):
         problems.append(

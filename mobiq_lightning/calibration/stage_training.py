@@ -12,6 +12,7 @@ from mobiq_lightning.calibration.block_batch import BlockBatch
 from mobiq_lightning.calibration.model_batch import ModelBatch
 from mobiq_lightning.calibration.rates import KINDS
 from mobiq_lightning.nn import SlicedLinear
+from mobiq_lightning.strategies import TrainableCodes
 from mobiq_lightning.strategies.base import BlockRun, Objective
 
 if TYPE_CHECKING:
@@ -24,9 +25,9 @@ def begin_stage(module: ElasticCalibration) -> None:
     stage = module.stage
     if not stage.trains("codes") or stage.depth is None:
         return
-    for linear in _linears_in_training(module):
-        if linear.scheme.start_slice(linear.sliced_weight().to(module.device), stage.depth):
-            _forget_averages(module, linear)  # they were another slice's
+    for scheme, weight in _codes_in_training(module):
+        if scheme.start_slice(weight, stage.depth):
+            _forget_averages(module, scheme)  # they were another slice's
 
 
 @torch.no_grad()
@@ -35,9 +36,9 @@ def end_stage(module: ElasticCalibration) -> None:
     if module.current_epoch != module.segment.epochs.stop - 1 or not module.stage.trains("codes"):
         return
     if not module.schedule.trains_codes_after(module.segment):
-        for linear in _linears_in_training(module):
-            linear.scheme.freeze(linear.sliced_weight().to(module.device))
-            _forget_averages(module, linear)
+        for scheme, weight in _codes_in_training(module):
+            scheme.freeze(weight)
+            _forget_averages(module, scheme)
 
 
 def objective_on(module: ElasticCalibration, batch: dict[str, Tensor]) -> tuple[Objective, BlockRun]:
@@ -77,11 +78,12 @@ def keep_gradients(module: ElasticCalibration) -> None:
 @torch.no_grad()
 def keep_bounds(module: ElasticCalibration) -> None:
     """Moves what the current stage trains back within its bounds."""
-    for linear in _linears_in_training(module):
-        if "clipping" in module.stage.bounds:
+    if "clipping" in module.stage.bounds:
+        for linear in _linears_in_training(module):
             linear.scheme.bound_clipping()
-        if "rounding" in module.stage.bounds:
-            linear.scheme.bound_rounding(linear.sliced_weight().to(module.device))
+    if "rounding" in module.stage.bounds:
+        for scheme, weight in _codes_in_training(module):
+            scheme.bound_rounding(weight)
 
 
 def _linears_in_training(module: ElasticCalibration) -> Iterator[SlicedLinear]:
@@ -89,7 +91,14 @@ def _linears_in_training(module: ElasticCalibration) -> Iterator[SlicedLinear]:
         yield from block.sliced_linears()
 
 
-def _forget_averages(module: ElasticCalibration, linear: SlicedLinear) -> None:
-    """Drops what the optimizer keeps of the codes of a linear."""
-    for parameter in linear.scheme.weight_parameters():
+def _codes_in_training(module: ElasticCalibration) -> Iterator[tuple[TrainableCodes, Tensor]]:
+    """The schemes in training whose codes can be trained, each with its weight (O, I) on the device."""
+    for linear in _linears_in_training(module):
+        if isinstance(linear.scheme, TrainableCodes):
+            yield linear.scheme, linear.sliced_weight().to(module.device)
+
+
+def _forget_averages(module: ElasticCalibration, scheme: TrainableCodes) -> None:
+    """Drops what the optimizer keeps of the codes of a scheme."""
+    for parameter in scheme.code_parameters():
         module.trainer.optimizers[0].state.pop(parameter, None)

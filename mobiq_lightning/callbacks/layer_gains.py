@@ -25,6 +25,7 @@ from mobiq_lightning.evaluation import (
 )
 from mobiq_lightning.files import write_json
 from mobiq_lightning.runs import LAYER_GAINS, UNIT, GainMethod, GainsSummary, LayerGainRow, LayerGainsFile, MethodGains
+from mobiq_lightning.strategies import ObservesGains
 
 
 class LayerGains(CalibrationCallback):
@@ -65,7 +66,7 @@ class LayerGains(CalibrationCallback):
                 f"LayerGains: reference_bits ({self.reference_bits}) is no prefix of the slices; give one of "
                 f"{list(routed.depths)}"
             )
-        if routed.router.gains_from is not None and not self.windows:
+        if isinstance(routed.router, ObservesGains) and not self.windows:
             raise RecipeError(
                 f"LayerGains: windows is 0, but {type(routed.router).__name__} scores layers by what is measured on them"
             )
@@ -81,7 +82,9 @@ class LayerGains(CalibrationCallback):
         Raises:
             ModelError: If the router needs what cannot be measured, since the whole model does not fit on the device.
         """
-        inputs, asked = module.sliced.all_inputs(), module.sliced.all_inputs()[0].router.gains_from
+        inputs = module.sliced.all_inputs()
+        first = inputs[0].router
+        asked = first.gains_from if isinstance(first, ObservesGains) else None
         methods = list(dict.fromkeys([*self.methods, *([asked] if asked else [])]))
         path = module.run_folder / LAYER_GAINS
         if module.trainer.is_global_zero:
@@ -110,6 +113,7 @@ class LayerGains(CalibrationCallback):
             found["probes"] = tokens.double().mean(-1)
         if asked:
             for routed, gains in zip(inputs, found[asked], strict=True):
+                assert isinstance(routed.router, ObservesGains)
                 routed.router.observe_gains(gains, routed.slice_bits, routed.n_weights)
         self._write(module, found, input_ids, time.monotonic() - started, tokens, views)
 

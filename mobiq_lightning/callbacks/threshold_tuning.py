@@ -15,6 +15,7 @@ from mobiq_lightning.callbacks.guards import guards_of
 from mobiq_lightning.nn import meet_budget
 from mobiq_lightning.packing import depths_of
 from mobiq_lightning.runtime import Dial
+from mobiq_lightning.strategies import ThresholdTask
 from mobiq_lightning.strategies.base import Router
 from mobiq_lightning.strategies.thresholds import Scope, falling
 
@@ -102,7 +103,9 @@ def _tables_for(
     tables = []
     for k, highest in enumerate(depths_of(slice_bits)):
         asked = [min(bits, highest) for bits in budgets]
-        tables.append(kind.thresholds_for([s[:, :k] for s in scores], sizes, slice_bits[: k + 1], asked, scope))
+        tables.append(
+            kind.thresholds_for(ThresholdTask([s[:, :k] for s in scores], sizes, slice_bits[: k + 1], asked, scope))
+        )
     return torch.stack(tables, dim=1)
 
 

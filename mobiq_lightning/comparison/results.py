@@ -34,7 +34,7 @@ def publish(
     table = long_table(points)
     finished = [s for s in grid.strategies if any(row.strategy == s for row in rows)]
     sentences = verdicts(points, finished, grid.bits, len(grid.seeds)) + storage_verdict(rows, finished)
-    sentences += _not_deployable(folder, cells) + _noticed(folder, cells)
+    sentences += _not_deployable(folder, cells) + noticed_by_guards(folder, cells)
     sentences += [f"{cell.name} failed: {failures[cell.slug]}" for cell in cells if cell.slug in failures]
     first = folder.measured(next(cell for cell in cells if folder.finished(cell)))
     found = ReportInput(
@@ -114,7 +114,7 @@ def _not_deployable(folder: ComparisonFolder, cells: Sequence[Cell]) -> list[str
     ]
 
 
-def _noticed(folder: ComparisonFolder, cells: Sequence[Cell]) -> list[str]:
+def noticed_by_guards(folder: ComparisonFolder, cells: Sequence[Cell]) -> list[str]:
     """A sentence for each finished cell in which guards of the calibration noticed something."""
     said = []
     for cell in (cell for cell in cells if folder.finished(cell)):

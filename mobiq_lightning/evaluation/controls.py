@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mobiq_lightning.nn import RoutedInput
 from mobiq_lightning.runs import Control
-from mobiq_lightning.strategies import RandomRouter, StaticRouter
+from mobiq_lightning.strategies import RandomRouter, StaticRouter, ThresholdTask
 from mobiq_lightning.strategies.allocation import best_depths
 from mobiq_lightning.strategies.base import Router
 
@@ -36,13 +36,15 @@ def control_thresholds(
     """
     mean = sum(bits * size for bits, size in zip(spent, sizes, strict=True)) / sum(sizes)
     if control == "static":
-        return StaticRouter.thresholds_for([], sizes, slice_bits, [mean], seed=seed)[:, 0]
+        return StaticRouter.thresholds_for(ThresholdTask([], sizes, slice_bits, [mean]), seed)[:, 0]
     if control == "layers":
         assert gains is not None
         worth = torch.cat([gains.new_zeros(len(sizes), 1), gains.cumsum(1)], dim=1)
         return torch.tensor([0.5 - n_open for n_open in best_depths(worth, sizes, slice_bits, mean)])
     budgets = list(spent) if control == "shuffled" else [mean] * len(sizes)
-    return torch.stack([RandomRouter.thresholds_for([], [1], slice_bits, [bits])[0, 0] for bits in budgets])
+    return torch.stack(
+        [RandomRouter.thresholds_for(ThresholdTask([], [1], slice_bits, [bits]))[0, 0] for bits in budgets]
+    )
 
 
 def control_router(control: Control, routed: RoutedInput, seed: int, threshold: Tensor) -> Router:

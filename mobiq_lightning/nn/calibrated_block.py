@@ -12,6 +12,7 @@ from mobiq_lightning.nn.borrowed import Borrowed
 from mobiq_lightning.nn.routed_input import RoutedInput
 from mobiq_lightning.nn.shared_input import make_shared_input
 from mobiq_lightning.nn.sliced_linear import SlicedLinear
+from mobiq_lightning.strategies import ObservesWeights, TrainableCodes
 from mobiq_lightning.strategies.base import Router, SliceScheme
 from mobiq_lightning.strategies.transform_base import InputTransform, Transform
 
@@ -73,9 +74,9 @@ class CalibratedBlock(nn.Module):
 
     @torch.no_grad()
     def show_weights_to_routers(self) -> None:
-        """Lets routers that look at weights see them as the slices give them now; see `Router.observe_weights`."""
+        """Lets routers that look at weights see them as the slices give them now; see `ObservesWeights`."""
         for routed, readers in self.readers:
-            if type(routed.router).observe_weights is not Router.observe_weights:
+            if isinstance(routed.router, ObservesWeights):
                 weights = [linear.weight.float() for linear in readers]
                 prefixes = [linear.prefixes_on_input() for linear in readers]
                 routed.router.observe_weights(
@@ -96,12 +97,16 @@ class CalibratedBlock(nn.Module):
 
     def parameters_of(self, kind: Learned) -> list[nn.Parameter]:
         """The parameters of one kind: ranges or codes of the schemes, those of the transforms, or those of the routers."""
-        codes = [p for linear in self.sliced_linears() for p in linear.scheme.weight_parameters()]
+        codes = [p for linear in self.sliced_linears() for p in _codes_of(linear.scheme)]
         if kind == "codes":
             return codes
         modules = {"ranges": self.schemes.values(), "transforms": self.transforms(), "routers": self.routers()}[kind]
         known = {id(parameter) for parameter in codes}
         return [p for module in modules for p in module.parameters() if id(p) not in known]
+
+
+def _codes_of(scheme: SliceScheme) -> list[nn.Parameter]:
+    return scheme.code_parameters() if isinstance(scheme, TrainableCodes) else []
 
 
 def _key(name: str) -> str:

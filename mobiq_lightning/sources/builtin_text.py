@@ -41,7 +41,18 @@ def builtin_documents(split: Literal["train", "heldout"]) -> list[str]:
 
 @lru_cache(maxsize=1)
 def _splits() -> dict[str, tuple[str, ...]]:
-    library = Path(sysconfig.get_paths()["stdlib"])
+    return read_splits(Path(sysconfig.get_paths()["stdlib"]))
+
+
+def read_splits(library: Path) -> dict[str, tuple[str, ...]]:
+    """Documents of a folder of Python sources, by split; `builtin_documents` says what they are.
+
+    Args:
+        library: folder whose sources are read, at any depth; tests and installed packages within it are left out.
+
+    Raises:
+        DataError: If the sources hold less than 200,000 characters of documents.
+    """
     documents = sorted({text for text in _read(library) if len(text) >= _SHORTEST})
     if (found := sum(map(len, documents))) < _LEAST_CHARACTERS:
         raise DataError(

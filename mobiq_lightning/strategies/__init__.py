@@ -3,6 +3,7 @@
 A recipe names a class by `class_path`: ours by its short name, anybody's by its dotted path.
 """
 
+from mobiq_lightning.strategies.abilities import ObservesGains, ObservesWeights, TrainableCodes
 from mobiq_lightning.strategies.base import BlockRun, BudgetSchedule, Objective, Router, SliceScheme
 from mobiq_lightning.strategies.budgets import (
     ConstantBudget,
@@ -33,6 +34,7 @@ from mobiq_lightning.strategies.slices import (
     ProgressiveSlices,
     ResidualSlices,
 )
+from mobiq_lightning.strategies.thresholds import ThresholdTask
 from mobiq_lightning.strategies.transform_base import InputTransform, Transform
 from mobiq_lightning.strategies.transforms import HadamardRotation, LearnableEquivalentTransform, NoTransform
 
@@ -60,6 +62,8 @@ __all__ = [
     "NoTransform",
     "NormRouter",
     "Objective",
+    "ObservesGains",
+    "ObservesWeights",
     "OracleRouter",
     "ProbedLayerRouter",
     "ProgressiveSlices",
@@ -70,5 +74,7 @@ __all__ = [
     "SliceScheme",
     "StaticRouter",
     "StepBudget",
+    "ThresholdTask",
+    "TrainableCodes",
     "Transform",
 ]

@@ -1,6 +1,6 @@
 """What a strategy must be: the abstract bases of slice schemes, routers, budget schedules and objectives.
 
-The base of transforms is in `transform_base`.
+The base of transforms is in `transform_base`; what only some schemes and routers can do is in `abilities`.
 
 Letters in shapes: B sequences, T tokens, H hidden, S slices, O/I out/in features, G groups.
 """
@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mobiq_lightning.packing import PackedSlices, PackedWeight, depths_of
-from mobiq_lightning.runs import GainMethod
-from mobiq_lightning.strategies.thresholds import Scope, prefix_scores, threshold_for_budget
+from mobiq_lightning.strategies.thresholds import ThresholdTask, prefix_scores, threshold_for_budget
 
 DEFAULT_SLICE_BITS = (2, 1, 1, 2, 2)
 """Bits of each slice, coarsest first, where a recipe names none: depths of 2, 3, 4, 6 and 8 bits."""
@@ -33,9 +32,6 @@ class SliceScheme(nn.Module, ABC):
 
     code: ClassVar[str] = PackedSlices.code
     """The code of what `pack` gives; see `packing` and `codes`."""
-
-    learns_weights: ClassVar[bool] = False
-    """Whether its codes can be trained, slice by slice: whether it has `weight_parameters`."""
 
     def __init__(self, out_features: int, in_features: int, slice_bits: Sequence[int]) -> None:
         super().__init__()
@@ -92,31 +88,9 @@ class SliceScheme(nn.Module, ABC):
     def forget(self) -> None:
         """Gives up what is kept of the weight between calls, and can be made again; called when a block is done."""
 
-    def weight_parameters(self) -> list[nn.Parameter]:
-        """Parameters that decide the codes, of the size of the weight; all others are ranges."""
-        return []
-
     def resized_tensors(self) -> list[str]:
         """Names of its parameters and buffers whose sizes change while they are trained."""
         return []
-
-    def start_slice(self, weight: Tensor, n_bits: int) -> bool:
-        """Begins to train the codes of the slice that reaches `n_bits`; all coarser codes are frozen as they are.
-
-        Args:
-            weight: (O, I) the full-precision weight.
-            n_bits: A depth of the slices.
-
-        Returns:
-            Whether it begins now: False if the slice is in training already, or done, as after a resume.
-        """
-        raise NotImplementedError(f"{type(self).__name__} has no codes to train")
-
-    def freeze(self, weight: Tensor) -> None:
-        """Ends the training of codes: those of all slices stay as they are, and only ranges can still be learned."""
-
-    def bound_rounding(self, weight: Tensor) -> None:
-        """Moves codes in training that are further than the neighbours of the weight's own code back to those."""
 
     def bound_clipping(self) -> None:
         """Narrows ranges that are wider than the weights of their group."""
@@ -140,8 +114,8 @@ class Router(nn.Module, ABC):
     """Whether it costs less than the weights that it routes. One that does not is an upper bound for others, and every table
     says so."""
 
-    gains_from: ClassVar[GainMethod | None] = None
-    """What it must be shown of the calibrated model by `observe_gains`, if anything."""
+    needs_model_stage: ClassVar[bool] = False
+    """Whether it learns end to end only, so that a recipe must have a stage with `scope: model` that trains routers."""
 
     threshold: Tensor
     """Scalar, or (B, 1, 1) if every row of a batch has a budget of its own. Where the dial stands is no part of a
@@ -211,61 +185,26 @@ class Router(nn.Module, ABC):
     def reseed(self, key: int) -> None:
         """Makes what is random in this router a function of `key`. Routers without randomness ignore it."""
 
-    def observe_weights(self, weight: Tensor, prefixes: Tensor, slice_bits: Sequence[int]) -> None:
-        """Shows the router what its slices make of the weights, for routers that need no training, or more than that.
-
-        Called before every epoch of the input's block, and when the block is done. Whatever is kept of it belongs into
-        buffers, so that it is saved; it must be a function of the arguments, the seed and the place alone.
-
-        Args:
-            weight: (O, I) the full-precision weights of all linears that read the input, as they act on it.
-            prefixes: (S, O, I) the same read with 1, 2, ... S slices.
-            slice_bits: Bits of each slice.
-        """
-
-    def observe_gains(self, gains: Tensor, slice_bits: Sequence[int], n_weights: int) -> None:
-        """Shows a router with `gains_from` what the slices of its input gain the whole model.
-
-        Called once, when everything is calibrated and before thresholds are tuned. What is kept belongs into buffers.
-
-        Args:
-            gains: (S - 1,) nats per token that each slice after the first takes from the KL divergence to full precision.
-            slice_bits: Bits of all S slices.
-            n_weights: Weights that read the input.
-        """
-
     def place(self, position: int, count: int) -> None:
         """Tells the router that its input is number `position` of the `count` routed inputs of the model."""
 
     @classmethod
-    def thresholds_for(
-        cls,
-        scores: Sequence[Tensor],
-        sizes: Sequence[int],
-        slice_bits: tuple[int, ...],
-        budgets: Sequence[float],
-        scope: Scope = "layer",
-    ) -> Tensor:
+    def thresholds_for(cls, task: ThresholdTask) -> Tensor:
         """Thresholds of all inputs of a model at which their average depth meets each budget.
 
         A router that knows its thresholds without looking at scores overrides this.
 
         Args:
-            scores: For each input, (N, S - 1) scores of its calibration tokens, under the prefix rule.
-            sizes: For each input, the weights it feeds.
-            slice_bits: Bits of each slice.
-            budgets: Average bits per weight.
-            scope: ``layer``: each input meets the budget by itself (the paper's rule). ``global``: one threshold for
-                all of them, at which the average over weights meets it.
+            task: The scores of calibration tokens, the sizes of the inputs, and the budgets to meet.
 
         Returns:
-            (inputs, budgets) float32.
+            (inputs, budgets) float32 thresholds.
         """
-        if scope == "layer":
-            return torch.stack([threshold_for_budget(s, slice_bits, budgets) for s in scores])
-        weights = torch.cat([s.new_full((s.shape[0],), size) for s, size in zip(scores, sizes, strict=True)])
-        pooled = threshold_for_budget(torch.cat(list(scores)), slice_bits, budgets, weights)
-        return pooled.expand(len(scores), -1).clone()
+        if task.scope == "layer":
+            return torch.stack([threshold_for_budget(s, task.slice_bits, task.budgets) for s in task.scores])
+        weights = torch.cat([s.new_full((s.shape[0],), size) for s, size in zip(task.scores, task.sizes, strict=True)])
+        pooled = threshold_for_budget(torch.cat(list(task.scores)), task.slice_bits, task.budgets, weights)
+        return pooled.expand(len(task.scores), -1).clone()
 
 
 class BudgetSchedule(ABC):

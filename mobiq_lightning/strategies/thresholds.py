@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -10,6 +11,26 @@ from torch import Tensor
 
 Scope = Literal["layer", "global"]
 """Whether each input meets the budget by itself, or all inputs together under one threshold."""
+
+
+@dataclass(frozen=True)
+class ThresholdTask:
+    """What thresholds are wanted for: all routed inputs of a model, and the budgets that they are to meet.
+
+    Args:
+        scores: For each input, the scores (N, S - 1) of its N calibration tokens, under the prefix rule.
+        sizes: For each input, the number of weights that it feeds.
+        slice_bits: Bits of each of the S slices, coarsest first.
+        budgets: Average bits per weight to meet.
+        scope: ``layer``: each input meets the budget by itself (the rule of arXiv 2602.20191). ``global``: one threshold
+            for all of them, at which the average over weights meets it.
+    """
+
+    scores: Sequence[Tensor]
+    sizes: Sequence[int]
+    slice_bits: tuple[int, ...]
+    budgets: Sequence[float]
+    scope: Scope = "layer"
 
 
 def prefix_scores(scores: Tensor) -> Tensor:

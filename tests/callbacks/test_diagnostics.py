@@ -15,12 +15,11 @@ from mobiq_lightning.cli import main
 from mobiq_lightning.errors import RecipeError
 from mobiq_lightning.evaluation import BlockErrors, use_by_frequency, use_by_position
 from mobiq_lightning.evaluation.routing_use import RoutingUse
-from mobiq_lightning.nn import fixed_depth
+from mobiq_lightning.nn import fixed_depth, routed_inputs
 from mobiq_lightning.runs import ClassUse, RunFolder
 from mobiq_lightning.sources import load_source
 from mobiq_lightning.strategies.objectives.block_reconstruction import relative_error
-
-Run = tuple[Path, list[str]]
+from tests.conftest import Run
 
 
 def test_depths_are_counted_per_input_without_padding() -> None:
@@ -69,8 +68,6 @@ def test_a_blocks_error_is_that_of_the_block_alone_on_the_full_precision_input(f
         hidden = source(input_ids=ids, output_hidden_states=True).hidden_states
         positions = source.model.rotary_emb(hidden[1], torch.arange(12)[None])
         block = model.model.layers[0]  # the second block's input is the first one's output
-        from mobiq_lightning.nn import routed_inputs
-
         with fixed_depth(routed_inputs(block), 2):
             output = block(hidden[0], position_embeddings=positions)
     errors, tokens = metric.compute()

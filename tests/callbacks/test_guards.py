@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 from torch import Tensor
 
 from mobiq_lightning.calibration.guarding import CollapsedRouter, DepthShare, Measured, ProbeReading, WorseBlock
 from mobiq_lightning.callbacks import Guards
 from mobiq_lightning.cli import main
-from mobiq_lightning.comparison.results import _noticed
+from mobiq_lightning.comparison.results import noticed_by_guards
 from mobiq_lightning.errors import RecipeError
 from mobiq_lightning.runs import GuardEvent, sentence
 from mobiq_lightning.strategies import ResidualSlices, Router
+from tests.checkpoints import tensors_of
 from tests.conftest import Run
 
 RUIN = [
@@ -32,8 +32,11 @@ RUIN += ["--model.eval_bits=[2, 4]"]
 
 
 def codes_of(run: Path) -> dict[str, Tensor]:
-    tensors = {k: v for path in sorted((run / "elastic").glob("*.safetensors")) for k, v in load_file(path).items()}
-    return {k: v for k, v in tensors.items() if any(part in k for part in ("plane_", "slice_scale", "slice_bias"))}
+    return {
+        k: v
+        for k, v in tensors_of(run / "elastic").items()
+        if any(part in k for part in ("plane_", "slice_scale", "slice_bias"))
+    }
 
 
 def assert_same_codes(one: Path, other: Path) -> None:
@@ -175,7 +178,7 @@ class ExplodingSlices(ResidualSlices):
 def test_an_exploding_probe_is_noticed_at_the_first_block(
     recipe_arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], action: str
 ) -> None:
-    slices = "--model.slices={class_path: tests.test_guards.ExplodingSlices, init_args: {group_size: 16}}"
+    slices = f"--model.slices={{class_path: {__name__}.ExplodingSlices, init_args: {{group_size: 16}}}}"
     guard = guarded(worse_block="off", exploding_probe=action)
     code = main(["fit", *recipe_arguments, *RUIN, "--model.rates.ranges=0.02", slices, guard])
     error = capsys.readouterr().err
@@ -210,7 +213,7 @@ def test_a_collapsed_router_is_noticed_when_its_block_is_done(
     callbacks += (
         f', {{"class_path": "mobiq_lightning.callbacks.ThresholdTuning", "init_args": {{"rounds": {rounds}}}}}]'
     )
-    router = "--model.router=tests.test_guards.ConstantRouter"
+    router = f"--model.router={__name__}.ConstantRouter"
     code = main(["fit", *recipe_arguments, router, callbacks])
     error = capsys.readouterr().err
     assert code == (1 if action == "stop" else 0)
@@ -236,7 +239,7 @@ def test_a_comparison_says_in_which_runs_guards_noticed_something() -> None:
     cells: Any = [SimpleNamespace(name=name) for name in [*noticed, "unfinished"]]
     measured = {name: SimpleNamespace(guards=events) for name, events in noticed.items()}
     folder: Any = SimpleNamespace(finished=lambda c: c.name in measured, measured=lambda c: measured[c.name])
-    assert _noticed(folder, cells) == [
+    assert noticed_by_guards(folder, cells) == [
         "a-0: guards noticed 2 x worse_block (repair); its run folder's results.json says where."
     ]
 

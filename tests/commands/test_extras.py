@@ -90,6 +90,8 @@ def test_a_checkpoint_is_served_by_the_base_installation(finished: Run, tmp_path
         f"assert main(['inspect', {run!r}]) == 0; assert main(['verify', {run!r}]) == 0;"
         f"assert main(['export', {run!r}, '--to', 'four', '--max-bits', '4']) == 0;"
         "import mobiq_lightning; from mobiq_lightning.serving import measure_speed;"
+        f"policy = mobiq_lightning.BitsPolicy.from_checkpoint({run!r}, max_perplexity_ratio=100);"
+        "assert policy.bits_for_queue(3) == policy.bits;"
         "model = mobiq_lightning.load('four', bits=3.0);"
         "assert [row['bits'] for row in measure_speed(model, [2, 4], new_tokens=2, repeats=1)] == [2, 4]"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -11,6 +12,7 @@ import pytest
 import yaml
 
 from mobiq_lightning.cli import main
+from mobiq_lightning.comparison.check import check_cells
 from mobiq_lightning.comparison.grid import read_grid
 from mobiq_lightning.comparison.table import CellRow, at_bits, lead, long_table, points_of
 from mobiq_lightning.comparison.verdicts import storage_verdict, verdicts
@@ -52,10 +54,14 @@ class TestShippedGrids:
             assert max(cell.recipe["model"]["eval_bits"]) > max(grid.bits)
             assert cell.recipe["data"]["seed"] == cell.recipe["seed_everything"] == cell.seed
 
+    @pytest.mark.e2e  # a command line is parsed for each of them, which takes seconds
     def test_all_its_strategies_can_be_built(self, path: Path) -> None:
-        from mobiq_lightning.comparison.check import check_cells
-
-        check_cells(read_grid(str(path)).cells())
+        cells = read_grid(str(path)).cells()
+        broken = {**cells[0].recipe["model"], "budget": {"class_path": "ConstantBudget", "init_args": {"bits": "many"}}}
+        wrong = replace(cells[0], strategy="wrong", recipe={**cells[0].recipe, "model": broken})
+        with pytest.raises(RecipeError) as raised:
+            check_cells([*cells, wrong])
+        assert re.findall(r"^strategies\.(.*?):", str(raised.value), re.MULTILINE) == ["wrong"]
 
 
 def test_a_change_replaces_a_class_with_its_arguments_or_one_argument_alone(tmp_path: Path) -> None:

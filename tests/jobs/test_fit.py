@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 
 from mobiq_lightning.checkpoint import load
 from mobiq_lightning.cli import main
@@ -21,11 +20,8 @@ from mobiq_lightning.evaluation import RTN_BITS
 from mobiq_lightning.nn import SlicedLinear, fixed_depth, routed_inputs
 from mobiq_lightning.packing import unpack_codes
 from mobiq_lightning.runtime import Dial
+from tests.checkpoints import tensors_of
 from tests.conftest import Run
-
-
-def tensors_of(run: Path) -> dict[str, torch.Tensor]:
-    return {k: v for path in sorted((run / "elastic").glob("*.safetensors")) for k, v in load_file(path).items()}
 
 
 def test_the_router_that_the_guide_shows_is_used_from_a_recipe_by_its_path(
@@ -105,8 +101,12 @@ class TestResults:
     def test_all_in_bits_count_scales_and_routers(self, finished: Run) -> None:
         run, _ = finished
         rows = json.loads((run / "results.json").read_text())["rows"]
-        tensors = tensors_of(run)
-        n_weights = sum(v.shape[0] * {6: 44}.get(v.shape[1], 32) for k, v in tensors.items() if k.endswith("plane_0"))
+        tensors = tensors_of(run / "elastic")
+        columns = {
+            32 // 8: 32,
+            -(-44 // 8): 44,
+        }  # by the bytes of a plane's row: eight columns in each, the last padded
+        n_weights = sum(v.shape[0] * columns[v.shape[1]] for k, v in tensors.items() if k.endswith("plane_0"))
         scales = sum(v.numel() * 16 for k, v in tensors.items() if "slice_scale" in k or "slice_bias" in k)
         routers = sum(v.numel() * 32 for k, v in tensors.items() if ".router." in k and not k.endswith("threshold"))
         router = next(r for r in rows if r["allocation"] == "router" and r["target_bits"] == 8)
@@ -334,7 +334,7 @@ def test_models_of_the_family_calibrate_save_and_load(
     attention = loaded.model.layers[0].self_attn
     assert {value.dtype for value in attention.q_proj.input.state_dict().values()} == {torch.float32}
     assert attention.q_proj.slice_scale.dtype == torch.bfloat16
-    saved = tensors_of(tmp_path / "run")
+    saved = tensors_of(tmp_path / "run" / "elastic")
     assert all(torch.equal(saved[name], value) for name, value in loaded.state_dict().items() if name in saved)
     assert not list((tmp_path / "run").rglob("*.tmp"))
     assert not list((tmp_path / "run").rglob("hidden_states/*/*"))

@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from mobiq_lightning.cli import main
-from mobiq_lightning.strategies import ResidualSlices
-
-
-def tensors_of(run: Path) -> dict[str, torch.Tensor]:
-    return {k: v for path in sorted((run / "elastic").glob("*.safetensors")) for k, v in load_file(path).items()}
+from mobiq_lightning.strategies import ResidualSlices, Router
+from tests.checkpoints import tensors_of
+from tests.conftest import Run, small_recipe
 
 
 def assert_same(one: Path, other: Path) -> None:
-    first, second = tensors_of(one), tensors_of(other)
+    first, second = tensors_of(one / "elastic"), tensors_of(other / "elastic")
     assert first.keys() == second.keys()
     different = [name for name in first if not torch.equal(first[name], second[name])]
     assert different == []
@@ -73,12 +72,19 @@ def test_a_killed_run_goes_on_and_ends_bit_by_bit_as_if_it_had_not_been(
     assert rows[0] == rows[1]
 
 
+@pytest.fixture(scope="module")
+def whole(make_model: Callable[..., Path], text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A finished run of eight epochs and its arguments. Not to be changed by tests, which take copies."""
+    folder = tmp_path_factory.mktemp("whole")
+    arguments = arguments_for(small_recipe(make_model(), text_file, folder), folder / "run")
+    assert main(["fit", *arguments]) == 0
+    return folder / "run", arguments
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(
-    recipe_arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    whole: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = tmp_path / "run"
-    assert main(["fit", *arguments_for(recipe_arguments, run)]) == 0
-    before = tensors_of(run)
+    run = shutil.copytree(whole[0], tmp_path / "run")
     (run / "results.json").unlink()
     newest = max((run / "checkpoints").glob("epoch-*.ckpt"))
     data = bytearray(newest.read_bytes())
@@ -86,28 +92,19 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(
     newest.write_bytes(data)
     (run / "checkpoints" / "block-epoch-000007.ckpt").write_bytes(data)
     capsys.readouterr()
-    assert main(["fit", *arguments_for(recipe_arguments, run)]) == 0
+    assert main(["fit", *arguments_for(whole[1], run)]) == 0
     error = capsys.readouterr().err
     assert f"{newest.name} is damaged" in error
     assert "Resuming from epoch-000006.ckpt" in error
-    after = tensors_of(run)
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert_same(whole[0], run)
 
 
-def test_a_run_that_was_killed_after_the_last_epoch_only_exports_and_compares(
-    recipe_arguments: list[str], tmp_path: Path
-) -> None:
-    import shutil
-
-    run = tmp_path / "run"
-    assert main(["fit", *arguments_for(recipe_arguments, run)]) == 0
-    before = tensors_of(run)
+def test_a_run_that_was_killed_after_the_last_epoch_only_exports_and_compares(whole: Run, tmp_path: Path) -> None:
+    run = shutil.copytree(whole[0], tmp_path / "run")
     shutil.rmtree(run / "elastic")
     (run / "results.json").unlink()
-    assert main(["fit", *arguments_for(recipe_arguments, run)]) == 0
-    after = tensors_of(run)
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert main(["fit", *arguments_for(whole[1], run)]) == 0
+    assert_same(whole[0], run)
 
 
 class FailingSlices(ResidualSlices):
@@ -125,7 +122,7 @@ class FailingSlices(ResidualSlices):
 
 
 def failing(recipe_arguments: list[str], folder: Path) -> list[str]:
-    slices = "--model.slices={class_path: tests.test_interruption.FailingSlices, init_args: {group_size: 16}}"
+    slices = f"--model.slices={{class_path: {__name__}.FailingSlices, init_args: {{group_size: 16}}}}"
     return [*arguments_for(recipe_arguments, folder), slices]
 
 
@@ -140,7 +137,7 @@ def test_a_block_with_nan_starts_anew_at_a_lower_rate_and_blocks_before_it_are_k
     assert "starts anew at 0.2 of the learning rates, in float32" in error
     assert (tmp_path / "run" / "results.json").is_file()
     assert sum(json.loads((tmp_path / "run" / "retries.json").read_text()).values()) == 1
-    assert all(bool(torch.isfinite(v.float()).all()) for v in tensors_of(tmp_path / "run").values())
+    assert all(bool(torch.isfinite(v.float()).all()) for v in tensors_of(tmp_path / "run" / "elastic").values())
 
 
 def test_a_block_that_keeps_failing_stops_the_run_with_the_numbers(
@@ -154,10 +151,17 @@ def test_a_block_that_keeps_failing_stops_the_run_with_the_numbers(
         assert part in error
 
 
+class ConstantRouter(Router):
+    """Cannot tell tokens apart."""
+
+    def scores(self, x: torch.Tensor) -> torch.Tensor:
+        return -torch.arange(self.n_slices - 1.0).expand(*x.shape[:-1], -1)
+
+
 def test_a_collapsed_router_is_reported_and_its_input_gets_static_depths(
     recipe_arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    router = "--model.router=tests.test_interruption.ConstantRouter"
+    router = f"--model.router={__name__}.ConstantRouter"
     assert main(["fit", *recipe_arguments, router]) == 0
     assert "Router collapse: at" in capsys.readouterr().err
     results = json.loads((tmp_path / "run" / "results.json").read_text())
@@ -165,13 +169,3 @@ def test_a_collapsed_router_is_reported_and_its_input_gets_static_depths(
     assert set(results["collapsed"].values()) == {1.0}
     row = next(r for r in results["rows"] if r["allocation"] == "router" and r["target_bits"] == 2.5)
     assert row["used_bits"] == pytest.approx(2.5, abs=0.1)
-
-
-from mobiq_lightning.strategies import Router  # noqa: E402
-
-
-class ConstantRouter(Router):
-    """Cannot tell tokens apart."""
-
-    def scores(self, x: torch.Tensor) -> torch.Tensor:
-        return -torch.arange(self.n_slices - 1.0).expand(*x.shape[:-1], -1)

@@ -228,6 +228,7 @@ def test_which_kernel_multiplies_depends_on_the_number_of_tokens_alone() -> None
     assert path_for(until + 1, weights, None) == "dequantize"
 
 
+@pytest.mark.interpreter  # which is imported on the way
 @pytest.mark.parametrize("count", [0, 1, 64, 65, 600])
 def test_the_public_function_agrees_with_the_reference(count: int) -> None:
     packed, weights = pair((100, 256, 64), FINE)

@@ -15,6 +15,7 @@ from mobiq_lightning.errors import BitsError
 from mobiq_lightning.nn import (
     Borrowed,
     ElasticLinear,
+    FixedSlices,
     RoutedInput,
     SlicedLinear,
     common_threshold,
@@ -29,7 +30,7 @@ from mobiq_lightning.nn import (
 )
 from mobiq_lightning.nn.contexts import observed_by, read_as
 from mobiq_lightning.nn.observers import BitsRecorder
-from mobiq_lightning.nn.reading import CommonThreshold, FixedSlices, FullPrecision, MeetBudget, Routed
+from mobiq_lightning.nn.reading import CommonThreshold, FullPrecision, MeetBudget, Routed
 from mobiq_lightning.strategies import MLPRouter, ResidualSlices, StaticRouter
 from mobiq_lightning.strategies.transform_base import StoredTransform
 

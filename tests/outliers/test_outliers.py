@@ -236,7 +236,7 @@ class TestCommand:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         run = tmp_path / "run"
-        slices = "{class_path: tests.test_outliers.StoppingSlices, init_args: {slice_bits: [2, 2, 4], group_size: 16}}"
+        slices = f"{{class_path: {__name__}.StoppingSlices, init_args: {{slice_bits: [2, 2, 4], group_size: 16}}}}"
         command = ["outliers", *recipe_arguments, f"--model.slices={slices}", no_timing(), "--bits", "2,4"]
         last = run / "calibrated-at-4" / "checkpoints" / "epoch-000001.sha256"
         monkeypatch.setattr(StoppingSlices, "stop_at", last)
@@ -292,7 +292,7 @@ class TestCommand:
             (["--bits", "4"], "bits [4]: precisions are compared with each other, so give at least two"),
             (["--bits", "2,2.5"], "--bits 2,2.5: give whole bits separated by commas"),
             (["--share", "1.5"], "share (1.5) is the part of the tokens that counts as worst"),
-            (["--model.objective=tests.test_outliers.Other"], "Other has no depth_weights"),
+            ([f"--model.objective={__name__}.Other"], "Other has no depth_weights"),
             (["--shares", "0.2"], "shares: no such key"),
         ],
     )

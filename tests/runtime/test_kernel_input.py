@@ -25,7 +25,8 @@ from mobiq_lightning.nn import (
     routed_by,
 )
 from mobiq_lightning.nn.contexts import observed_by
-from mobiq_lightning.runtime.kernel_input import KernelInput, attach_kernels
+from mobiq_lightning.runtime import KernelInput
+from mobiq_lightning.runtime.kernel_input import attach_kernels
 from mobiq_lightning.strategies import MLPRouter, ResidualSlices, StaticRouter
 from mobiq_lightning.strategies.base import Router
 

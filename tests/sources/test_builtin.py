@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import os
+import pydoc_data.topics
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -16,9 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mobiq_lightning.errors import DataError, ModelError
 from mobiq_lightning.sources import builtin_model as builtin
-from mobiq_lightning.sources import builtin_text
 from mobiq_lightning.sources.builtin_model import BuiltinModelSpec, ensure_builtin_model
-from mobiq_lightning.sources.builtin_text import builtin_documents
+from mobiq_lightning.sources.builtin_text import builtin_documents, read_splits
 
 TINY = BuiltinModelSpec(
     hidden_size=32,
@@ -38,9 +41,9 @@ TINY = BuiltinModelSpec(
 @pytest.fixture(scope="module")
 def excerpt() -> Iterator[None]:
     """A twentieth of the text, so that tokenizing does not take longer than training."""
-    few = {split: tuple(builtin_documents(split)[::20]) for split in ("train", "heldout")}
+    few = builtin_documents("train")[::20]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(builtin_text, "_splits", lambda: few)
+        patch.setattr(builtin, "builtin_documents", lambda split: few)
         yield
 
 
@@ -66,10 +69,25 @@ def test_heldout_documents_do_not_repeat_training_text() -> None:
     assert not [text for text in builtin_documents("heldout") if text in joined]
 
 
-def test_documents_are_the_same_when_read_again() -> None:
-    before = [builtin_documents("train"), builtin_documents("heldout")]
-    again = builtin_text._splits.__wrapped__()
-    assert [list(again["train"]), list(again["heldout"])] == before
+def test_documents_are_the_same_in_every_process(tmp_path: Path) -> None:
+    library = Path(sysconfig.get_paths()["stdlib"])
+    for part in ("pydoc_data", "email", "json"):  # enough text, read in a moment
+        shutil.copytree(library / part, tmp_path / part)
+    code = "import json, pathlib, sys; from mobiq_lightning.sources.builtin_text import read_splits; "
+    command = [sys.executable, "-c", f"{code}print(json.dumps(read_splits(pathlib.Path(sys.argv[1]))))", str(tmp_path)]
+    shown = [
+        subprocess.run(
+            command, env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True
+        ).stdout
+        for seed in ("1", "2")
+    ]
+    assert shown[0] == shown[1]
+    assert all(len(documents) > 5 for documents in json.loads(shown[0]).values())
+
+
+def test_documents_are_those_of_the_standard_library() -> None:
+    topics = max(pydoc_data.topics.topics.values(), key=len)
+    assert inspect.cleandoc(topics).strip() in {*builtin_documents("train"), *builtin_documents("heldout")}
 
 
 def test_callers_may_change_the_list_they_get() -> None:
@@ -82,10 +100,9 @@ def test_unknown_split_is_refused() -> None:
         builtin_documents("test")  # type: ignore[arg-type]
 
 
-def test_python_without_sources_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
-    with pytest.raises(DataError, match="standard library"):
-        builtin_text._splits.__wrapped__()
+def test_python_without_sources_is_reported(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=f"standard library, but {tmp_path} holds only 0 characters"):
+        read_splits(tmp_path)
 
 
 def test_same_seed_gives_the_same_bits_and_another_seed_does_not(folder: Path, tmp_path: Path) -> None:

@@ -12,7 +12,13 @@ from mobiq_lightning.evaluation.controls import control_router, control_threshol
 from mobiq_lightning.nn import RoutedInput, record_gates, routed_by
 from mobiq_lightning.packing import depths_of
 from mobiq_lightning.runtime import Dial
-from mobiq_lightning.strategies import GradientLayerRouter, LearnedLayerRouter, MLPRouter, ProbedLayerRouter
+from mobiq_lightning.strategies import (
+    GradientLayerRouter,
+    LearnedLayerRouter,
+    MLPRouter,
+    ProbedLayerRouter,
+    ThresholdTask,
+)
 from mobiq_lightning.strategies.allocation import best_depths, concave_rates, nested_depths
 from mobiq_lightning.strategies.thresholds import threshold_for_budget
 
@@ -48,7 +54,7 @@ def measured(kind: Any, gains: torch.Tensor, sizes: list[int] = SIZES) -> list[A
 def depths_at(routers: list[Any], budgets: list[float], sizes: list[int] = SIZES) -> list[list[int]]:
     """Slices after the base that each input opens at each budget."""
     scores = [router.scores(torch.randn(3, 4)).detach() for router in routers]
-    table = type(routers[0]).thresholds_for(scores, sizes, BITS, budgets)
+    table = type(routers[0]).thresholds_for(ThresholdTask(scores, sizes, BITS, budgets))
     return [[int((s[0] > t[c]).sum()) for s, t in zip(scores, table, strict=True)] for c in range(len(budgets))]
 
 
@@ -128,7 +134,7 @@ class TestGainRouters:
         )]  # fmt: skip
         budgets = inputs[0].budgets.tolist()
         scores = [routed.router.scores(torch.randn(2, 4)) for routed in inputs]
-        table = kind.thresholds_for(scores, SIZES, BITS, budgets)
+        table = kind.thresholds_for(ThresholdTask(scores, SIZES, BITS, budgets))
         for routed, row in zip(inputs, table, strict=True):
             routed.set_tables(row.expand(len(BITS), -1), row.expand(len(BITS), -1))
         dial, used = Dial(inputs), []
@@ -146,11 +152,11 @@ class TestGainRouters:
 
     def test_a_model_that_holds_fewer_slices_meets_its_budgets_with_them(self, kind: Any) -> None:
         scores = [router.scores(torch.randn(2, 4))[:, :1] for router in measured(kind, falling_gains())]
-        table = kind.thresholds_for(scores, SIZES, BITS[:2], [2.0, 2.5, 3.0])
+        table = kind.thresholds_for(ThresholdTask(scores, SIZES, BITS[:2], [2.0, 2.5, 3.0]))
         opened = [[int((s[0] > t[c]).sum()) for s, t in zip(scores, table, strict=True)] for c in range(3)]
         assert [spent(n_open) for n_open in opened] == pytest.approx([2.0, 2.5, 3.0], abs=0.02)
         none = [router.scores(torch.randn(2, 4))[:, :0] for router in measured(kind, falling_gains())]
-        assert kind.thresholds_for(none, SIZES, BITS[:1], [2.0]).shape == (len(SIZES), 1)
+        assert kind.thresholds_for(ThresholdTask(none, SIZES, BITS[:1], [2.0])).shape == (len(SIZES), 1)
 
 
 def test_learned_layers_start_alike_and_stay_bounded() -> None:

@@ -10,7 +10,7 @@ import torch
 from mobiq_lightning import strategies
 from mobiq_lightning.strategies.base import BudgetSchedule, Objective
 from mobiq_lightning.strategies.budgets.between import BetweenBudgets
-from tests.strategies.test_strategies import subclasses
+from tests.strategies.kinds import subclasses
 
 BUDGETS = {
     "ConstantBudget": {"bits": 3.0},

@@ -13,7 +13,9 @@ import torch
 from mobiq_lightning.cli import main
 from mobiq_lightning.strategies import ProgressiveSlices, ResidualSlices
 from mobiq_lightning.strategies.slices.progressive import refine
-from tests.jobs.test_interruption import tensors_of
+from mobiq_lightning.strategies.slices.ranges import learned_range
+from tests.checkpoints import tensors_of
+from tests.conftest import small_recipe
 
 BITS = (2, 1, 1, 2, 2)
 
@@ -157,7 +159,8 @@ class TestGradients:
         (scheme.weight_at(weight, 1) * gradient).sum().backward()
         found = scheme.low_clip.grad
         scheme.low_clip.grad = None
-        scale, bias = (v.repeat_interleave(64, 1)[:, :172] for v in scheme._range(weight))
+        learned = learned_range(weight, scheme.low_clip, scheme.high_clip, 64)
+        scale, bias = (v.repeat_interleave(64, 1)[:, :172] for v in learned)
         unit = (scheme.target.detach() - bias) / scale + 0.5
         code = (unit * 4).floor().clamp(0, 3)
         clipped = unit.clamp(0, 1)
@@ -199,8 +202,6 @@ PROGRESSIVE = [
 
 @pytest.fixture(scope="module")
 def progressive_run(make_model: Any, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.conftest import small_recipe
-
     folder = tmp_path_factory.mktemp("progressive")
     assert main(["fit", *small_recipe(make_model(), text_file, folder), *PROGRESSIVE]) == 0
     return folder / "run"
@@ -232,7 +233,7 @@ def test_computing_blocks_again_changes_nothing(
 ) -> None:
     arguments = [*recipe_arguments, *PROGRESSIVE, f"--model.recompute_blocks={str(recompute).lower()}"]
     assert main(["fit", *arguments]) == 0
-    one, other = tensors_of(progressive_run), tensors_of(tmp_path / "run")
+    one, other = tensors_of(progressive_run / "elastic"), tensors_of(tmp_path / "run" / "elastic")
     planes = [name for name in one if "plane" in name]
     assert planes
     assert all(torch.equal(one[name], other[name]) for name in planes)

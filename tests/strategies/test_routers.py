@@ -9,9 +9,10 @@ import torch
 
 from mobiq_lightning import strategies
 from mobiq_lightning.errors import RecipeError
+from mobiq_lightning.strategies import ObservesGains, ObservesWeights, ThresholdTask
 from mobiq_lightning.strategies.base import Router
 from mobiq_lightning.strategies.thresholds import average_bits, prefix_scores, threshold_for_budget
-from tests.strategies.test_strategies import subclasses
+from tests.strategies.kinds import subclasses
 
 
 @pytest.mark.parametrize("n_slices", [4, 7, 2])
@@ -24,7 +25,8 @@ class TestRouters:
         router.threshold.fill_(-0.7)
         slice_bits = (2,) + (1,) * (n_slices - 1)
         scheme, weight = strategies.ResidualSlices(24, 16, slice_bits, group_size=16), torch.randn(24, 16)
-        router.observe_weights(weight, scheme.prefixes(weight).detach(), slice_bits)
+        if isinstance(router, ObservesWeights):
+            router.observe_weights(weight, scheme.prefixes(weight).detach(), slice_bits)
         return router
 
     @pytest.mark.parametrize("shape", [(0, 16), (1, 16), (3, 5, 16)])
@@ -71,7 +73,7 @@ class TestRouters:
         scores = [prefix_scores(router.scores(torch.randn(4000, 16))) for router in routers]
         budgets = [2.0, 2.3, sum(slice_bits) - 0.5, float(sum(slice_bits))]
         for scope in ("layer", "global"):
-            table = kind.thresholds_for(scores, sizes, slice_bits, budgets, scope)
+            table = kind.thresholds_for(ThresholdTask(scores, sizes, slice_bits, budgets, scope))
             assert table.shape == (len(sizes), len(budgets))
             for column, budget in enumerate(budgets):
                 spent = [float(average_bits(s, slice_bits, t)) for s, t in zip(scores, table[:, column], strict=True)]
@@ -122,9 +124,10 @@ class TestRouters:
         router, other, x = self.router(kind, n_slices), self.router(kind, n_slices), torch.randn(5, 16)
         prefixes = torch.randn(n_slices, 24, 16)
         state = torch.get_rng_state()
-        router.observe_weights(prefixes.sum(0), prefixes.flip(0), (2,) * n_slices)
-        router.observe_weights(prefixes.sum(0), prefixes, (1,) * n_slices)
-        other.observe_weights(prefixes.sum(0), prefixes, (1,) * n_slices)
+        if isinstance(router, ObservesWeights):
+            router.observe_weights(prefixes.sum(0), prefixes.flip(0), (2,) * n_slices)
+            router.observe_weights(prefixes.sum(0), prefixes, (1,) * n_slices)
+            other.observe_weights(prefixes.sum(0), prefixes, (1,) * n_slices)
         for one in (router, other):
             one.reseed(4)
         assert torch.equal(router.scores(x), other.scores(x))
@@ -230,3 +233,10 @@ def test_heavier_tokens_count_more_in_a_pooled_threshold() -> None:
     scores = torch.tensor([[0.9], [0.1]])
     threshold = threshold_for_budget(scores, (2, 2), [3.5], weights=torch.tensor([3.0, 1.0]))
     assert (scores > threshold).flatten().tolist() == [True, False]
+
+
+def test_routers_that_look_at_weights_or_gains_are_known_by_their_methods() -> None:
+    looks = {kind.__name__: isinstance(kind(16, 3), ObservesWeights) for kind in subclasses(Router)}
+    measured = {kind.__name__: isinstance(kind(16, 3), ObservesGains) for kind in subclasses(Router)}
+    assert {name for name, found in looks.items() if found} == {"ErrorSketchRouter", "OracleRouter"}
+    assert {name for name, found in measured.items() if found} == {"GradientLayerRouter", "ProbedLayerRouter"}

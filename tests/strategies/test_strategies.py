@@ -3,33 +3,22 @@
 from __future__ import annotations
 
 import copy
-import importlib
-import inspect
+import gc
 import pickle
-import pkgutil
 from typing import Any
 
 import pytest
 import torch
 
 from mobiq_lightning import strategies
-from mobiq_lightning.jobs.recipe import strategy_classes
 from mobiq_lightning.packing import CODES, WHOLE_ROW, PackedWeight
+from mobiq_lightning.strategies import TrainableCodes
 from mobiq_lightning.strategies.base import BudgetSchedule, Objective, Router, SliceScheme
+from mobiq_lightning.strategies.slices.ranges import learned_range
 from mobiq_lightning.strategies.transform_base import Transform
+from tests.strategies.kinds import subclasses, unexported
 
 SLICE_BITS = [(2, 2, 2, 2), (2, 1, 1, 1, 1, 1, 1), (4, 2, 2), (1, 1, 1)]
-
-
-for module in pkgutil.walk_packages(strategies.__path__, f"{strategies.__name__}."):
-    importlib.import_module(module.name)  # so that a class is found in whatever file it lies, exported or not
-
-
-def subclasses(base: type) -> list[type]:
-    """All concrete classes under strategies/ below a base."""
-    found = [c for sub in base.__subclasses__() for c in (sub, *subclasses(sub))]
-    own = [c for c in found if c.__module__.startswith("mobiq_lightning.strategies")]
-    return [c for c in dict.fromkeys(own) if not inspect.isabstract(c)]
 
 
 @pytest.mark.parametrize(
@@ -43,15 +32,21 @@ def subclasses(base: type) -> list[type]:
     ],
 )
 def test_a_recipe_may_call_every_strategy_by_its_short_name(folder: str, base: type) -> None:
-    found = {c.__name__ for c in subclasses(base)}
-    missing = sorted(found - set(strategy_classes(folder)))
+    missing = unexported(folder, base)
     assert not missing, f"{missing} lie under strategies/, but strategies/{folder}/__init__.py does not export them"
+    module = f"{strategies.__name__}.{folder}.forgotten"
+    forgotten = type("Forgotten", (subclasses(base)[0],), {"__module__": module})
+    assert unexported(folder, base) == ["Forgotten"]
+    del forgotten  # no other test is to find it
+    gc.collect()
+    assert unexported(folder, base) == []
 
 
 def test_every_strategy_is_exported_from_the_package() -> None:
     kinds = (Transform, SliceScheme, Router, BudgetSchedule, Objective)
     names = {c.__name__ for base in kinds for c in subclasses(base)}
-    bases = {"BlockRun", "InputTransform", *(kind.__name__ for kind in kinds)}
+    contracts = {"ObservesGains", "ObservesWeights", "ThresholdTask", "TrainableCodes"}
+    bases = {"BlockRun", "InputTransform", *contracts, *(kind.__name__ for kind in kinds)}
     assert names == set(strategies.__all__) - bases
 
 
@@ -100,7 +95,8 @@ class TestSliceSchemes:
         scheme, weight = self.scheme(kind, slice_bits)
         weight.requires_grad_()
         (scheme(weight) * torch.randn(len(slice_bits), 12, 172)).sum().backward()
-        codes = {id(p) for p in scheme.weight_parameters()}  # these begin with their slice: tests/test_progressive.py
+        # Parameters of codes begin with their slice: test_progressive.py.
+        codes = {id(p) for p in scheme.code_parameters()} if isinstance(scheme, TrainableCodes) else set()
         assert all(bool((p.grad != 0).any()) for p in scheme.parameters() if id(p) not in codes)
         assert bool((weight.grad != 0).any())
 
@@ -144,7 +140,7 @@ def test_residual_slices_have_the_gradient_that_autograd_gives_straight_through(
 
     reference = copy.deepcopy(scheme)
     reference.zero_grad()
-    scale, bias = reference._range(weight)
+    scale, bias = learned_range(weight, reference.low_clip, reference.high_clip, 8)
     total = torch.zeros(())
     for grad, depth in zip(upstream, scheme.depths, strict=True):
         position = ((weight - expand(bias)) / expand(scale) + 0.5) * 2**depth

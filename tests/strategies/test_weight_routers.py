@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 
 from mobiq_lightning import load
 from mobiq_lightning.calibration import ElasticCalibration
@@ -18,6 +17,7 @@ from mobiq_lightning.callbacks import ThresholdTuning
 from mobiq_lightning.cli import main
 from mobiq_lightning.nn import ElasticLinear
 from mobiq_lightning.strategies import ErrorSketchRouter
+from tests.checkpoints import tensors_of
 from tests.conftest import small_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -51,11 +51,11 @@ def test_sketches_fit_the_stored_slices_before_thresholds_are_tuned_and_after_lo
     recipe_arguments: list[str], tmp_path: Path
 ) -> None:
     # A callback of the recipe runs before those that every run has, and must still see final weights.
-    watching = "{class_path: tests.test_weight_routers.WatchingTuning}"
+    watching = f"{{class_path: {__name__}.WatchingTuning}}"
     assert main(["fit", *recipe_arguments, ROUTER, f"--trainer.callbacks=[{watching}, {UNTIMED}]", *BUDGET]) == 0
     model = load(tmp_path / "run")
     folder = Path(next(a for a in recipe_arguments if a.startswith("--model.pretrained=")).partition("=")[2])
-    source = {k: v for path in folder.glob("*.safetensors") for k, v in load_file(path).items()}
+    source = tensors_of(folder)
     names = [n.removesuffix(".input") for n, _ in model.named_modules() if n.endswith(".input")]
     assert len(names) == len(WatchingTuning.seen) == 8
     for position, name in enumerate(names):

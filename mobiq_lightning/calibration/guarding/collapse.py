@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mobiq_lightning.nn import RoutedInput
+from mobiq_lightning.strategies import ThresholdTask
 from mobiq_lightning.strategies.allocation import split_budget
 
 COLLAPSE_SHARE = 0.995
@@ -33,6 +34,8 @@ def worst_share(routed: RoutedInput, scores: Tensor) -> tuple[float, float]:
     budgets = [bits for bits in routed.budgets.tolist() if mixes_depths(routed.slice_bits, bits)]
     if not budgets:
         return 0.0, 0.0
-    thresholds = routed.router.thresholds_for([scores], [routed.n_weights], routed.slice_bits, budgets)[0]
+    thresholds = routed.router.thresholds_for(ThresholdTask([scores], [routed.n_weights], routed.slice_bits, budgets))[
+        0
+    ]
     shares = [most_common_share(scores, float(threshold)) for threshold in thresholds]
     return max(shares), budgets[shares.index(max(shares))]

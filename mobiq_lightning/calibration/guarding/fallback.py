@@ -10,6 +10,7 @@ from torch import Tensor
 from mobiq_lightning.calibration.guarding.probe import fresh_schemes, fresh_transforms
 from mobiq_lightning.calibration.stage_training import end_stage
 from mobiq_lightning.nn import CalibratedBlock, Learned
+from mobiq_lightning.strategies import TrainableCodes
 
 if TYPE_CHECKING:
     from mobiq_lightning.calibration.module import ElasticCalibration
@@ -35,7 +36,8 @@ def round_block(module: ElasticCalibration, block: int) -> None:
         if routed.transform is not None and transform is not None:
             routed.transform.load_state_dict(transform.state_dict())
     for linear in calibrated.sliced_linears():
-        linear.scheme.freeze(linear.sliced_weight().to(module.device))
+        if isinstance(linear.scheme, TrainableCodes):
+            linear.scheme.freeze(linear.sliced_weight().to(module.device))
     module.record.give_up(block)
     calibrated.show_weights_to_routers()
 

@@ -21,7 +21,7 @@ class GradientLayerRouter(GainRouter):
         n_slices: S.
     """
 
-    gains_from: ClassVar[GainMethod | None] = "gradients"
+    gains_from: ClassVar[GainMethod] = "gradients"
 
     def layer_scores(self) -> Tensor:
         """See `LayerRouter.layer_scores`."""

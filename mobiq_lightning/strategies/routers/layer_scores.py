@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mobiq_lightning.strategies.allocation import concave_rates, nested_depths
 from mobiq_lightning.strategies.base import Router
-from mobiq_lightning.strategies.thresholds import Scope, threshold_for_budget
+from mobiq_lightning.strategies.thresholds import ThresholdTask, threshold_for_budget
 
 _LEAST_RATE = 1e-30  # nats per token, bit and weight; a slice that gains nothing comes last
 _SEPARATE = 1e-5  # scores that differ by less have no threshold between them in float32, interpolation included
@@ -44,19 +44,19 @@ class LayerRouter(Router):
         return self.layer_scores().float().expand(*x.shape[:-1], -1)
 
     @classmethod
-    def thresholds_for(
-        cls,
-        scores: Sequence[Tensor],
-        sizes: Sequence[int],
-        slice_bits: tuple[int, ...],
-        budgets: Sequence[float],
-        scope: Scope = "layer",
-    ) -> Tensor:
-        """See `Router.thresholds_for`; within one call, thresholds fall with the budget.
+    def thresholds_for(cls, task: ThresholdTask) -> Tensor:
+        """Thresholds at which the average over the weights of all inputs meets each budget; they fall with the budget.
 
         They lie as near to the one threshold for all inputs as the depths allow. Between two stored budgets, where thresholds
         are interpolated, inputs so open in about the order of their scores.
+
+        Args:
+            task: Scores and sizes of the inputs, and the budgets to meet.
+
+        Returns:
+            (inputs, budgets) float32 thresholds.
         """
+        scores, sizes, slice_bits, budgets = task.scores, task.sizes, task.slice_bits, task.budgets
         table = torch.zeros(len(scores), len(budgets))
         if len(slice_bits) == 1:
             return table
@@ -100,7 +100,7 @@ class GainRouter(LayerRouter):
 
     @torch.no_grad()
     def observe_gains(self, gains: Tensor, slice_bits: Sequence[int], n_weights: int) -> None:
-        """See `Router.observe_gains`."""
+        """Turns the gains (S - 1,) of the slices, in nats per token, into rates per bit and weight."""
         rates = concave_rates(gains.tolist(), slice_bits)
         self.rates.copy_(torch.tensor(rates) / n_weights)
 

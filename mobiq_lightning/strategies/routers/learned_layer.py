@@ -20,6 +20,8 @@ class LearnedLayerRouter(LayerRouter):
         first: Score with which the first slice after the base starts; the last one starts at its negative.
     """
 
+    needs_model_stage = True
+
     def __init__(self, in_features: int, n_slices: int, first: float = 0.5) -> None:
         super().__init__(in_features, n_slices)
         if not 0 <= first < 1:

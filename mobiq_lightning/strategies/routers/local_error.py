@@ -50,7 +50,7 @@ class LocalErrorRouter(Router):
 
     @torch.no_grad()
     def observe_weights(self, weight: Tensor, prefixes: Tensor, slice_bits: Sequence[int]) -> None:
-        """See `Router.observe_weights`."""
+        """Stores the factors of the errors that the slices leave; see `ObservesWeights` for the arguments."""
         self.factors.copy_(self.factor(weight.float() - prefixes.float()))
         self.slice_sizes.copy_(torch.tensor(slice_bits))
 

@@ -21,7 +21,7 @@ class ProbedLayerRouter(GainRouter):
         n_slices: S.
     """
 
-    gains_from: ClassVar[GainMethod | None] = "probes"
+    gains_from: ClassVar[GainMethod] = "probes"
 
     def layer_scores(self) -> Tensor:
         """See `LayerRouter.layer_scores`."""

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from mobiq_lightning.strategies.allocation import level_scores, split_budget
 from mobiq_lightning.strategies.base import Router
-from mobiq_lightning.strategies.thresholds import Scope
+from mobiq_lightning.strategies.thresholds import ThresholdTask
 
 
 class RandomRouter(Router):
@@ -47,14 +45,14 @@ class RandomRouter(Router):
         return level_scores(self.n_slices, x.device) + draw.unsqueeze(-1)
 
     @classmethod
-    def thresholds_for(
-        cls,
-        scores: Sequence[Tensor],
-        sizes: Sequence[int],
-        slice_bits: tuple[int, ...],
-        budgets: Sequence[float],
-        scope: Scope = "layer",
-    ) -> Tensor:
-        """See `Router.thresholds_for`; known without looking at scores, the draws being uniform."""
-        splits = [split_budget(slice_bits, b) for b in budgets]
-        return torch.tensor([[1.0 - share - lower for lower, share in splits]] * len(sizes))
+    def thresholds_for(cls, task: ThresholdTask) -> Tensor:
+        """Thresholds at which each budget is met on average, known without looking at scores as draws are uniform.
+
+        Args:
+            task: The number of inputs and the budgets to meet.
+
+        Returns:
+            (inputs, budgets) float32 thresholds.
+        """
+        splits = [split_budget(task.slice_bits, bits) for bits in task.budgets]
+        return torch.tensor([[1.0 - share - lower for lower, share in splits]] * len(task.sizes))

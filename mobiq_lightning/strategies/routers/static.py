@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mobiq_lightning.strategies.allocation import level_scores, split_budget
 from mobiq_lightning.strategies.base import Router
-from mobiq_lightning.strategies.thresholds import Scope
+from mobiq_lightning.strategies.thresholds import ThresholdTask
 
 
 class StaticRouter(Router):
@@ -31,20 +31,21 @@ class StaticRouter(Router):
         return level_scores(self.n_slices, x.device).expand(*x.shape[:-1], -1)
 
     @classmethod
-    def thresholds_for(
-        cls,
-        scores: Sequence[Tensor],
-        sizes: Sequence[int],
-        slice_bits: tuple[int, ...],
-        budgets: Sequence[float],
-        scope: Scope = "layer",
-        seed: int = 0,
-    ) -> Tensor:
-        """See `Router.thresholds_for`; the inputs' own averages differ, their mean over weights meets the budget.
+    def thresholds_for(cls, task: ThresholdTask, seed: int = 0) -> Tensor:
+        """Thresholds at which the mean over weights meets each budget, though the inputs' own averages differ.
 
-        Which inputs get the upper depth is one draw of many, and on small models it matters; `seed` gives others.
+        Which inputs get the upper depth is one draw of many, and on small models it matters.
+
+        Args:
+            task: The sizes of the inputs and the budgets to meet; scores and scope are not looked at.
+            seed: Of the draw; 0 takes inputs of one size in the order of the model.
+
+        Returns:
+            (inputs, budgets) float32 thresholds.
         """
-        columns = [[0.5 - n_open for n_open in cls.allocate(sizes, slice_bits, b, seed)] for b in budgets]
+        columns = [
+            [0.5 - n_open for n_open in cls.allocate(task.sizes, task.slice_bits, bits, seed)] for bits in task.budgets
+        ]
         return torch.tensor(columns).T
 
     @staticmethod

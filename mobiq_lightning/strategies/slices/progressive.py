@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from mobiq_lightning.packing import dequantize, spread
+from mobiq_lightning.strategies.abilities import TrainableCodes
 from mobiq_lightning.strategies.base import DEFAULT_SLICE_BITS
 from mobiq_lightning.strategies.slices.nested_code import cells, group_sum, unit_position
 from mobiq_lightning.strategies.slices.residual import ResidualSlices
@@ -18,7 +19,7 @@ _INSIDE = 1e-4
 """How far within its cell a target begins, of the cell's width in units of the range: at the border, rounding could leave it."""
 
 
-class ProgressiveSlices(ResidualSlices):
+class ProgressiveSlices(ResidualSlices, TrainableCodes):
     """The nested code of `ResidualSlices`, whose slices are trained one after the other, each for its own depth.
 
     All depths trained at once are in each other's way: to move a weight across a border of the 2-bit code for the sake of
@@ -38,8 +39,6 @@ class ProgressiveSlices(ResidualSlices):
         group_size: Columns that share one range.
     """
 
-    learns_weights = True
-
     target: nn.Parameter
     codes: Tensor
 
@@ -57,8 +56,8 @@ class ProgressiveSlices(ResidualSlices):
         # Plain numbers: of a tensor on a GPU, every read of the weights would wait for the device.
         self.bits_frozen = self.bits_trained = 0
 
-    def weight_parameters(self) -> list[nn.Parameter]:
-        """See `SliceScheme.weight_parameters`."""
+    def code_parameters(self) -> list[nn.Parameter]:
+        """The target of the slice in training, (O, I); empty before the first slice starts and after `freeze`."""
         return [self.target]
 
     def resized_tensors(self) -> list[str]:
@@ -67,7 +66,7 @@ class ProgressiveSlices(ResidualSlices):
 
     @torch.no_grad()
     def start_slice(self, weight: Tensor, n_bits: int) -> bool:
-        """See `SliceScheme.start_slice`."""
+        """Freezes the codes so far and starts the target of the slice that reaches `n_bits`; False if that was done before."""
         frozen, trained = self._bits()
         if trained >= n_bits:
             return False
@@ -80,7 +79,7 @@ class ProgressiveSlices(ResidualSlices):
 
     @torch.no_grad()
     def freeze(self, weight: Tensor) -> None:
-        """See `SliceScheme.freeze`."""
+        """Fixes the codes of all slices and gives up the target."""
         self._freeze_at(weight, self.depths[-1])
         self.bits_trained = self.depths[-1]
         self.target.data = self.target.new_empty(0, 0)
@@ -88,7 +87,7 @@ class ProgressiveSlices(ResidualSlices):
 
     @torch.no_grad()
     def bound_rounding(self, weight: Tensor) -> None:
-        """See `SliceScheme.bound_rounding`."""
+        """Moves the target back to within half a step of where it started, so that a code reaches a neighbour at most."""
         frozen, trained = self._bits()
         if trained > frozen:
             scale, _ = self._range(weight)

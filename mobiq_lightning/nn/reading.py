@@ -80,8 +80,10 @@ class Routed:
     @property
     def is_plain(self) -> bool:
         """Whether nothing differs from how a served model reads: by its own router, at that router's threshold."""
-        return self == Routed()
+        return self == _PLAIN
 
+
+_PLAIN = Routed()
 
 Reading = FullPrecision | FixedSlices | Routed
 """How the tokens of an input are read at present."""

@@ -94,12 +94,13 @@ class KernelInput:
         It can if tokens are few, their router is one that the kernels know, they are read to its own threshold, and
         nobody observes what it decides.
         """
+        if torch.compiler.is_compiling():  # first: the rest is no work for a compiler
+            return False
         tokens = x.numel() // x.shape[-1]
         return (
             self.router is not None
             and 0 < tokens <= MAX_ROUTED
             and self.routed.reads_plainly
-            and not torch.compiler.is_compiling()
             and not (torch.is_grad_enabled() and x.requires_grad)
         )
 

@@ -141,6 +141,19 @@ def test_only_plain_readings_are_routed_in_the_launch_that_prepares(both: tuple[
         assert not kernel.routes(tokens(65))
 
 
+def test_a_compiled_model_routes_outside_of_that_launch_and_breaks_no_graph_over_it(
+    both: tuple[nn.ModuleList, nn.ModuleList],
+) -> None:
+    kernel = both[0][0].routed.kernel
+    assert isinstance(kernel, KernelInput)
+    torch._dynamo.reset()
+    compiled = torch.compile(kernel.routes, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        assert compiled(tokens()) is False
+        assert kernel.routes(tokens()) is True
+    torch._dynamo.reset()
+
+
 def test_a_tensor_that_one_linear_has_asked_about_is_read_anew_when_the_reading_changes(
     both: tuple[nn.ModuleList, nn.ModuleList],
 ) -> None:

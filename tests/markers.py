@@ -20,12 +20,15 @@ JOBS = {"fit", "validate", "compare"}
 COLLECTED = pytest.StashKey[list[pytest.Function]]()
 """In the stash of pytest's configuration: all tests that were collected, also those that `-m` leaves out."""
 
+USE_KERNELS = {"use_kernels", "attach_kernels", "KernelProducts"}
+"""Names whose use brings a model or a product onto the kernels."""
+
 
 def mark(item: pytest.Function) -> None:
     """Gives a test the markers of its costs, or `fast` if it has none of its own either."""
     given = {marker.name for marker in item.iter_markers()} & set(COSTS)
     found = costs_of(functions_of(item), item.cls, item.fixturenames) | given
-    for name in sorted(found - {FAST} or {FAST}):
+    for name in sorted((found - {FAST} or {FAST}) - given):
         item.add_marker(name)
 
 
@@ -67,11 +70,11 @@ def costs_of(functions: Iterable[FunctionType], owner: type | None = None, fixtu
             found.add("e2e")
         if any(is_job(value, code.co_names) for value in named):
             found.add("e2e")
-        if "main" in code.co_names and any(isinstance(v, ModuleType) and hasattr(v, "main") for v in named):
-            found.add("e2e")  # of a script in benchmarks/
+        if any(is_script(value, code.co_names) for value in named):
+            found.add("e2e")
         if "mobiq_lightning" in texts or any(CLI in text for text in texts):  # python -m, python -c
             found.add("e2e")
-        if any(map(is_written_in_triton, named)) or {"use_kernels", "KernelProducts"} & set(code.co_names):
+        if any(map(is_written_in_triton, named)) or USE_KERNELS & set(code.co_names):
             found.add("interpreter")
         if "benchmarks.compiled_kernels" in texts:
             found.add("compiler")
@@ -113,6 +116,13 @@ def texts_of(code: CodeType) -> Iterator[str]:
         for value in constant if isinstance(constant, tuple) else (constant,):
             if isinstance(value, str):
                 yield value
+
+
+def is_script(value: Any, names: Iterable[str]) -> bool:
+    """Whether an object is the command line of a script in benchmarks/, or such a script whose command line is named."""
+    if isinstance(value, ModuleType):
+        return value.__name__.startswith("benchmarks.") and "main" in names
+    return isinstance(value, FunctionType) and value.__module__.startswith("benchmarks.") and value.__name__ == "main"
 
 
 def is_job(value: Any, names: Iterable[str]) -> bool:

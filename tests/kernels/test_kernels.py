@@ -298,7 +298,7 @@ def test_a_code_lies_where_the_layout_says(row: int, column: int, tile: int, wor
     codes = torch.zeros(32, 256, dtype=torch.uint8)
     codes[row, column] = 0b1001
     values = torch.zeros(32, 2, dtype=torch.bfloat16)
-    units = relay([PackedSlices(tuple(pack_planes(codes, 4)), values, values, 256, 128, (2, 2))]).units
+    units = relay([PackedSlices(tuple(pack_planes(codes, 4)), (values, values), 256, 128, (2, 2))]).units
     for unit, code in ((0, 0b10), (1, 0b01)):
         found = units[unit].nonzero().tolist()
         assert found == [[tile, word]]

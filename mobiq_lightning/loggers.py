@@ -20,10 +20,10 @@ from mobiq_lightning.runs import JOURNAL
 
 
 class JsonlLogger(Logger):
-    """Appends every logged metric as one JSON line to ``metrics.jsonl``; a resumed run goes on in the same file.
+    """Appends logged metrics to ``metrics.jsonl``, one JSON line each time; a resumed run goes on in the same file.
 
     Args:
-        folder: Of the file.
+        folder: Folder that the file is written to.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -32,17 +32,17 @@ class JsonlLogger(Logger):
 
     @property
     def name(self) -> str:
-        """Name of the logger."""
+        """The name of this logger, ``jsonl``, which Lightning asks for."""
         return "jsonl"
 
     @property
     def version(self) -> str:
-        """The file has no versions."""
+        """An empty string: Lightning asks for a version, and the file has none."""
         return ""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Appends one line."""
+        """Appends one line with the time in seconds, the step and the metrics."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         line = {"time": round(time.time(), 3), "step": step, **{k: float(v) for k, v in metrics.items()}}
         with self.path.open("a", encoding="utf-8") as file:
@@ -50,19 +50,19 @@ class JsonlLogger(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """The recipe lies beside the file as config.yaml."""
+        """Does nothing: the recipe is kept as config.yaml beside the file."""
 
 
 class WandbLogger(LightningWandbLogger):
     """Weights & Biases through Lightning's logger, offline where there is no key, so that it never stops a run.
 
     Args:
-        project: W&B project.
-        group: Runs that belong to one comparison.
-        name: Of the run.
-        job_type: Kind of run.
-        save_dir: Where offline runs are written, in a folder ``wandb``; by default the run folder.
-        offline: Write to disk only. Default: if neither ``WANDB_API_KEY`` nor a login is found.
+        project: Name of the W&B project.
+        group: Name that runs of one comparison share.
+        name: Name of the run.
+        job_type: Kind of run, such as ``calibrate``.
+        save_dir: Folder that offline runs are written to, in a folder ``wandb`` in it; by default the run folder.
+        offline: Whether to write to disk only; by default if neither ``WANDB_API_KEY`` nor a login is found.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class WandbLogger(LightningWandbLogger):
         )
 
     def use_folder(self, folder: Path) -> None:
-        """Writes into a run folder unless `save_dir` was given."""
+        """Has the run written into a run folder, unless `save_dir` was given."""
         if self._save_dir in (".", None):
             self._save_dir = str(folder)
             self._wandb_init["dir"] = str(folder)
@@ -109,7 +109,7 @@ class WandbLogger(LightningWandbLogger):
 
 
 def as_table(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """Rows with the same keys as a `wandb.Table`."""
+    """Turns rows that have the same keys into a `wandb.Table`."""
     import wandb
 
     columns = list(rows[0])

@@ -1,4 +1,4 @@
-"""The model card: how to load the checkpoint, and what was measured of it."""
+"""Writes the model card, which says how to load a checkpoint and what was measured of it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from mobiq_lightning.runs import (
 
 
 def write_card(folder: Path) -> None:
-    """Writes README.md from what lies in the checkpoint's folder."""
+    """Writes the model card README.md from config.json, provenance.json and results.json in a checkpoint's folder."""
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     origin = _read(folder / PROVENANCE)
     results = read_results(folder / RESULTS)
@@ -38,12 +38,12 @@ def write_card(folder: Path) -> None:
 
 
 def card(config: dict[str, Any], origin: dict[str, Any], results: Results) -> str:
-    """The text of a model card.
+    """Makes the text of a model card in Markdown.
 
     Args:
-        config: config.json.
-        origin: provenance.json, or empty.
-        results: What was measured so far.
+        config: Content of config.json.
+        origin: Content of provenance.json, or empty.
+        results: Results that were measured so far.
     """
     elastic = ElasticFormat.from_json(config["quantization_config"])
     depths = depths_of(tuple(elastic.slice_bits))

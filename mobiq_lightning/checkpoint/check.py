@@ -1,4 +1,4 @@
-"""Compares the tensors in files with what they should be: names, shapes, bytes. Loading and `verify` both do."""
+"""Compares the tensors in files with what they should be: names, shapes, bytes. Both loading and `verify` use it."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _PARTS_OF_INPUTS: dict[TensorKind, str] = {
 
 
 class Expected(NamedTuple):
-    """What a tensor should be.
+    """What a tensor of a checkpoint should be.
 
     Args:
-        shape: Its shape.
-        is_bytes: Whether it is uint8; else any floating dtype.
-        required: Whether it may not be left out.
+        shape: Shape of the tensor.
+        is_bytes: Whether its dtype is uint8; else it may be any floating dtype.
+        required: Whether the tensor must be there.
     """
 
     shape: tuple[int, ...]
@@ -42,15 +42,15 @@ class Expected(NamedTuple):
 
 
 def check_tensors(files: Sequence[Path], expected: Mapping[str, Expected], hashes: Mapping[str, str] | None) -> None:
-    """Raises unless the files hold what is expected.
+    """Checks that files hold the tensors that are expected.
 
     Args:
         files: Safetensors files.
-        expected: The tensors that will be read.
-        hashes: SHA-256 of every tensor's bytes, or None not to compare them.
+        expected: Tensors that will be read, by name.
+        hashes: SHA-256 of every tensor's bytes in hex, by name; None not to compare them.
 
     Raises:
-        CheckpointError: Naming what is damaged, missing or left over.
+        CheckpointError: If something is damaged, missing or left over; the message names it.
     """
     problems = tensor_problems(files, expected, hashes)
     if problems:
@@ -58,7 +58,13 @@ def check_tensors(files: Sequence[Path], expected: Mapping[str, Expected], hashe
 
 
 def describe_problems(folder: Path, problems: Sequence[str], effect: str = "nothing was loaded") -> str:
-    """The message of an error that lists problems."""
+    """The message of an error that lists the problems of a checkpoint, the first six in full.
+
+    Args:
+        folder: Folder of the checkpoint.
+        problems: Problems, one line each.
+        effect: Consequence of the problems, such as ``nothing was loaded``.
+    """
     more = f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
     return (
         f"{folder} is damaged; {effect}.\n  " + "\n  ".join(problems[:_SHOWN]) + more + "\n"
@@ -69,7 +75,13 @@ def describe_problems(folder: Path, problems: Sequence[str], effect: str = "noth
 def tensor_problems(
     files: Iterable[Path], expected: Mapping[str, Expected], hashes: Mapping[str, str] | None
 ) -> list[str]:
-    """What differs, one line each; empty if nothing does."""
+    """Lists how the tensors in files differ from what is expected, one line for each problem; empty if they do not.
+
+    Args:
+        files: Safetensors files.
+        expected: Tensors that will be read, by name.
+        hashes: SHA-256 of every tensor's bytes in hex, by name; None not to compare them.
+    """
     problems: list[str] = []
     found: dict[str, Path] = {}
     unreadable = False
@@ -104,7 +116,12 @@ def tensor_problems(
 
 
 def differing_tensors(where: Mapping[str, Path], hashes: Mapping[str, str]) -> list[str]:
-    """Names of the tensors, of those in `where`, whose SHA-256 is another than in `hashes`."""
+    """Names of the tensors whose bytes have another SHA-256 than expected.
+
+    Args:
+        where: Safetensors files by name of the tensor that they hold.
+        hashes: Expected SHA-256 in hex, by name of the tensor.
+    """
     by_file: dict[Path, list[str]] = {}
     for name, path in where.items():
         by_file.setdefault(path, []).append(name)
@@ -117,14 +134,14 @@ def differing_tensors(where: Mapping[str, Path], hashes: Mapping[str, str]) -> l
 
 
 def read_tensors(path: Path, names: Iterable[str]) -> Iterable[tuple[str, Tensor]]:
-    """Named tensors of a file, one after the other."""
+    """Reads the named tensors of a safetensors file one after the other, each as its name and the tensor."""
     with safe_open(path, framework="pt") as file:
         for name in names:
             yield name, file.get_tensor(name)
 
 
 def read_header(path: Path) -> dict[str, dict[str, Any]]:
-    """Name -> ``{"dtype", "shape", "data_offsets"}`` of a safetensors file, without reading its tensors.
+    """Reads the header of a safetensors file: by name, ``{"dtype", "shape", "data_offsets"}``; no tensor is read.
 
     Raises:
         CheckpointError: If the file is missing, or is not as long as its header says, or has none.
@@ -150,13 +167,13 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def hash_tensor(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's bytes, in hex."""
+    """The SHA-256 of a tensor's bytes, in hex; the tensor must be on the host."""
     data: Any = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
     return hashlib.sha256(data).hexdigest()
 
 
 def _describe_missing(names: Sequence[str]) -> list[str]:
-    """Missing tensors, those of one router or one set of tables together."""
+    """One line for each missing tensor, with one for all those of one router, transform or set of tables."""
     lines: dict[str, None] = {}
     for name in names:
         part = _PARTS_OF_INPUTS.get(kind_of(name))

@@ -1,4 +1,4 @@
-"""Exports a finished checkpoint to another folder, whole or with its first planes only; one shard is in memory at a time."""
+"""Exports a finished checkpoint to another folder, whole or with its first planes only, one shard at a time."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from mobiq_lightning.runs import CARD, CONFIG, HASHES, INDEX
 
 
 def export(source: str | Path, to: str | Path, max_bits: int | None = None, overwrite: bool = False) -> Path:
-    """Writes a copy of a checkpoint, checked against its hashes on the way.
+    """Writes a copy of a checkpoint, whole or with its first planes only, checked against its hashes on the way.
 
     Args:
         source: A run folder, or an elastic checkpoint.
         to: The new folder.
-        max_bits: Keep only the planes up to this depth, which must be a prefix of the slices.
-        overwrite: Replace `to` if it is there.
+        max_bits: Depth in bits up to which planes are kept, which must be a prefix of the slices; by default all.
+        overwrite: Whether to replace the new folder if it is there.
 
     Returns:
         The new folder.
 
     Raises:
         CheckpointError: If the source is damaged, or the folder is there and `overwrite` was not given.
-        BitsError: If `max_bits` is no prefix, or more than the source holds.
+        BitsError: If `max_bits` is no prefix of the slices, or more than the source holds.
     """
     origin, folder = resolve(source), Path(to)
     if folder.resolve() == origin.resolve():

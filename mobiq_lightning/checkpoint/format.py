@@ -1,4 +1,4 @@
-"""The elastic checkpoint's format: every key of ``quantization_config`` in config.json, and what values it may have.
+"""Defines the elastic checkpoint's format: every key of ``quantization_config`` in config.json, and its allowed values.
 
 Whoever writes or reads these keys does so through `ElasticFormat`. Names of the tensors are in `packing.tensor_names`.
 """
@@ -15,7 +15,7 @@ from mobiq_lightning.packing import CODES, PackedSlices
 from mobiq_lightning.strategies.thresholds import Scope
 
 QUANT_METHOD = "mobiq"
-"""What config.json calls an elastic checkpoint, and what transformers finds its quantizer by."""
+"""Name of elastic checkpoints in config.json, by which transformers finds their quantizer."""
 FORMAT_VERSION = 2
 """The newest version of the format that this package reads."""
 _REQUIRED = ("slice_bits", "group_size", "router", "layout")
@@ -23,11 +23,11 @@ _KEY = "config.json: quantization_config"
 
 
 def needed_version(code: str, stored: Sequence[str]) -> int:
-    """The lowest version of the format that says what a checkpoint holds, so that what older packages can read, they do.
+    """The lowest version of the format that can describe a checkpoint, so that older packages read what they can.
 
     Args:
         code: Name of the code of its weights.
-        stored: Names of the tensors that are stored of each transformed input.
+        stored: Names of the tensors that are stored for each transformed input.
 
     Returns:
         1 for the nested code and inputs that are read as they are; 2 for other codes, and for transformed inputs.
@@ -41,19 +41,20 @@ class ElasticFormat:
 
     Args:
         quant_method: Always ``mobiq``.
-        format_version: Version of the format, 1 or 2; by default the lowest that says what the checkpoint holds.
+        format_version: Version of the format, 1 or 2; by default the lowest that can describe the checkpoint.
         slice_bits: Bits of each slice, coarsest first; at most 8 in all.
         group_size: Columns of a weight that share scale and bias; 65536 or more for whole rows.
         router: ``{"class_path", "init_args"}`` of the routers.
         transform: ``{"class_path", "init_args", "stored"}`` of what was done to weights and inputs before slicing; `stored`
             names the tensors that the checkpoint holds of each input for it. None if nothing was noted, as before transforms
             existed.
-        layout: Where the decoder blocks are and which linears read the same input: the arguments of `BlockLayout`.
+        layout: Arguments of `BlockLayout`: place of the decoder blocks, and groups of linears that read the same input.
         share_routers: ``input`` if linears that read the same input share a router, ``linear`` if each has its own.
-        threshold_scope: Which of the two threshold tables the dial uses unless another is asked for, ``layer`` or ``global``.
+        threshold_scope: Threshold table that the dial uses unless another is asked for, ``layer`` or ``global``.
         default_bits: Bits per weight at which the dial stands after loading.
         max_bits: The depth in bits up to which planes are held; None for all.
-        code: How codes become weights, one of `CODES`. Not written for the nested code, which version 1 takes for granted.
+        code: Name of the code, by which stored bits become weights, one of `CODES`. It is not written for the nested
+            code, which version 1 takes for granted.
     """
 
     quant_method: str = QUANT_METHOD
@@ -75,16 +76,16 @@ class ElasticFormat:
 
     @property
     def stored(self) -> list[str]:
-        """Names of the tensors that are stored of each transformed input; empty if inputs are read as they are."""
+        """Names of the tensors that are stored for each transformed input; empty if inputs are read as they are."""
         return list((self.transform or {}).get("stored", []))
 
     @property
     def n_planes(self) -> int:
-        """Planes that are held of every weight."""
+        """Number of bit planes that are held of every weight."""
         return self.max_bits or sum(self.slice_bits)
 
     def to_json(self) -> dict[str, Any]:
-        """The keys and values as config.json has them."""
+        """The keys and values of ``quantization_config`` as config.json has them."""
         found = {field.name: getattr(self, field.name) for field in fields(ElasticFormat)}
         if self.code == PackedSlices.code:
             del found["code"]
@@ -92,30 +93,31 @@ class ElasticFormat:
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> Self:
-        """Reads ``quantization_config`` of config.json.
+        """Reads the format from ``quantization_config`` of config.json.
 
         Raises:
-            CheckpointError: If it is not that of an elastic checkpoint, is of a newer version, lacks a key, has one that
-                is not known, or a value that cannot be; the message names the key and what was expected.
+            CheckpointError: If it is not that of an elastic checkpoint, is of a newer version, lacks a key, has an
+                unknown key, or has a value that is not allowed; the message names the key and what was expected.
         """
         check_json(stored, [field.name for field in fields(cls)])
         return cls(**stored)
 
 
 def is_elastic(stored: object) -> TypeGuard[Mapping[str, Any]]:
-    """Whether ``quantization_config`` of some config.json, or None where there is none, is that of an elastic checkpoint."""
+    """Whether the ``quantization_config`` of a config.json, None if absent, is that of an elastic checkpoint."""
     return isinstance(stored, Mapping) and stored.get("quant_method") == QUANT_METHOD
 
 
 def check_json(stored: Mapping[str, Any], known: Iterable[str]) -> None:
-    """Raises unless ``quantization_config`` can be read by this version of the package.
+    """Checks that ``quantization_config`` of config.json can be read by this version of the package.
 
     Args:
         stored: The keys and values as config.json has them.
-        known: The keys that there are.
+        known: The keys that the format has.
 
     Raises:
-        CheckpointError: Naming the key, what was expected, what was found and, of an unknown key, the nearest known one.
+        CheckpointError: If it cannot; the message names the key, what was expected, what was found and, for an unknown
+            key, the nearest known one.
     """
     version = stored.get("format_version", 1)
     if not _is_int(version) or version > FORMAT_VERSION:  # first: a newer version may have other keys
@@ -210,4 +212,4 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "default_bits": (lambda value: _is_int(value) or isinstance(value, float), "a number of bits"),
     "max_bits": (lambda value: value is None or _is_positive(value), "null, or a positive integer"),
 }
-"""For each key whether a value can be, and what is expected of it."""
+"""For each key, a function that says whether a value is allowed, and what is expected in words."""

@@ -1,4 +1,4 @@
-"""The way in: an elastic checkpoint as a transformers model, whole or not at all."""
+"""Loads an elastic checkpoint as a transformers model, whole or not at all."""
 
 from __future__ import annotations
 
@@ -25,21 +25,22 @@ def load(
     warm_up: bool = False,
     **kwargs: Any,
 ) -> Any:
-    """Loads an elastic checkpoint.
+    """Loads an elastic checkpoint as a transformers model whose bits per weight can be set at any time.
 
     Args:
         source: A run folder, the ``elastic`` folder in it, or a Hugging Face hub id.
-        max_bits: Read only the planes up to this depth; the model then runs at no more bits.
-        bits: Where the dial stands; by default where the recipe's budget ended.
-        dtype: Of what is not sliced, and of the computation; ``auto`` as saved.
-        device: Where to; not together with `device_map`.
-        check_hashes: Compare every tensor that is read with hashes.json; costs one pass over the bytes.
-        warm_up: Compile every kernel that the model can need, and unpack what the reference keeps, now instead of at the
-            first requests; see `mobiq_lightning.runtime.warm_up`.
-        **kwargs: As `AutoModelForCausalLM.from_pretrained` takes them, such as ``device_map``.
+        max_bits: Depth in bits up to which planes are read, by default all; the model then runs at no more bits.
+        bits: Bits per weight that the dial is set to; by default the checkpoint's ``default_bits``.
+        dtype: dtype of what is not sliced, and of the computation; ``auto`` as saved.
+        device: Device that the model is moved to; not together with `device_map`.
+        check_hashes: Whether every tensor that is read is compared with hashes.json; that costs one pass over the
+            bytes.
+        warm_up: Whether to compile every kernel that the model can need, and to unpack the weights that the reference
+            path keeps, now instead of at the first requests.
+        **kwargs: Further arguments of `AutoModelForCausalLM.from_pretrained`, such as ``device_map``.
 
     Returns:
-        The transformers model, in eval mode, an `ElasticModel` beside its own class.
+        The transformers model in eval mode, which is an `ElasticModel` as well as of its own class.
 
     Raises:
         CheckpointError: If there is no elastic checkpoint, or anything of it is missing, left over or damaged.
@@ -81,10 +82,13 @@ def load(
 
 
 def resolve(source: str | Path) -> Path:
-    """The folder of an elastic checkpoint, downloaded if it is a hub id that is not in the cache yet.
+    """Finds the folder of an elastic checkpoint; one on the hub is downloaded if it is not in the cache yet.
+
+    Args:
+        source: A run folder, an elastic checkpoint, or a Hugging Face hub id.
 
     Raises:
-        CheckpointError: If there is none.
+        CheckpointError: If there is no elastic checkpoint.
     """
     path = Path(source).expanduser()
     if (path / ELASTIC / CONFIG).is_file():

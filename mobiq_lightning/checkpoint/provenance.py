@@ -1,4 +1,4 @@
-"""Where a checkpoint and a figure come from: versions, machine, code, source model, calibration text."""
+"""Describes where a checkpoint comes from: versions, machine, code, source model, calibration text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mobiq_lightning.strategies.transform_base import Transform
 
 
 def git_commit() -> str | None:
-    """Commit of this package's code, with ``-dirty`` if it was changed since; None if it was installed without git."""
+    """The git commit of this package's code, with ``-dirty`` if files were changed since; None outside a repository."""
     package = Path(__file__).parents[1]
 
     def git(*arguments: str) -> str:
@@ -29,12 +29,12 @@ def git_commit() -> str | None:
 
 
 def describe_provenance(source: Source, calibration: dict[str, Any], transform: Transform) -> dict[str, Any]:
-    """What a checkpoint says of its making.
+    """Makes the content of provenance.json, which says how a checkpoint was made.
 
     Args:
         source: The model that was sliced.
-        calibration: The calibration text: its protocol, and its hash as ``data_hash``.
-        transform: What was done to weights before they were sliced.
+        calibration: Protocol of the calibration text, and its hash as ``data_hash``.
+        transform: Transform of weights and inputs before slicing.
     """
     seed = os.environ.get("PL_GLOBAL_SEED")
     return {

@@ -1,4 +1,4 @@
-"""The elastic checkpoint as transformers sees it: `quantization_config` and quantizer.
+"""Makes elastic checkpoints known to transformers, by a `quantization_config` and a quantizer of its own kinds.
 
 Importing this module registers both. It is imported while transformers is, so it must not need more of transformers than
 what is imported here.
@@ -56,17 +56,17 @@ class ElasticConfig(ElasticFormat, QuantizationConfigMixin):
 
         Args:
             config_dict: The keys and values of config.json.
-            return_unused_kwargs: Whether to return those of `kwargs` that are no key beside the format.
+            return_unused_kwargs: Whether to return the format together with those of `kwargs` that are no key of it.
             **kwargs: Values of keys that take the place of those in config.json.
 
         Raises:
-            CheckpointError: If a key or value cannot be read by this version of the package; see `check_json`.
+            CheckpointError: If a key or value cannot be read by this version of the package; the message names it.
         """
         check_json(config_dict, [field.name for field in fields(cls)])
         return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """What is stored in config.json."""
+        """The keys and values of ``quantization_config`` that are stored in config.json."""
         return copy.deepcopy(self.to_json())
 
 
@@ -77,7 +77,11 @@ class ElasticQuantizer(HfQuantizer):
     requires_calibration = True
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Refuses versions of transformers that this was not made for."""
+        """Refuses versions of transformers that this quantizer was not tested with.
+
+        Raises:
+            CheckpointError: If such a version is installed and ``MOBIQ_SKIP_VERSION_CHECK`` is not set.
+        """
         found = version("transformers")
         if int(found.split(".")[0]) not in SUPPORTED_TRANSFORMERS and not os.environ.get(SKIP_VERSION_CHECK):
             raise CheckpointError(
@@ -108,17 +112,17 @@ class ElasticQuantizer(HfQuantizer):
         make_elastic(model, self.quantization_config.threshold_scope, self.quantization_config.default_bits)
 
     def is_serializable(self, safe_serialization: Any = None) -> bool:
-        """Elastic models can be saved."""
+        """Whether models with this quantizer can be saved, which transformers asks: they can."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """They are not trained in this form."""
+        """Whether models with this quantizer can be trained, which transformers asks: they cannot."""
         return False
 
     @property
     def is_compileable(self) -> bool:
-        """They can be compiled."""
+        """Whether models with this quantizer can be compiled, which transformers asks: they can."""
         return True
 
 
@@ -167,10 +171,16 @@ def insert_elastic_linears(model: nn.Module, stored: ElasticFormat) -> None:
 
 
 def build_router(spec: dict[str, Any], in_features: int, n_slices: int) -> Router:
-    """The router that config.json names.
+    """Builds the router that config.json names, for one input.
+
+    Args:
+        spec: Mapping with ``class_path`` and ``init_args``.
+        in_features: Width of the input.
+        n_slices: Number of slices.
 
     Raises:
-        CheckpointError: If it cannot be imported, or is no router: config.json must not be able to call anything else.
+        CheckpointError: If the class cannot be imported or built, or is no router, since config.json must not be able
+            to call anything else.
     """
     name = str(spec.get("class_path"))
     module, _, last = name.rpartition(".")
@@ -190,10 +200,17 @@ def build_router(spec: dict[str, Any], in_features: int, n_slices: int) -> Route
 
 
 def build_transform(stored: list[str], in_features: int) -> StoredTransform | None:
-    """The transform of an input, of which a checkpoint holds the tensors named; None if it holds none.
+    """Makes the empty transform of an input, to be loaded from a checkpoint.
+
+    Args:
+        stored: Names of the tensors that the checkpoint holds of the transform.
+        in_features: Width of the input.
+
+    Returns:
+        The transform, or None if the checkpoint holds no tensors of one.
 
     Raises:
-        CheckpointError: If other tensors are named than this version knows.
+        CheckpointError: If a tensor is named that this version does not know.
     """
     try:
         return StoredTransform(in_features, stored) if stored else None
@@ -205,7 +222,7 @@ def build_transform(stored: list[str], in_features: int) -> StoredTransform | No
 
 
 def expected_tensors(model: Any) -> dict[str, Expected]:
-    """Names, shapes and necessity of the tensors that a model with elastic linears is loaded from."""
+    """Shape, kind and necessity of each tensor that a model with elastic linears is loaded from, by name."""
     tied: set[str] = set()
     if getattr(model.config, "tie_word_embeddings", False):
         output = model.get_output_embeddings()

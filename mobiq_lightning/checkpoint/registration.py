@@ -15,7 +15,7 @@ _QUANTIZER = "mobiq_lightning.checkpoint.quantizer"
 
 
 def register_with_transformers() -> None:
-    """Registers the quantizer now if transformers' registry is imported already, else as soon as it is.
+    """Registers the quantizer of elastic checkpoints with transformers, now or as soon as its registry is imported.
 
     Importing transformers here would make every import of this package, and every `--help`, wait for it and for PyTorch.
     """
@@ -44,7 +44,7 @@ class _Loader(importlib.abc.Loader):
     """Runs another loader, then imports the quantizer.
 
     Args:
-        loader: Of the registry.
+        loader: Loader of transformers' registry.
     """
 
     def __init__(self, loader: importlib.abc.Loader) -> None:

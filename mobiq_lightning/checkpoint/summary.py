@@ -1,4 +1,4 @@
-"""What a checkpoint holds, read from headers and notes: no weight is loaded."""
+"""Sums up what a checkpoint holds from its headers and notes; no weight is loaded."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mobiq_lightning.packing import TensorKind, depths_of, kind_of
 from mobiq_lightning.runs import CONFIG, PROVENANCE, RESULTS, Results, read_results
 
 SCALES, VALUE_TABLES = "scales and biases", "value tables"
-"""What a summary calls the tensors that turn codes into weights."""
+"""Names in a summary of the tensors that turn codes into weights."""
 _KINDS: dict[TensorKind, str] = {
     "plane": "planes",
     "scale": SCALES,
@@ -37,21 +37,21 @@ _KINDS: dict[TensorKind, str] = {
 
 @dataclass
 class Summary:
-    """Of an elastic checkpoint.
+    """A summary of an elastic checkpoint.
 
     Args:
-        folder: Where it is.
+        folder: Folder of the checkpoint.
         config: The format of the checkpoint, as config.json has it.
-        architecture: Class of the model.
-        linears: (O, I) -> how many sliced linears of that shape.
-        n_weights: Weights of the sliced linears.
-        n_blocks: Decoder blocks.
+        architecture: Name of the model's class.
+        linears: Number of sliced linears of each shape (O, I).
+        n_weights: Number of weights of the sliced linears.
+        n_blocks: Number of decoder blocks.
         bytes_by_kind: Bytes of planes, scales and biases, value tables, routers, transforms, threshold tables, and all else.
-        n_routers: Routers.
-        deployable: Whether they are, see `Router.deployable`.
-        n_planes: Planes held of every weight.
-        provenance: Of provenance.json.
-        results: Of results.json.
+        n_routers: Number of routers.
+        deployable: Whether the routers can be deployed, rather than only say how good others could be.
+        n_planes: Number of bit planes held of every weight.
+        provenance: Content of provenance.json, empty if there is none.
+        results: Content of results.json.
     """
 
     folder: Path
@@ -69,16 +69,19 @@ class Summary:
 
     @property
     def depths(self) -> list[int]:
-        """Depths at which the held slices can be read."""
+        """Depths in bits at which the held slices can be read, ascending."""
         return [depth for depth in depths_of(tuple(self.config.slice_bits)) if depth <= self.n_planes]
 
     def bits_per_weight(self, *kinds: str) -> float:
-        """Stored bits per sliced weight of some kinds of tensors."""
+        """Stored bits of the given kinds of tensors together, per sliced weight."""
         return 8 * sum(self.bytes_by_kind[kind] for kind in kinds) / self.n_weights
 
 
 def summarize_checkpoint(source: str | Path) -> Summary:
-    """Reads the headers of a checkpoint's shards and what lies beside them.
+    """Sums up a checkpoint from the headers of its shards, its config, its provenance and its results.
+
+    Args:
+        source: A run folder, an elastic checkpoint, or a Hugging Face hub id.
 
     Raises:
         CheckpointError: If there is no elastic checkpoint, or a header is damaged.
@@ -112,7 +115,12 @@ def summarize_checkpoint(source: str | Path) -> Summary:
 
 
 def skeleton(folder: Path, elastic: ElasticFormat) -> Any:
-    """The model that a checkpoint is for, without its weights."""
+    """Builds the model of a checkpoint with elastic linears, on the meta device: without any values.
+
+    Args:
+        folder: Folder of the checkpoint.
+        elastic: The format of the checkpoint.
+    """
     config = AutoConfig.from_pretrained(folder)
     del config.quantization_config
     with torch.device("meta"):

@@ -19,20 +19,20 @@ from mobiq_lightning.packing import BUDGETS, carrier_of, input_tensor_name, kind
 from mobiq_lightning.runs import CONFIG, HASHES, INDEX
 
 PROBE_TOKENS = 16
-"""Tokens that go through the model."""
+"""Number of tokens that go through the model in the forward passes of the check."""
 
 Report = Callable[[str, list[str]], None]
 
 
 def verify(folder: str | Path, report: Report | None = None) -> list[str]:
-    """Checks files, hashes, scales, padding of codes, thresholds, and a forward pass at every depth.
+    """Checks a checkpoint: files, hashes, scales, padding of codes, thresholds, and a forward pass at every depth.
 
     Args:
         folder: A run folder, or an elastic checkpoint.
-        report: Called after every check with what was checked and the problems found.
+        report: Function called after every check with the name of the check and the problems found.
 
     Returns:
-        What is wrong, one line each; empty if all is well.
+        Problems, one line each; empty if all is well.
 
     Raises:
         CheckpointError: If the folder is no elastic checkpoint at all.
@@ -57,7 +57,7 @@ def verify(folder: str | Path, report: Report | None = None) -> list[str]:
 
 
 def _check_files(folder: Path) -> list[str]:
-    """All files are there, whole, and what was written."""
+    """Checks that all files are there and whole, and hold what was written."""
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
         json.loads((folder / CONFIG).read_text(encoding="utf-8"))
@@ -95,7 +95,7 @@ def _check_files(folder: Path) -> list[str]:
 
 
 def _check_values(folder: Path) -> list[str]:
-    """Scales and routers are finite, scales above 0, and thresholds fall as budgets rise."""
+    """Checks that all values are finite, that scales are above 0, and that thresholds fall as budgets rise."""
     problems: list[str] = []
     falls = _thresholds_fall(folder)
     for path in sorted(folder.glob("*.safetensors")):
@@ -111,7 +111,7 @@ def _check_values(folder: Path) -> list[str]:
 
 
 class _Lazy:
-    """Tensors of an open file by name."""
+    """Reads tensors of an open file by name, each when it is asked for."""
 
     def __init__(self, file: Any) -> None:
         self.names = list(file.keys())
@@ -142,7 +142,7 @@ def _problems_of_tensor(name: str, tensors: _Lazy, falls: bool) -> Iterator[str]
 
 
 def _thresholds_fall(folder: Path) -> bool:
-    """Whether the thresholds of this checkpoint must fall: those of routers that allocate whole inputs need not."""
+    """Whether the thresholds of a checkpoint must fall as budgets rise; with routers that allocate whole inputs, no."""
     from mobiq_lightning.checkpoint.quantizer import build_router
 
     try:
@@ -154,7 +154,7 @@ def _thresholds_fall(folder: Path) -> bool:
 
 
 def _check_model(folder: Path) -> list[str]:
-    """The model loads, and gives finite logits at every depth and at budgets between them, using what was asked."""
+    """Checks that the model loads, and gives finite logits at every depth and between, using the bits asked for."""
     from mobiq_lightning.checkpoint.loading import load
     from mobiq_lightning.nn import ElasticLinear
 

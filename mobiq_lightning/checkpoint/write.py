@@ -24,14 +24,14 @@ from mobiq_lightning.sources import Source
 
 
 class CheckpointWriter:
-    """Collects an elastic checkpoint in a folder of its own, which takes its place once it is complete.
+    """Writes an elastic checkpoint into a partial folder, which is renamed to the final one once it is complete.
 
-    A writer that was killed is taken up by a new one on the same folder: shards that are there and whole are kept.
+    After a crash, a new writer on the same folder goes on: shards that are there and whole are kept.
 
     Args:
-        source: The source model, its blocks holding `SlicedLinear`.
-        layout: Where its blocks are.
-        folder: Where the checkpoint will be.
+        source: The source model, whose blocks hold `SlicedLinear`.
+        layout: Place of the blocks in the model.
+        folder: Folder that the finished checkpoint will be in.
     """
 
     def __init__(self, source: Source, layout: BlockLayout, folder: Path) -> None:
@@ -41,22 +41,25 @@ class CheckpointWriter:
         self.n_shards = len(self.blocks) + 1
 
     def write_block(self, index: int) -> None:
-        """Writes the shard of block `index`: planes, scales and what is not sliced. Routers and tables come last."""
+        """Writes the shard of block `index`: its planes, scales and tensors that are not sliced.
+
+        Routers, transforms and threshold tables of all blocks are written by `finish`.
+        """
         tensors = block_tensors(f"{self.layout.blocks}.{index}", self.blocks[index])
         _write_shard(self.partial / shard_name(index, self.n_shards), tensors)
 
     def finish(
         self, calibrated: Sequence[CalibratedBlock], stored: ElasticFormat, extra: Mapping[str, str]
     ) -> list[int]:
-        """Writes what is missing, and puts the checkpoint in its place.
+        """Writes what is missing, with routers and threshold tables, and renames the folder to the finished checkpoint.
 
         Args:
-            calibrated: What was learned of each block.
-            stored: What config.json says of the checkpoint.
-            extra: Further text files by name: recipe, provenance.
+            calibrated: Calibrated blocks, which hold routers, transforms and threshold tables.
+            stored: Format of the checkpoint, which goes into config.json.
+            extra: Texts of further files, such as recipe and provenance, by file name.
 
         Returns:
-            Blocks whose shard was there but damaged, and was written again.
+            Indices of the blocks whose shard was there but damaged, and was written again.
         """
         damaged: list[int] = []
         for index in range(len(calibrated)):
@@ -82,7 +85,7 @@ class CheckpointWriter:
 
 
 def seal(folder: Path) -> None:
-    """Writes index and hashes of a folder whose shards are complete, and removes what was noted beside the shards."""
+    """Writes index and hashes.json of a folder whose shards are complete, and removes the hashes beside each shard."""
     weight_map: dict[str, str] = {}
     hashes: dict[str, str] = {}
     size = 0
@@ -100,13 +103,21 @@ def seal(folder: Path) -> None:
 
 
 def add_results(folder: Path, results: Results) -> None:
-    """Puts what was measured into a checkpoint: results.json and the model card."""
+    """Writes what was measured into a checkpoint's results.json, and its model card anew."""
     write_json(folder / RESULTS, results.to_json())
     write_card(folder)
 
 
 def block_tensors(prefix: str, block: nn.Module) -> dict[str, Tensor]:
-    """Tensors of one block, except of its inputs, under the names that elastic linears give them."""
+    """Tensors of one block under the names that elastic linears give them; those of routed inputs are left out.
+
+    Args:
+        prefix: Name of the block in the model.
+        block: The block, whose sliced linears are packed.
+
+    Raises:
+        CheckpointError: If a slice scheme packs another code than it declares.
+    """
     tensors: dict[str, Tensor] = {}
     sliced = {name: module for name, module in block.named_modules() if isinstance(module, SlicedLinear)}
     for name, linear in sliced.items():
@@ -129,7 +140,7 @@ def block_tensors(prefix: str, block: nn.Module) -> dict[str, Tensor]:
 
 
 def copy_companions(source: Path, folder: Path) -> None:
-    """Tokenizer, chat template, generation config and licence, unchanged."""
+    """Copies tokenizer, chat template, generation config and licence from the source model's folder, unchanged."""
     for pattern in COMPANIONS:
         for path in source.glob(pattern):
             if path.is_file():
@@ -137,7 +148,13 @@ def copy_companions(source: Path, folder: Path) -> None:
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor], hashes: Mapping[str, str]) -> None:
-    """Writes tensors into a file, atomically, and notes their hashes beside it until `seal`."""
+    """Writes tensors into a safetensors file, atomically, and notes their hashes in a file beside it until `seal`.
+
+    Args:
+        path: The file.
+        tensors: Tensors on the host, by name.
+        hashes: SHA-256 of each tensor's bytes in hex, by name.
+    """
     write_json(_noted(path), dict(hashes))
 
     def write(temporary: Path) -> None:
@@ -181,7 +198,7 @@ def _input_tensors(prefix: str, learned: CalibratedBlock) -> dict[str, Tensor]:
 
 
 def _other_tensors(model: Any, blocks: str) -> dict[str, Tensor]:
-    """Tensors outside of the blocks; of tied ones only the first."""
+    """Tensors outside of the blocks, of which tied ones are kept once, under their first name."""
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, value in model.state_dict().items():

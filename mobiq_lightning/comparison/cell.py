@@ -1,4 +1,4 @@
-"""One cell of a comparison as a process of its own: ``python -m mobiq_lightning.comparison.cell RECIPE FOLDER``.
+"""Runs one cell of a comparison as a process of its own: ``python -m mobiq_lightning.comparison.cell RECIPE FOLDER``.
 
 It runs ``fit`` on the recipe, and leaves how long it took and how much memory it needed beside the run's results.
 """
@@ -25,9 +25,9 @@ class CellFigures(Record):
     """Content of cell.json: what a finished cell took.
 
     Args:
-        seconds: Time of the run; of one that was resumed, that of its last part alone.
-        peak_memory_gb: Memory that it needed at most, in GB.
-        resumed: Whether it was resumed.
+        seconds: Seconds that the run took; if it was resumed, those of its last part alone.
+        peak_memory_gb: Most memory that the run needed, in GB.
+        resumed: Whether the run was resumed.
     """
 
     seconds: float
@@ -36,7 +36,11 @@ class CellFigures(Record):
 
 
 def run_cell(recipe: str, folder: Path) -> int:
-    """Runs a cell to its end; a finished one is left as it is.
+    """Runs ``fit`` on the recipe of a cell, and writes cell.json if it succeeds and there is none yet.
+
+    Args:
+        recipe: Path of the recipe.
+        folder: The run folder that the recipe names.
 
     Returns:
         The exit code of ``fit``.
@@ -58,9 +62,12 @@ def run_cell(recipe: str, folder: Path) -> int:
 
 
 def die_with(parent: int) -> None:
-    """Has the system kill this process when its parent ends, however that ends (Linux only).
+    """Has the system kill this process when its parent ends, for whatever reason (Linux only).
 
     A comparison that is killed and started again would otherwise meet its own cells, still running.
+
+    Args:
+        parent: Process id of the parent.
     """
     if not sys.platform.startswith("linux"):
         return

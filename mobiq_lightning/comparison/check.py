@@ -1,4 +1,4 @@
-"""Builds what every strategy of a grid names, before the first cell runs: hours later is too late for a typo."""
+"""Builds the recipe of every strategy of a grid before the first cell runs, so that a typo is found at once."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _QUIET = {"class_path": f"{_CALLBACKS}.LatencyCheck", "init_args": {"seconds": 0
 
 
 def check_cells(cells: Sequence[Cell]) -> None:
-    """Builds each strategy once.
+    """Builds model, data and trainer of each strategy once, to see that its recipe can be run.
 
     Raises:
-        RecipeError: Naming every strategy that cannot be built, and why.
+        RecipeError: If strategies cannot be built; the message names each, and why.
     """
     problems = []
     with tempfile.TemporaryDirectory() as folder:
@@ -36,7 +36,7 @@ def check_cells(cells: Sequence[Cell]) -> None:
 
 
 def without_speed(cell: Cell) -> Cell:
-    """A cell whose run measures no speed: measured while other cells run, it would mean nothing.
+    """A copy of a cell whose run measures no speed, since speed measured while other cells run would mean nothing.
 
     A callback that measures speed says so itself, with a class attribute ``measures_speed`` that is true. Classes are looked
     up among those that are loaded, so `check_cells` comes first.

@@ -1,4 +1,4 @@
-"""The folder of a comparison: whose it is, which cells are done, and what was found."""
+"""Manages the folder of a comparison: whose it is, which cells are done, and what they measured."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mobiq_lightning.runs import RESULTS, RUN_CONFIG, Measured, RunFolder, diffe
 
 
 class ComparisonFolder:
-    """A folder that holds one comparison.
+    """The folder of one comparison: it knows which cells are finished and reads what they measured.
 
     Args:
         path: The folder; it need not exist.
@@ -29,13 +29,19 @@ class ComparisonFolder:
         self.path = path
 
     def claim(self, grid: Grid, cells: Sequence[Cell], overwrite: bool) -> list[str]:
-        """Makes the folder this grid's. Cells may be added to a grid that has begun, but not changed.
+        """Notes in comparison.json that the folder holds this grid, whose cells may be added to later, but not changed.
+
+        Args:
+            grid: The grid.
+            cells: All cells of the grid.
+            overwrite: Whether to remove what the folder holds of a comparison first.
 
         Returns:
             Names of cells that the folder holds and the grid no longer names.
 
         Raises:
-            RunFolderError: If cells that were begun have another recipe now.
+            RunFolderError: If cells that were begun have another recipe now, or cells are there without
+                comparison.json.
         """
         if overwrite:
             self.clear()
@@ -54,7 +60,7 @@ class ComparisonFolder:
         return sorted(set(stored) - set(named))
 
     def clear(self) -> None:
-        """Removes what a comparison writes, and nothing else."""
+        """Removes the files and folders that a comparison writes, and nothing else."""
         for path in [*(self.path / name for name in COMPARISON_FILES), *self.path.glob("*.png")]:
             if path.is_dir():
                 shutil.rmtree(path)
@@ -62,20 +68,20 @@ class ComparisonFolder:
                 path.unlink(missing_ok=True)
 
     def finished(self, cell: Cell) -> bool:
-        """Whether a cell has its results."""
+        """Whether a cell's run is finished, with its results and cell.json."""
         return RunFolder(cell.folder).finished and (cell.folder / CELL).is_file()
 
     def figures(self, cell: Cell) -> CellFigures:
-        """Seconds and memory of a finished cell.
+        """The seconds and the memory that a finished cell took, from its cell.json.
 
         Raises:
-            ResultsError: If the file that holds them is damaged.
+            ResultsError: If cell.json is damaged.
         """
         path = cell.folder / CELL
         return CellFigures.from_json(read_json(path), path)
 
     def measured(self, cell: Cell) -> Measured:
-        """What a finished cell has measured.
+        """The comparison that a finished cell has measured, from its results.json.
 
         Raises:
             ResultsError: If its results.json is damaged, or holds no comparison.
@@ -88,6 +94,10 @@ class ComparisonFolder:
 
     def write_rows(self, cells: Sequence[Cell], failures: Mapping[str, str]) -> list[CellRow]:
         """Writes results.jsonl: a line for each row of each finished cell, and one for each failed cell.
+
+        Args:
+            cells: All cells of the grid.
+            failures: Reasons by slug of the failed cell.
 
         Returns:
             The rows of the finished cells.
@@ -110,12 +120,12 @@ class ComparisonFolder:
         return dict(json.loads(path.read_text(encoding="utf-8"))["cells"]) if path.is_file() else {}
 
     def _changes(self, cell: Cell, stored: dict[str, Any] | None) -> Iterator[str]:
-        """What differs between a cell that was begun and what the grid now says of it."""
+        """Yields the keys in which the recipe of a cell that was begun differs from what the grid now says."""
         if stored is not None and (cell.folder / RUN_CONFIG).is_file():
             for difference in differing_keys(stored, _as_json(cell.recipe)):
                 yield f"{cell.name}: {difference}"
 
 
 def _as_json(value: Any) -> Any:
-    """Without the differences between tuples and lists, paths and texts, that JSON does not know."""
+    """The value as JSON would return it: tuples become lists, and paths become texts."""
     return json.loads(json.dumps(value, default=str))

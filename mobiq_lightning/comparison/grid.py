@@ -1,4 +1,4 @@
-"""The grid of a comparison: what its YAML says, and the cells that follow from it. Imports nothing heavy."""
+"""Reads the grid of a comparison from its YAML and makes the cells that follow from it. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mobiq_lightning.errors import RecipeError, nearest
 from mobiq_lightning.jobs import GROUPS, check_key, check_recipe, read_recipe, recipe_path
 
 RULES_SEEDS = 3
-"""Seeds below which a comparison says that its spreads mean little."""
+"""With fewer seeds than this, a comparison says that its spreads mean little."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
 _SET_BY_GRID = ("seed_everything", "data.seed", "model.random_seeds", "model.shared_work", "trainer.default_root_dir")
 """Keys that every cell has from the grid itself; a change of them would be overwritten."""
@@ -26,13 +26,13 @@ _SAME_FOR_ALL = ("model.pretrained", "model.dtype", "data.eval_")
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a comparison.
+    """One run of a comparison: a strategy with a seed.
 
     Args:
         strategy: Name of the strategy in the grid.
-        seed: Of everything random in the run, and of the choice of calibration windows.
+        seed: Seed of everything random in the run, and of the choice of calibration windows.
         recipe: The full recipe of the run.
-        changes: What the strategy changes of the base recipe, by dotted key.
+        changes: Values that the strategy changes in the base recipe, by dotted key.
         folder: The run folder.
     """
 
@@ -44,30 +44,31 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """``strategy, seed n``."""
+        """The name of the cell in messages, such as ``budgets, seed 0``."""
         return f"{self.strategy}, seed {self.seed}"
 
     @property
     def slug(self) -> str:
-        """The name as part of a file name."""
+        """The name of the cell in file names, such as ``budgets-seed-0``."""
         return f"{self.strategy}-seed-{self.seed}"
 
 
 @dataclass
 class Grid:
-    """What a comparison's YAML says.
+    """The grid of a comparison, as its YAML describes it: strategies, seeds, and the recipe that they share.
 
     Args:
-        name: Of the comparison; its runs carry it as W&B group.
+        name: Name of the comparison; its runs carry it as W&B group.
         recipe: Base recipe of all strategies: its path, relative to the grid's file, or the name of a shipped recipe.
         strategies: For each strategy, the keys of the recipe that it changes.
-        seeds: Every strategy runs once with each.
-        bits: Used bits at which strategies are compared.
-        folder: Where runs, tables and report go.
+        seeds: Seeds; every strategy runs once with each.
+        bits: Used bits per weight at which strategies are compared.
+        folder: Folder of runs, tables and report; by default ``runs/compare/`` and the name.
         title: Heading of the report; by default the name.
         changes: Keys of the base recipe that the comparison changes for all strategies.
         workers: Cells that run at the same time; `auto`: one per GPU, or one on a machine without.
         wandb: Arguments of `WandbLogger` such as project or offline; without it nothing is logged to W&B.
+        path: File that the grid was read from.
     """
 
     name: str
@@ -84,14 +85,14 @@ class Grid:
 
     @property
     def root(self) -> Path:
-        """The folder of the comparison."""
+        """The folder of the comparison: `folder`, or by default ``runs/compare/`` and the name."""
         return Path(self.folder or f"runs/compare/{self.name}")
 
     def cells(self) -> list[Cell]:
-        """All cells, seed by seed, so that a comparison that is stopped early has whole seeds.
+        """Makes all cells, ordered by seed, so that a comparison that is stopped early has whole seeds.
 
         Raises:
-            RecipeError: If a recipe cannot be read, or a change does not fit it.
+            RecipeError: If a recipe cannot be read.
         """
         found = []
         for seed in self.seeds:
@@ -101,7 +102,7 @@ class Grid:
         return found
 
     def _recipe(self, strategy: str, seed: int, folder: Path) -> dict[str, Any]:
-        """Base recipe, the grid's changes, the strategy's; then what every cell must have."""
+        """The base recipe with the changes of the grid, then those of the strategy, then what every cell must have."""
         path = self.path.parent / self.recipe
         recipe = copy.deepcopy(read_recipe(str(path) if path.is_file() else recipe_path(self.recipe)))
         for key, value in {**flatten(self.changes), **flatten(self.strategies[strategy])}.items():
@@ -124,7 +125,7 @@ def read_grid(path: str) -> Grid:
     """Reads and checks the YAML of a comparison.
 
     Raises:
-        RecipeError: With everything that is wrong in it, one line each.
+        RecipeError: If anything in it is wrong; the message has a line for each thing.
     """
     read_recipe(path)  # says if there is no such file
     try:
@@ -142,10 +143,10 @@ def read_grid(path: str) -> Grid:
 
 
 def check_grid(grid: Grid) -> None:
-    """Checks what can be told without importing a class.
+    """Checks of a grid, and of the recipes of its cells, all that can be told without importing a class.
 
     Raises:
-        RecipeError: With everything that is wrong, one line each.
+        RecipeError: If anything is wrong; the message has a line for each thing.
     """
     problems = [*_problems(grid)]
     if not problems:
@@ -202,7 +203,7 @@ def _recipe_problems(grid: Grid) -> Iterator[str]:
 
 
 def flatten(changes: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Changes by dotted key; ``{model: {budget: x}}`` and ``{model.budget: x}`` say the same.
+    """Turns nested changes of a recipe into changes by dotted key: ``{model: {budget: x}}`` into ``{model.budget: x}``.
 
     Keys of groups are changed one by one: ``{model.rates: {ranges: x}}`` leaves the other rates as they are.
     """
@@ -216,7 +217,7 @@ def flatten(changes: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def put(recipe: dict[str, Any], key: str, value: Any) -> None:
-    """Sets a dotted key of a recipe. A class that is named takes the place of the one before, arguments and all."""
+    """Sets a dotted key of a recipe in place. A class as value replaces the class before it, arguments included."""
     *parents, last = key.split(".")
     inner = recipe
     for parent in parents:
@@ -229,6 +230,10 @@ def put(recipe: dict[str, Any], key: str, value: Any) -> None:
 
 def override(grid: Grid, arguments: Sequence[tuple[str, Any]]) -> None:
     """Adds keys of the command line, such as ``model.pretrained``, to what the grid changes for all strategies.
+
+    Args:
+        grid: The grid, which is changed in place.
+        arguments: Dotted keys of the recipe with their values.
 
     Raises:
         RecipeError: If the recipe has no such key, or a strategy sets it itself.

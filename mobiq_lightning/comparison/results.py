@@ -1,4 +1,4 @@
-"""What a comparison leaves: results.jsonl, the long table on the terminal, as CSV and JSON, the report, and a W&B run."""
+"""Publishes a comparison: results.jsonl, the long table on the terminal, as CSV and JSON, the report, and a W&B run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,15 @@ COLUMNS = (
 def publish(
     grid: Grid, folder: ComparisonFolder, cells: Sequence[Cell], failures: Mapping[str, str], command: str
 ) -> None:
-    """Writes and prints what the finished cells of a comparison give."""
+    """Writes tables and report of the finished cells of a comparison, prints the table, and logs to W&B if asked for.
+
+    Args:
+        grid: The grid.
+        folder: Folder of the comparison.
+        cells: All cells of the grid.
+        failures: Reasons by slug of the failed cell.
+        command: Command line that makes the comparison, for the report.
+    """
     rows = folder.write_rows(cells, failures)
     if not rows:
         return
@@ -58,7 +66,7 @@ def publish(
 
 
 def print_comparison(report: ReportInput, seeds: Sequence[int]) -> None:
-    """Prints perplexities by strategy and used bits, and what the comparison says."""
+    """Prints a table of perplexities by strategy and used bits, and the verdicts of the comparison in sentences."""
     from rich.table import Table
 
     protocol = report.protocol
@@ -84,7 +92,7 @@ def _as_text(value: Value | None) -> str:
 
 
 def _as_json(grid: Grid, report: ReportInput) -> dict[str, Any]:
-    """Content of table.json."""
+    """The content of table.json."""
     return {
         "name": grid.name,
         "title": report.title,

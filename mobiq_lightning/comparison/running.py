@@ -1,4 +1,4 @@
-"""Runs a grid, resumes it, and says what it found."""
+"""Runs a grid of strategies and seeds, or resumes it, and publishes what it found."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def compare(
         grid: Path of a grid, or name of a shipped one such as ``"budgets"``.
         seeds: Seeds instead of the grid's.
         bits: Used bits per weight of the table instead of the grid's.
-        folder: Where runs, tables and the report go instead of the grid's folder.
+        folder: Folder of runs, tables and the report, instead of the grid's folder.
         workers: Cells that run at the same time instead of the grid's number; ``"auto"``: one per GPU, or one.
-        overwrite: Remove what the folder holds of a comparison.
+        overwrite: Whether to remove what the folder holds of a comparison first.
         **overrides: Keys of the recipe, for all strategies: ``model=dict(pretrained="path/to/model")`` or
             ``**{"model.pretrained": "path/to/model"}``.
 
@@ -70,15 +70,15 @@ def compare(
 
 
 def changed_grid(path: str, changes: Mapping[str, Any], overrides: Mapping[str, Any]) -> Grid:
-    """A grid with what a call changes of it, checked.
+    """Reads a grid, applies the changes that a call makes to it, and checks it.
 
     Args:
-        path: Its file.
+        path: File of the grid.
         changes: Seeds, bits, folder and workers, as far as they are changed.
         overrides: Keys of the recipe, for all strategies.
 
     Raises:
-        RecipeError: With everything that is wrong.
+        RecipeError: If anything is wrong; the message has a line for each thing.
     """
     grid = read_grid(path)
     grid.seeds = list(changes["seeds"]) if "seeds" in changes else grid.seeds

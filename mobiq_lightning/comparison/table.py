@@ -1,4 +1,4 @@
-"""The long table of a comparison: every strategy and allocation at equal used bits, mean and spread over seeds."""
+"""Makes the long table of a comparison: each strategy and allocation at equal used bits, mean and spread over seeds."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ INTERPOLATION = (
     "the bits asked for, its end is taken, and where it ends before, the table has no entry."
 )
 NEAR = 0.05
-"""Bits by which the end of a curve may miss the bits asked for."""
+"""Used bits by which the end of a curve may miss the bits asked for and still be taken for them."""
 ALLOCATIONS: tuple[Allocation, ...] = ("full", "rtn", "router", *CONTROLS)
 _FLOOR = 1e-9  # nats; below it the logarithm of a KL divergence is that of rounding errors
 
 
 @dataclass(frozen=True)
 class CellRow:
-    """A row of a run of the comparison.
+    """A measured row of one run of the comparison.
 
     Args:
         strategy: Name of the strategy.
-        cell_seed: Seed of the run; that of the row is the seed of what is drawn in it.
-        row: What was measured.
+        cell_seed: Seed of the run; the seed of the row is that of what the allocation draws.
+        row: The measured row.
     """
 
     strategy: str
@@ -37,13 +37,13 @@ class CellRow:
 
 @dataclass(frozen=True)
 class TableRow(Record):
-    """What the runs of a strategy give at equal used bits, of one allocation.
+    """A row of the long table: mean and spread over the runs of a strategy with one allocation at equal used bits.
 
     Args:
         strategy: Name of the strategy.
-        allocation: Who decides how deep tokens read.
-        used_bits: Used bits at which strategies are compared.
-        n: Runs.
+        allocation: Name of what decides how deep tokens read, such as ``router`` or ``random``.
+        used_bits: Used bits per weight at which strategies are compared.
+        n: Number of runs.
         perplexity_mean: Mean perplexity over runs.
         perplexity_spread: Standard deviation of the perplexity over seeds; None for one run, whose spread nobody knows.
         kl_mean: Mean KL divergence to full precision, nats per token.
@@ -60,40 +60,42 @@ class TableRow(Record):
     kl_spread: float | None
 
     def mean(self, metric: Metric) -> float:
-        """Mean of a metric over runs."""
+        """The mean over runs of a metric, ``perplexity`` or ``kl``."""
         return self.perplexity_mean if metric == "perplexity" else self.kl_mean
 
     def spread(self, metric: Metric) -> float | None:
-        """Standard deviation of a metric over seeds; None for one run."""
+        """The standard deviation over seeds of a metric, ``perplexity`` or ``kl``; None for one run."""
         return self.perplexity_spread if metric == "perplexity" else self.kl_spread
 
 
 @dataclass(frozen=True)
 class Point:
-    """One run's perplexity and KL at exact used bits.
+    """The perplexity and KL divergence of one run at exact used bits.
 
     Args:
-        perplexity: On the evaluation text.
-        kl: Nats per token to the full-precision model.
+        perplexity: Perplexity on the evaluation text.
+        kl: KL divergence to the full-precision model, nats per token.
     """
 
     perplexity: float
     kl: float
 
     def figure(self, metric: Metric) -> float:
-        """The figure of a metric."""
+        """The value of a metric, ``perplexity`` or ``kl``."""
         return self.perplexity if metric == "perplexity" else self.kl
 
 
 def at_bits(rows: Sequence[Row], bits: float) -> Point | None:
-    """A run's perplexity and KL at `bits` used bits, interpolated on the curve of its rows.
+    """Interpolates a run's perplexity and KL divergence at given used bits on the curve of its rows.
+
+    Between two rows, the logarithms of both are taken to be straight lines in the used bits.
 
     Args:
         rows: Rows of one run and one allocation.
-        bits: Used bits.
+        bits: Used bits per weight.
 
     Returns:
-        None if the curve does not reach them.
+        The point, or None if the curve ends more than `NEAR` bits before.
     """
     curve = sorted((float(row.used_bits), math.log(row.perplexity), math.log(max(row.kl, _FLOOR))) for row in rows)
     if not curve or not curve[0][0] - NEAR <= bits <= curve[-1][0] + NEAR:
@@ -107,15 +109,17 @@ def at_bits(rows: Sequence[Row], bits: float) -> Point | None:
 
 
 Points = dict[tuple[str, Allocation, float], dict[int, Point]]
-"""By strategy, allocation and used bits: the point of each seed."""
+"""The points of all runs: by strategy, allocation and used bits, the point of each seed."""
 
 
 def points_of(rows: Iterable[CellRow], bits: Iterable[float]) -> Points:
-    """Points of every strategy and allocation at equal used bits.
+    """Interpolates the runs of every strategy and allocation at equal used bits.
+
+    Round-to-nearest has points at the bits that were measured only, and full precision at its own bits only.
 
     Args:
         rows: Rows of all finished runs.
-        bits: Used bits.
+        bits: Used bits per weight at which strategies are compared.
     """
     curves: dict[tuple[str, Allocation, int], list[Row]] = {}
     for one in rows:
@@ -131,7 +135,7 @@ def points_of(rows: Iterable[CellRow], bits: Iterable[float]) -> Points:
 
 
 def long_table(points: Points) -> list[TableRow]:
-    """One row for each strategy, allocation and used bits: mean over seeds, and their standard deviation as spread."""
+    """Makes a row for each strategy, allocation and used bits: mean over seeds, and standard deviation as spread."""
     table = []
     for (strategy, allocation, bits), by_seed in points.items():
         perplexity, kl = [point.perplexity for point in by_seed.values()], [point.kl for point in by_seed.values()]
@@ -160,18 +164,18 @@ def long_table(points: Points) -> list[TableRow]:
 
 
 def spread(values: Sequence[float]) -> float | None:
-    """Sample standard deviation; None for one value, whose spread nobody knows."""
+    """The sample standard deviation of values; None for a single value, whose spread is not known."""
     return statistics.stdev(values) if len(values) > 1 else None
 
 
 @dataclass(frozen=True)
 class Lead:
-    """How much lower one perplexity is than another, paired by seed.
+    """How much lower one perplexity is than another, both being compared seed by seed.
 
     Args:
-        mean: Mean over seeds of ``ln(other / one)``: positive where the one is better.
-        spread: Standard deviation of that over seeds; None with one seed.
-        n: Seeds.
+        mean: Mean over seeds of ``ln(other / one)``, positive where the first one is better.
+        spread: Standard deviation of that logarithm over seeds; None with one seed.
+        n: Number of seeds.
     """
 
     mean: float
@@ -180,7 +184,7 @@ class Lead:
 
     @property
     def says(self) -> str:
-        """``ahead``, ``behind``, or ``tied``: within the spread over seeds, or within what a run calls a tie anyway."""
+        """The verdict ``ahead``, ``behind``, or ``tied`` if the lead is within the spread over seeds or `TIE`."""
         if abs(self.mean) <= max(self.spread or 0.0, TIE):
             return "tied"
         return "ahead" if self.mean > 0 else "behind"
@@ -191,7 +195,7 @@ class Lead:
 
 
 def lead(one: Mapping[int, Point], other: Mapping[int, Point]) -> Lead | None:
-    """The lead of `one` over `other` on the seeds that both have."""
+    """The lead in perplexity of `one` over `other`, points by seed, on the seeds that both have; None without any."""
     seeds = sorted(set(one) & set(other))
     if not seeds:
         return None

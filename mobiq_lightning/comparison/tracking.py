@@ -1,4 +1,4 @@
-"""The comparison's own run on Weights & Biases, beside those of its cells, in the same group."""
+"""Logs the comparison's own run to Weights & Biases, beside those of its cells, in the same group."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from mobiq_lightning.loggers import WandbLogger, as_table
 
 
 def log_comparison(grid: Grid, report: ReportInput, plots: Sequence[Path]) -> None:
-    """Logs the long table, the verdicts and the plots as one run of job type ``compare``.
+    """Logs the long table, the verdicts and the plots to W&B as one run of job type ``compare``.
 
     Args:
-        grid: Its W&B arguments; the grid is the config of the run, nested as it is.
-        report: What the comparison has found.
-        plots: PNGs of the report.
+        grid: Grid with the W&B arguments; it becomes the config of the run, nested as it is.
+        report: Table and verdicts of the comparison.
+        plots: PNG files of the report's charts.
     """
     import wandb
 

@@ -1,4 +1,4 @@
-"""What a comparison says, in words: routing against its controls, and strategies against each other."""
+"""Says in words what a comparison found: routing against its controls, and strategies against each other."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _SAME = 1e-6  # relative; at the ends of the range, and on whole slices, all all
 
 
 def verdicts(points: Points, strategies: Sequence[str], bits: Sequence[float], n_seeds: int) -> list[str]:
-    """Sentences for the head of the report.
+    """The sentences for the head of the report.
 
     Args:
-        points: Of all finished runs.
-        strategies: Names, in the order of the grid.
-        bits: Used bits that were compared.
-        n_seeds: Seeds of the grid.
+        points: Points of all finished runs.
+        strategies: Names of the strategies, in the order of the grid.
+        bits: Used bits at which strategies were compared.
+        n_seeds: Number of seeds of the grid.
     """
     sentences = []
     if n_seeds < RULES_SEEDS:
@@ -34,10 +34,15 @@ def verdicts(points: Points, strategies: Sequence[str], bits: Sequence[float], n
 
 
 def routing_verdict(points: Points, strategy: str, bits: Sequence[float]) -> str:
-    """Whether a strategy's router beats its controls, at which bits, and by how much against the spread over seeds.
+    """Says at which bits a strategy's router beats its controls, and by how much against the spread over seeds.
 
-    It is ahead only if it is ahead of each control by more than the spread of that lead, and behind if it is behind one. A
-    control that none of the strategy's runs has, as those of older runs, is not spoken of.
+    It is ahead only if it is ahead of each control by more than the spread of that lead, and behind if it is behind
+    one. A control that none of the strategy's runs has measured, as may be with older runs, is not mentioned.
+
+    Args:
+        points: Points of all finished runs.
+        strategy: Name of the strategy.
+        bits: Used bits at which strategies were compared.
     """
     controls = [control for control in CONTROLS if any((strategy, control, asked) in points for asked in bits)]
     found: dict[str, list[str]] = {"ahead": [], "behind": [], "tied": []}
@@ -68,7 +73,7 @@ def _join(items: Sequence[str]) -> str:
 
 
 def strategy_verdicts(points: Points, strategies: Sequence[str], bits: Sequence[float]) -> list[str]:
-    """Which strategy's router has the lowest perplexity at each used bits, and its lead over the next."""
+    """Says for each of the used bits which strategy's router has the lowest perplexity, and its lead over the next."""
     sentences = []
     for asked in bits:
         known = {s: points[s, "router", asked] for s in strategies if (s, "router", asked) in points}
@@ -90,7 +95,10 @@ def strategy_verdicts(points: Points, strategies: Sequence[str], bits: Sequence[
 
 
 def storage_verdict(rows: Sequence[CellRow], strategies: Sequence[str]) -> list[str]:
-    """What strategies store beside the codes, if that differs: equal used bits are then not equal bits."""
+    """Says how many bits per weight strategies store beside the codes, if that differs; else there is no sentence.
+
+    Where it differs, strategies at equal used bits do not take equal memory.
+    """
     stored = {
         strategy: statistics.fmean(
             one.row.all_in_bits - one.row.used_bits

@@ -22,7 +22,7 @@ from mobiq_lightning.files import write_text
 
 _POLL_SECONDS = 0.2
 _NEWS_SECONDS = 30.0
-"""How often a running cell is quoted."""
+"""Seconds after which the latest line of a running cell's log is printed."""
 
 
 @dataclass
@@ -36,12 +36,12 @@ class _Running:
 
 
 class Workers:
-    """Runs cells in slots: on GPUs one per device, else as many as asked for, which share the cores.
+    """Runs cells in slots, several at a time; slots take GPUs in turn, or share the cores of a CPU.
 
     Args:
         root: Folder of the comparison; recipes and logs of the cells go there.
-        count: Slots.
-        devices: GPUs by index, dealt out to the slots in turn; empty for the CPU.
+        count: Number of slots.
+        devices: Indices of the GPUs, dealt out to the slots in turn; empty for the CPU.
     """
 
     def __init__(self, root: Path, count: int, devices: Sequence[str] = ()) -> None:
@@ -49,11 +49,11 @@ class Workers:
         self.running: list[_Running] = []
 
     def run(self, cells: Sequence[Cell], finished: Callable[[Cell, str], Any]) -> None:
-        """Runs cells to their ends.
+        """Runs cells until all have ended, and prints how each ended.
 
         Args:
-            cells: Those that are still to be run.
-            finished: Called after each with the reason why it failed, or an empty string.
+            cells: Cells that are still to be run.
+            finished: Function called after each cell with the reason why it failed, or an empty string.
         """
         waiting, done, started = list(cells), 0, time.monotonic()
         try:
@@ -82,11 +82,11 @@ class Workers:
             self.running.clear()
 
     def log_of(self, cell: Cell) -> Path:
-        """Where a cell's output goes."""
+        """The log file that a cell's output goes to."""
         return self.root / LOGS / f"{cell.slug}.log"
 
     def recipe_of(self, cell: Cell) -> Path:
-        """Where its recipe lies."""
+        """The file that holds a cell's recipe."""
         return self.root / RECIPES / f"{cell.slug}.yaml"
 
     def _start(self, cell: Cell) -> _Running:
@@ -107,7 +107,7 @@ class Workers:
         return _Running(cell, process, log, slot)
 
     def _environment(self, slot: int) -> dict[str, str]:
-        """That of the process, with the GPU or the share of the cores that the slot has."""
+        """The environment of a cell: that of this process, with the GPU or the share of the cores that its slot has."""
         environment = dict(os.environ)
         if self.devices:
             environment["CUDA_VISIBLE_DEVICES"] = self.devices[slot % len(self.devices)]
@@ -135,7 +135,7 @@ class Workers:
 
 
 def visible_devices() -> list[str]:
-    """GPUs that this process may use, by index; found without starting CUDA in it."""
+    """Indices of the GPUs that this process may use, found without starting CUDA in it."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     if given is not None:
         return [device for device in given.split(",") if device.strip() not in ("", "-1")]

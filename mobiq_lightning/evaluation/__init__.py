@@ -1,4 +1,4 @@
-"""Measuring a checkpoint: perplexity and divergence beside controls, what layers and tokens gain, tables and plots."""
+"""Measures a checkpoint: perplexity and divergence beside controls, and what layers and tokens gain."""
 
 import lazy_loader
 

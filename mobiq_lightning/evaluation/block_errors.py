@@ -1,4 +1,4 @@
-"""How far each elastic block alone is from the full-precision one, at every depth of the slices."""
+"""Measures how far each elastic block alone is from the full-precision one, at every depth of the slices."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ from mobiq_lightning.strategies.objectives.block_reconstruction import relative_
 
 
 class BlockErrors(Metric):
-    """Relative error of each decoder block's output on full-precision inputs, read at each depth; mean over tokens.
+    """Metric of the relative error of each decoder block's output on full-precision inputs, at each depth.
 
+    Errors are means over tokens.
     Each block is given what the full-precision block is given, so errors of the blocks before it do not count.
 
     Args:
-        full: The decoder blocks of the full-precision model.
-        elastic: Those of the elastic model.
-        depths: In bits, ascending.
-        basis: (H, H) what turns the residual stream of the one model into that of the other, see `residual_basis`; None if
-            they are the same. It is orthogonal, so that relative errors are those of the source's own stream.
+        full: Decoder blocks of the full-precision model.
+        elastic: Decoder blocks of the elastic model, in the same order.
+        depths: Depths in bits, ascending.
+        basis: (H, H) orthogonal matrix that turns the residual stream of the full-precision model into that of the
+            elastic one, as `residual_basis` finds it; None if they are the same. Being orthogonal, it leaves errors as
+            they are.
     """
 
     full_state_update = False
@@ -52,7 +54,7 @@ class BlockErrors(Metric):
         Args:
             model: The full-precision model that holds the blocks.
             ids: (B, T) tokens.
-            mask: (B, T) which of them count.
+            mask: (B, T) bool, which tokens count.
         """
         handles = [
             block.register_forward_hook(self._beside(number, mask), with_kwargs=True)
@@ -66,7 +68,7 @@ class BlockErrors(Metric):
         self.count += mask.sum()
 
     def compute(self) -> tuple[Tensor, Tensor]:
-        """Errors (blocks, depths) float64, and the number of tokens that they are means of."""
+        """Relative errors (blocks, depths) float64, and the number of tokens that they are means over."""
         return self.error / self.count, self.count
 
     def _beside(self, number: int, mask: Tensor) -> Any:
@@ -90,12 +92,17 @@ class BlockErrors(Metric):
 
 
 def residual_basis(full: Any, elastic: Any) -> Tensor | None:
-    """The matrix (H, H) float32 that turns the residual stream of one model into that of another made from it.
+    """Finds the matrix (H, H) float32 that turns the residual stream of a model into that of another made from it.
 
-    A rotation that was folded into the weights turned the embedding with all else, so the embeddings tell it.
+    A rotation that is folded into weights turns the embeddings too, so the matrix is solved for from the two
+    embeddings.
+
+    Args:
+        full: The full-precision model.
+        elastic: The elastic model made from it.
 
     Returns:
-        None if nothing was turned.
+        The matrix, or None if the embeddings are equal, so that nothing was turned.
     """
     one, other = (model.get_input_embeddings().weight.detach() for model in (full, elastic))
     if torch.equal(one, other):

@@ -1,4 +1,4 @@
-"""The comparison: one checkpoint at every budget, beside full precision, round-to-nearest and the controls."""
+"""Compares one checkpoint at every budget with full precision, round-to-nearest and the controls."""
 
 from __future__ import annotations
 
@@ -38,13 +38,18 @@ RTN_BITS = (2, 3, 4, 6, 8)
 
 @dataclass
 class Arm:
-    """One row of the comparison.
+    """One row of the comparison while it is measured: an allocation at a budget, with its metrics.
 
     Args:
-        allocation: Who decides how deep tokens read.
-        target_bits: The budget asked for.
-        seed: Of what is drawn in it: the order of layers, or tokens; the run's for the router and best layers, else None.
-        thresholds: (inputs,) at which a control spends the bits that the router used at `target_bits`.
+        allocation: Name of what decides how deep tokens read, such as ``router`` or ``random``.
+        target_bits: The budget asked for, in bits per weight.
+        seed: Seed of what the allocation draws, the order of layers or tokens. It is the run's own for the router and
+            for best layers, and None for full precision and round-to-nearest.
+        thresholds: (inputs,) thresholds at which a control spends the bits that the router used at `target_bits`.
+        perplexity: Metric of the perplexity.
+        kl: Metric of the KL divergence to full precision.
+        used: Metric of the bits that tokens read; None where all of them read the same.
+        routing: Metric of what routers do with the text; None but for the router.
     """
 
     allocation: Allocation
@@ -58,22 +63,22 @@ class Arm:
 
 
 class Comparison:
-    """Runs batches through every arm and turns what was measured into rows.
+    """Runs batches through every arm of the comparison and turns what was measured into rows.
 
-    The first pass measures full precision, round-to-nearest and the router; the second gives the controls the very bits
-    that the router used.
+    The first pass over the text measures full precision, round-to-nearest and the router. The second measures the
+    controls, which are given the very bits that the router used in the first.
 
     Args:
-        full: The source model; its decoder linears are wrapped, for round-to-nearest.
+        full: The source model; its decoder linears are wrapped in place, for round-to-nearest.
         elastic: The elastic model.
-        layout: Where the decoder blocks are.
-        eval_bits: Budgets.
+        layout: Place of the decoder blocks in both models.
+        eval_bits: Budgets in bits per weight.
         random_seeds: Seeds of the allocations with random tokens.
-        scope: Which threshold table the router uses.
-        device: Where both models run.
-        seed: That the run was calibrated with.
+        scope: Threshold table that the router uses, ``layer`` or ``global``.
+        device: Device that both models run on.
+        seed: Seed that the run was calibrated with.
         rounded_rows: Rows of round-to-nearest if another run has measured them on this model and text.
-        gains: (inputs, S - 1) what slices gain, nats per token; without them there are no best layers.
+        gains: (inputs, S - 1) gains of the slices, nats per token; without them the control of best layers is left out.
     """
 
     def __init__(
@@ -108,7 +113,7 @@ class Comparison:
             self._prepare(arm)
 
     def start_second_pass(self) -> None:
-        """Sets up the controls, each given the bits that the router used."""
+        """Sets up the arms of the controls, giving each the bits that the router used in the first pass."""
         for arm in [a for a in self.first if a.allocation == "router"]:
             assert arm.used is not None
             spent = arm.used.per_input_everywhere()
@@ -124,12 +129,12 @@ class Comparison:
 
     @torch.no_grad()
     def step(self, batch: dict[str, Tensor], number: ComparisonPass, batch_idx: int) -> None:
-        """Measures one batch.
+        """Runs one batch through all arms of a pass and updates their metrics.
 
         Args:
             batch: ``input_ids`` (B, T) and ``labels`` (B, T), `IGNORED` where padded.
-            number: The pass that the batch belongs to.
-            batch_idx: Number of the batch; with the seed it decides what is random.
+            number: Pass that the batch belongs to.
+            batch_idx: Number of the batch; with the seed it decides what random allocations draw.
         """
         ids, labels = batch["input_ids"].to(self.device), batch["labels"].to(self.device)
         scored, wanted = labels[:, 1:] != IGNORED, labels[:, 1:]
@@ -149,7 +154,7 @@ class Comparison:
             arm.kl.update(log_probs, reference, reference_probs)
 
     def rows(self) -> list[Row]:
-        """What was measured of each arm, full precision first."""
+        """The finished rows of all arms, full precision first, then round-to-nearest, the router and the controls."""
         first = [self._row(arm) for arm in self.first]
         return [first[0], *(self.rounded_rows or []), *first[1:], *map(self._row, self.second)]
 
@@ -159,7 +164,7 @@ class Comparison:
         return {arm.target_bits: arm.used.per_input_everywhere() for arm in arms if arm.used is not None}
 
     def routing_uses(self) -> list[tuple[float, dict[str, Tensor]]]:
-        """For each budget, what the routers did with the text, see `RoutingUse.compute`."""
+        """For each budget, the sums that tell how deep routers read which inputs, positions and tokens."""
         return [(arm.target_bits, arm.routing.compute()) for arm in self.first if arm.routing is not None]
 
     def _prepare(self, arm: Arm) -> None:
@@ -213,16 +218,16 @@ class Comparison:
 def wrap_for_rounding(
     model: nn.Module, layout: BlockLayout, group_size: int, bits: tuple[int, ...] = DEFAULT_SLICE_BITS
 ) -> tuple[list[RoutedInput], float]:
-    """Lets the decoder linears of a model be read as uncalibrated nested codes.
+    """Wraps the decoder linears of a model in place, so that they can be read as uncalibrated nested codes.
 
     Args:
-        model: Whose linears are replaced.
-        layout: Where its blocks are.
-        group_size: Columns per range.
-        bits: Of the slices; they decide which depths can be read, not the codes.
+        model: Model whose linears are wrapped.
+        layout: Place of its decoder blocks.
+        group_size: Columns that share a range.
+        bits: Bits of the slices; they decide which depths can be read, not the codes.
 
     Returns:
-        The inputs to set the depth of, or to set to full precision; bits per weight spent on scales and biases.
+        The routed inputs, whose depth or full precision can be set; and the bits per weight spent on scales and biases.
     """
     spent = n_weights = 0.0
     routed = RoutedInput(StaticRouter(1, len(bits)), bits, 0)

@@ -1,4 +1,4 @@
-"""The controls of a comparison: allocations that a router has to beat, at the very bits that it used."""
+"""Makes the controls of a comparison: allocations that a router has to beat, at the very bits that it used."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ def control_thresholds(
     seed: int = 0,
     gains: Tensor | None = None,
 ) -> Tensor:
-    """Thresholds (inputs,) at which a control spends what the router did.
+    """Thresholds (inputs,) at which a control spends as many bits as the router did.
 
     Args:
-        control: `static`: layers drawn. `layers`: layers chosen by what they gain. `shuffled`: tokens drawn within the
-            router's layers. `random`: tokens drawn.
-        sizes: Weights that each input feeds.
+        control: Name of the control. `static` draws layers at random, `layers` chooses those that gain most, `shuffled`
+            draws tokens at random within each input, and `random` draws tokens at random over all inputs alike.
+        sizes: Number of weights that read each input.
         slice_bits: Bits of each slice.
         spent: Mean bits that the router read of each input's weights. `shuffled` spends them input by input, the others
             their mean over weights.
-        seed: Of the draw of `static`.
-        gains: (inputs, S - 1) what each slice gains, for `layers`.
+        seed: Seed of the draw of `static`.
+        gains: (inputs, S - 1) gain of each slice, which `layers` needs.
     """
     mean = sum(bits * size for bits, size in zip(spent, sizes, strict=True)) / sum(sizes)
     if control == "static":
@@ -48,7 +48,17 @@ def control_thresholds(
 
 
 def control_router(control: Control, routed: RoutedInput, seed: int, threshold: Tensor) -> Router:
-    """The router that reads an input at a threshold of `control_thresholds`; on the host, in eval mode."""
+    """Makes the router of a control for one input: static for whole layers, else one that scores tokens at random.
+
+    Args:
+        control: Name of the control.
+        routed: Input that the router is for.
+        seed: Seed of random scores.
+        threshold: Scalar, the threshold of this input as `control_thresholds` gives it.
+
+    Returns:
+        The router, on the host and in eval mode.
+    """
     width = (routed.router.in_features, len(routed.slice_bits))
     router = StaticRouter(*width) if control in ("static", "layers") else RandomRouter(*width, seed=seed)
     router.threshold.copy_(threshold)

@@ -1,4 +1,4 @@
-"""What there is for a router to gain: how what a slice saves differs from token to token, and who could know.
+"""Measures what there is for a router to gain: how the gain of a slice spreads over tokens, and what could predict it.
 
 Layer gains say what a slice of an input is worth on average. A router is worth its bits only as far as that differs between
 tokens, and as far as it can be told from the token.
@@ -21,11 +21,11 @@ from mobiq_lightning.strategies.thresholds import prefix_scores
 
 @dataclass
 class TokenView:
-    """What a router could know of the tokens of one input, I.
+    """What a router can see of the T tokens of one input.
 
     Args:
-        log_norm: (T,) logarithm of their RMS.
-        scores: (T, S - 1) of its router, under the prefix rule.
+        log_norm: (T,) logarithm of the root mean square of each token.
+        scores: (T, S - 1) scores of the input's router, under the prefix rule.
     """
 
     log_norm: Tensor
@@ -36,10 +36,17 @@ class TokenView:
 def token_views(
     model: Any, blocks: Sequence[CalibratedBlock], input_ids: Tensor, reference_bits: int, batch_size: int
 ) -> list[TokenView]:
-    """What each input's router sees of the tokens of windows (N, T), all weights being read at one depth.
+    """Records what the router of each input sees of the tokens of windows while all weights are read at one depth.
+
+    Args:
+        model: The model with sliced linears.
+        blocks: Calibrated blocks of the model, in order.
+        input_ids: (N, T) windows.
+        reference_bits: The depth in bits that all weights are read at.
+        batch_size: Windows per forward pass.
 
     Returns:
-        One for each input, in order; tokens are those of the windows, one after the other.
+        One view for each input, in order, of the N * T tokens of the windows one after the other.
     """
     readers = [(routed, linears[0]) for block in blocks for routed, linears in block.readers]
     seen: list[list[TokenView]] = [[] for _ in readers]
@@ -64,15 +71,15 @@ def token_views(
 
 
 def token_rows(gains: Tensor, views: Sequence[TokenView], seq_len: int) -> list[TokenSpread]:
-    """How the gains of each input and slice spread over tokens.
+    """Figures of how the gains of each input and slice spread over tokens.
 
     Args:
-        gains: (I, S - 1, T) nats, of tokens that are windows of `seq_len` one after the other.
-        views: Of each input.
+        gains: (I, S - 1, T) gains in nats of I inputs and S - 1 slices at T tokens, windows one after the other.
+        views: One view for each input, of what its router sees of the tokens.
         seq_len: Tokens per window.
 
     Returns:
-        One for each input and slice after the first, in order.
+        One row for each input and slice after the first, in order.
     """
     first = torch.arange(gains.shape[-1]) % seq_len == 0
     return [
@@ -88,11 +95,11 @@ def token_rows(gains: Tensor, views: Sequence[TokenView], seq_len: int) -> list[
 
 
 def token_summary(gains: Tensor, rows: Sequence[TokenSpread], sizes: Sequence[float]) -> TokenGains:
-    """Where the variance of what a bit saves lies.
+    """Sums up over the model how much the gain per bit varies between layers, and how much between tokens.
 
     Args:
-        gains: (I, S - 1, T) nats.
-        rows: Of `token_rows`.
+        gains: (I, S - 1, T) gains in nats of I inputs and S - 1 slices at T tokens.
+        rows: Rows of `token_rows` for these gains.
         sizes: Bits times weights of each input and slice, in the order of the rows.
     """
     flat, weights = gains.double().flatten(0, 1), torch.tensor(list(sizes), dtype=torch.float64)
@@ -116,7 +123,7 @@ def token_summary(gains: Tensor, rows: Sequence[TokenSpread], sizes: Sequence[fl
 
 
 def rank_correlation(one: Tensor, other: Tensor) -> float:
-    """Spearman's correlation of two (T,), in [-1, 1]; 0 if one of them is constant."""
+    """Spearman's rank correlation of two tensors (T,), in [-1, 1]; 0 if one of them is constant."""
     ranks = [_ranks(values.double()) for values in (one, other)]
     ranks = [rank - rank.mean() for rank in ranks]
     product = float(ranks[0].norm() * ranks[1].norm())

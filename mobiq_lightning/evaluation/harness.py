@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness on one loaded model, its dial turned between them."""
+"""Runs tasks of lm-evaluation-harness on one loaded model at several budgets."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ def evaluate_checkpoint(
     source: str | None = None,
     max_bits: int | None = None,
 ) -> list[HarnessEntry]:
-    """Runs tasks at several budgets and appends what they give to results.json of the checkpoint and of its run.
+    """Runs tasks of lm-evaluation-harness at several budgets and appends the scores to results.json.
+
+    They go into the results of the checkpoint and, if it lies in a run folder, of its run.
 
     Args:
         run: Run folder or elastic checkpoint.
@@ -41,8 +43,8 @@ def evaluate_checkpoint(
         num_fewshot: Examples in the prompt; by default what the task says.
         batch_size: Requests that go through the model at once.
         include_path: Folder with further task YAML files.
-        source: Full-precision model to evaluate beside.
-        max_bits: Load only the planes up to this depth.
+        source: Full-precision model that is evaluated too, for comparison.
+        max_bits: Depth in bits up to which planes are loaded; by default all.
 
     Returns:
         One entry per task, metric and budget.
@@ -50,6 +52,7 @@ def evaluate_checkpoint(
     Raises:
         MissingExtraError: If the harness is not installed.
         RecipeError: If a task is not known.
+        DataError: If the text of a task cannot be loaded.
         BitsError: If a budget is out of range.
     """
     folder = resolve(run)
@@ -98,7 +101,7 @@ class _Runner:
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
 
     def run(self, model: Any) -> Any:
-        """What the harness gives for a model.
+        """Runs the tasks on a model and returns what the harness gives.
 
         Raises:
             DataError: If the text of a task cannot be loaded.
@@ -129,10 +132,10 @@ class _Runner:
     def entries(
         self, results: Any, bits: float | Literal["full"], used_bits: float | None, all_in_bits: float | None
     ) -> Iterator[HarnessEntry]:
-        """Entries for what `run` gives: one per task and metric.
+        """Yields an entry for each task and metric of what `run` returned.
 
         Args:
-            results: What the harness gave.
+            results: Results that `run` returned.
             bits: Bits per weight that were asked for, or ``full``.
             used_bits: Mean code bits per weight that tokens read; None in full precision.
             all_in_bits: Used bits with all that is stored beside the codes; None in full precision.
@@ -204,7 +207,7 @@ _TaskLoader.add_multi_constructor("!", lambda loader, suffix, node: None)
 
 
 def _append(folder: Path, entries: Sequence[HarnessEntry]) -> None:
-    """Appends to results.json of the checkpoint, and of the run that it lies in."""
+    """Appends entries to results.json of the checkpoint, and of the run that it lies in."""
     _append_to(folder / RESULTS, entries)
     write_card(folder)
     of_run = folder.parent / RESULTS
@@ -219,7 +222,7 @@ def _append_to(path: Path, entries: Sequence[HarnessEntry]) -> None:
 
 @contextmanager
 def _global_seeds_kept() -> Iterator[None]:
-    """Within it, what seeds the global generators does so for itself alone: the harness seeds them all."""
+    """Restores the state of the global random generators at the end, since the harness seeds them all."""
     import numpy as np
 
     before, numpy_before = random.getstate(), np.random.get_state()

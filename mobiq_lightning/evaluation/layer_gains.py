@@ -1,4 +1,4 @@
-"""What each slice of each input gains the whole model, measured on calibration windows; and the file that keeps it."""
+"""Measures what each slice of each input gains the whole model on calibration windows, and reads the stored gains."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ Readers = Sequence[tuple[RoutedInput, Sequence[SlicedLinear]]]
 def token_gains(
     model: Any, inputs: Sequence[RoutedInput], input_ids: Tensor, reference_bits: int, batch_size: int = 4
 ) -> Tensor:
-    """What each slice takes from the KL divergence to full precision at each token, while all other inputs read one depth.
+    """Measures by how much each slice lowers the KL divergence to full precision at each token, one input at a time.
 
-    One forward pass for each input and each depth but the reference, and two for all of them together. Gains of inputs are
-    measured alone: that they add up is an approximation.
+    All other inputs read one depth meanwhile. It takes a forward pass for each input and each depth but the reference,
+    and two for all of them together. Gains of inputs are measured alone: that they add up is an approximation.
 
     Args:
         model: The model with sliced linears, on one device.
-        inputs: Its routed inputs, I.
+        inputs: The I routed inputs of the model.
         input_ids: (N, T) windows on that device.
         reference_bits: The depth, in bits, that all other inputs read.
         batch_size: Windows per forward pass.
 
     Returns:
-        (I, S - 1, N * T) float32, nats, on the host: KL with k slices less KL with k + 1. Negative where a slice does harm.
-        The mean over tokens is what a slice gains the whole model.
+        (I, S - 1, N * T) float32 in nats, on the host: KL with k slices minus KL with k + 1. It is negative where a
+        slice does harm. The mean over tokens is what a slice gains the whole model.
     """
     depths, batches = inputs[0].depths, []
     for ids in input_ids.split(batch_size):
@@ -57,7 +57,7 @@ def token_gains(
 
 
 def gradient_gains(model: Any, blocks: Sequence[Readers], input_ids: Tensor) -> Tensor:
-    """What each slice takes from the KL divergence to full precision, to second order, weights taken one by one.
+    """Estimates to second order by how much each slice lowers the KL divergence to full precision, weights one by one.
 
     ``KL = 1/2 sum_w F_w (W_k - W)_w^2`` with F the mean over tokens of the squared gradient of the negative log-likelihood at
     full precision (an empirical Fisher diagonal; the gradients of the tokens of one window are summed before they are
@@ -65,8 +65,8 @@ def gradient_gains(model: Any, blocks: Sequence[Readers], input_ids: Tensor) -> 
 
     Args:
         model: The model with sliced linears, on one device.
-        blocks: Of each block, the inputs with their linears, I in all. One block at a time has gradients.
-        input_ids: (N, T) windows on that device, one forward and one backward pass for each window and block.
+        blocks: Inputs of each block with their linears, I inputs in all. Gradients are taken one block at a time.
+        input_ids: (N, T) windows on that device; each takes a forward and a backward pass for every block.
 
     Returns:
         (I, S - 1) float64, nats per token.
@@ -96,7 +96,7 @@ def gradient_gains(model: Any, blocks: Sequence[Readers], input_ids: Tensor) -> 
 
 @torch.no_grad()
 def _second_order(linear: SlicedLinear, fisher: Tensor) -> Tensor:
-    """(S - 1,) gains of the slices of one linear, float64 on the host."""
+    """Estimated gains (S - 1,) of the slices of one linear, float64 on the host."""
     weight = linear.weight.float()
     errors = torch.stack(
         [(fisher * (prefix - weight).square()).double().sum() for prefix in linear.prefixes_on_input()]
@@ -112,12 +112,12 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
 def rows_of(
     gains: Mapping[GainMethod, Tensor], names: Sequence[str], sizes: Sequence[int], slice_bits: Sequence[int]
 ) -> list[LayerGainRow]:
-    """Puts gains into rows.
+    """Puts measured gains into the rows of layer_gains.json.
 
     Args:
-        gains: By method, (I, S - 1) nats per token.
+        gains: By method, gains (I, S - 1) in nats per token.
         names: Names of the I inputs.
-        sizes: Weights that read each input.
+        sizes: Number of weights that read each input.
         slice_bits: Bits of the S slices.
 
     Returns:
@@ -137,15 +137,16 @@ def rows_of(
 
 
 def read_probes(path: Path, names: Sequence[str], slice_bits: Sequence[int]) -> Tensor | None:
-    """Probed gains (I, S - 1) of a run, nats per token, from its layer_gains.json.
+    """Reads the probed gains of a run from its layer_gains.json.
 
     Args:
         path: The file.
-        names: Of the inputs, in order.
+        names: Names of the I inputs, in order.
         slice_bits: Bits of the S slices.
 
     Returns:
-        None if there is no such file, or it holds no probes of these inputs and slices.
+        Gains (I, S - 1) float64 in nats per token; None if there is no such file, or it holds no probes of these inputs
+        and slices.
 
     Raises:
         ResultsError: If the file is damaged or from another version.

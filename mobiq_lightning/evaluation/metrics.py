@@ -1,4 +1,4 @@
-"""Metrics of the comparison: perplexity, KL divergence and used bits. Sums in float64, right over ranks."""
+"""Metrics of the comparison: perplexity, KL divergence and used bits, summed in float64 and over all processes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torchmetrics import Metric
 
 
 def log_probabilities(logits: Tensor) -> Tensor:
-    """Log-probabilities (N, V) in float32 of logits (N, V) in any dtype; both metrics share them."""
+    """Log-probabilities (N, V) in float32 of logits (N, V) in any dtype, for N tokens and a vocabulary of V."""
     return F.log_softmax(logits.float(), dim=-1)
 
 
@@ -31,22 +31,22 @@ class Perplexity(Metric):
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, log_probs: Tensor, labels: Tensor) -> None:
-        """Adds predictions.
+        """Adds the predictions of N tokens.
 
         Args:
-            log_probs: (N, V) log-probabilities of the tokens, see `log_probabilities`.
-            labels: (N,) the tokens.
+            log_probs: (N, V) log-probabilities over the vocabulary, float32.
+            labels: (N,) ids of the tokens that came.
         """
         self.nll -= log_probs.gather(1, labels[:, None]).double().sum()
         self.count += labels.numel()
 
     def compute(self) -> Tensor:
-        """Perplexity, a float64 scalar."""
+        """The perplexity of all tokens so far, a float64 scalar."""
         return (self.nll / self.count).exp()
 
 
 class KLDivergence(Metric):
-    """Mean over tokens of ``KL(full precision || model)`` between next-token distributions, in nats."""
+    """Metric of ``KL(full precision || model)`` between next-token distributions, in nats, mean over tokens."""
 
     full_state_update = False
     divergence: Tensor
@@ -58,27 +58,27 @@ class KLDivergence(Metric):
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, log_probs: Tensor, reference: Tensor, reference_probs: Tensor | None = None) -> None:
-        """Adds predictions.
+        """Adds the predictions of N tokens.
 
         Args:
             log_probs: (N, V) log-probabilities of the model.
             reference: (N, V) log-probabilities of the full-precision model.
-            reference_probs: (N, V) their exponentials, if at hand.
+            reference_probs: (N, V) probabilities of the full-precision model, if they are at hand.
         """
         probs = reference.exp() if reference_probs is None else reference_probs
         self.divergence += torch.sub(reference, log_probs).mul_(probs).sum(-1).double().sum()
         self.count += log_probs.shape[0]
 
     def compute(self) -> Tensor:
-        """Nats per token, a float64 scalar."""
+        """The mean divergence of all tokens so far in nats, a float64 scalar."""
         return self.divergence / self.count
 
 
 class UsedBits(Metric):
-    """Code bits read per weight: weighted by parameters over inputs, mean over tokens.
+    """Metric of the code bits read per weight: mean over tokens, and over inputs weighted by their number of weights.
 
     Args:
-        sizes: Weights that read each input.
+        sizes: Number of weights that read each input.
     """
 
     full_state_update = False
@@ -92,18 +92,18 @@ class UsedBits(Metric):
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, bits: Sequence[Tensor], mask: Tensor | None = None) -> None:
-        """Adds tokens.
+        """Adds the bits that a batch of tokens read.
 
         Args:
-            bits: For each input, (...) code bits of its tokens.
-            mask: (...) which tokens count; by default all.
+            bits: For each input, (...) code bits that each token read of its weights.
+            mask: (...) bool, which tokens count; by default all.
         """
         keep = torch.ones_like(bits[0], dtype=torch.bool) if mask is None else mask.reshape(bits[0].shape)
         self.bits += torch.stack([values[keep].double().sum() for values in bits])
         self.count += keep.sum()
 
     def compute(self) -> Tensor:
-        """Bits per weight, a float64 scalar."""
+        """The mean bits per weight over all tokens so far, a float64 scalar."""
         sizes = self.sizes.to(self.bits.device)
         return (self.per_input() * sizes).sum() / sizes.sum()
 
@@ -112,7 +112,7 @@ class UsedBits(Metric):
         return self.bits / self.count
 
     def per_input_everywhere(self) -> list[float]:
-        """The same over the tokens of all processes; all of them must call it."""
+        """Mean bits that the tokens of all processes read of each input's weights; every process must call this."""
         with self.sync_context():
             found: list[float] = self.per_input().tolist()
         return found

@@ -1,4 +1,4 @@
-"""The table of a comparison: on the terminal, as JSON, as CSV and as a plot."""
+"""Writes the table of a comparison: on the terminal, as JSON, as CSV and as a plot."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _MARKERS = {"rtn": "s", "router": "o", "static": "^", "layers": "D", "shuffled":
 
 
 def write_results(results: Results, folder: Path) -> None:
-    """Writes results.json into a run folder, and of what the comparison measured results.csv and results.png."""
+    """Writes results.json into a run folder and, if there are rows of a comparison, results.csv and results.png."""
     write_json(folder / RESULTS, results.to_json())
     if results.measured is None:
         return
@@ -45,7 +45,7 @@ def write_results(results: Results, folder: Path) -> None:
 
 
 def print_table(measured: Measured) -> None:
-    """Prints the comparison and, in words, how the router did against the controls and what guards noticed."""
+    """Prints the table of a comparison and, in words, how the router did against controls and what guards noticed."""
     from rich.table import Table
 
     table = Table(
@@ -78,7 +78,7 @@ def plot(measured: Measured) -> Any:
     """Draws perplexity against used bits, one line per allocation.
 
     Returns:
-        The figure, of matplotlib.
+        The matplotlib figure.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -117,7 +117,7 @@ def plot(measured: Measured) -> Any:
 
 
 def print_harness(entries: Sequence[HarnessEntry]) -> None:
-    """Prints what tasks of lm-evaluation-harness gave."""
+    """Prints a table of the scores of tasks of lm-evaluation-harness, a row for each task, metric and budget."""
     from rich.table import Table
 
     table = Table(title="lm-evaluation-harness")

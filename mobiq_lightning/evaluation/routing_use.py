@@ -1,4 +1,4 @@
-"""What routers do with a text: depths per input, bits by token position and by token. Counts, right over ranks."""
+"""Counts what routers do with a text: depths per input, bits by token position and by token, over all processes."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torchmetrics import Metric
 from mobiq_lightning.runs import ClassUse
 
 _EDGES = (1, 2, 3, *(2**power for power in range(2, 24)))
-"""Where classes of positions begin: 0, 1, 2, 3 for themselves, then doubling."""
+"""Where classes of positions begin after the first, which is 0: classes hold one position up to 3, then they double."""
 
 
 class RoutingUse(Metric):
-    """How deep the tokens of each input were read, and which tokens these were.
+    """Metric of how deep tokens read the weights of each input, and of the bits read by position and by token id.
 
-    Positions and tokens are averaged over inputs, weighted by the weights that read each input.
+    Bits by position and by token id are means over inputs, weighted by the number of weights that read each input.
 
     Args:
-        sizes: Weights that read each input.
-        depths: Bits that a token can read, ascending.
+        sizes: Number of weights that read each input.
+        depths: Depths in bits that a token can read, ascending.
         vocabulary: Number of token ids.
     """
 
@@ -44,12 +44,12 @@ class RoutingUse(Metric):
             self.add_state(name, torch.zeros(size, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, bits: Sequence[Tensor], ids: Tensor, mask: Tensor) -> None:
-        """Adds tokens.
+        """Adds the tokens of a batch.
 
         Args:
-            bits: For each input, (B, T) code bits of its tokens.
-            ids: (B, T) the tokens; a token's column is its position in the window.
-            mask: (B, T) which tokens count.
+            bits: For each input, (B, T) code bits that each token read of its weights.
+            ids: (B, T) token ids; a token's column is its position in the window.
+            mask: (B, T) bool, which tokens count.
         """
         device = mask.device
         kept = torch.stack([values.reshape(mask.shape)[mask] for values in bits]).double()
@@ -62,7 +62,11 @@ class RoutingUse(Metric):
         self._add("token", ids[mask], mean)
 
     def compute(self) -> dict[str, Tensor]:
-        """All sums: ``read`` (inputs, depths), and ``position_`` and ``token_`` with ``bits`` and ``count``."""
+        """All sums by name: token counts ``read`` (inputs, depths), and bits and counts by position and by token id.
+
+        The latter are ``position_bits`` and ``position_count`` (classes,), ``token_bits`` and ``token_count``
+        (vocabulary,).
+        """
         return {name: getattr(self, name) for name in self._defaults}
 
     def _add(self, kind: str, index: Tensor, bits: Tensor) -> None:
@@ -72,13 +76,13 @@ class RoutingUse(Metric):
 
 
 def use_by_position(sums: dict[str, Tensor]) -> list[ClassUse]:
-    """Bits by position in the window.
+    """Mean bits that tokens read, by their position in the window.
 
     Args:
-        sums: What `RoutingUse` computes.
+        sums: Sums that `RoutingUse.compute` returned.
 
     Returns:
-        Classes of positions that have tokens: 0, 1, 2, 3 for themselves, then in classes that double.
+        Classes of positions that have tokens: 0, 1, 2 and 3 alone, then in classes that double.
     """
     starts = (0, *_EDGES)
     return _classes(
@@ -87,10 +91,10 @@ def use_by_position(sums: dict[str, Tensor]) -> list[ClassUse]:
 
 
 def use_by_frequency(sums: dict[str, Tensor]) -> list[ClassUse]:
-    """Bits by how often a token occurs in the text.
+    """Mean bits that tokens read, by how often they occur in the text.
 
     Args:
-        sums: What `RoutingUse` computes.
+        sums: Sums that `RoutingUse.compute` returned.
 
     Returns:
         Classes of numbers of occurrences that have tokens; they double: 1, 2-3, 4-7, ...

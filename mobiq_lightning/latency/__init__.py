@@ -1,4 +1,4 @@
-"""How fast products with sliced weights are on this machine."""
+"""Measures how fast products with sliced weights are on this machine."""
 
 import lazy_loader
 

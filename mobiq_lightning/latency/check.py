@@ -1,4 +1,4 @@
-"""Whether the kernels compute what they should on this device, before any of them is timed."""
+"""Checks that the kernels compute what they should on this device, before any of them is timed."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from mobiq_lightning.latency.shapes import Shape
 from mobiq_lightning.packing import PackedSlices
 
 TOLERANCE = 1e-4
-"""Largest error in float32, as a share of the largest result; tensor cores truncate sums."""
+"""Largest error allowed in a float32 result, as a share of the largest result; tensor cores truncate their sums."""
 SIZES = ((256, 512, 128), (80, 300, 48), (200, 1344, 128), (384, 4096, 64))
-"""Rows, columns and group size."""
+"""Sizes of the weights that are checked: rows, columns, and columns per group."""
 TOKENS = (1, 5, 16, 33, 64, 130)
 
 MANY = 8
-"""Tokens up to which they are prepared for `decode` alone."""
+"""Up to this many tokens, tokens are prepared for `decode` alone, so `grouped` is not checked."""
 
 
 def check_kernels(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """Compares decode, grouped and dequantize with float64.
+    """Compares the kernels `decode`, `grouped` and `dequantize` with exact results, on random weights and tokens.
 
     Args:
-        device: Where they run.
-        dtype: Of the tokens.
+        device: Device that the kernels run on.
+        dtype: dtype of the tokens.
 
     Returns:
-        The largest relative error of each, of float32 results.
+        By name of the kernel, the largest relative error of its float32 results.
 
     Raises:
-        KernelError: If one is off, naming kernel, sizes and error; or if the tensor cores drop subnormal numbers, which
-            the kernels unpack codes into.
+        KernelError: If a kernel is off by more than `TOLERANCE`, naming kernel, sizes and error; or if the tensor cores
+            drop subnormal numbers, which the kernels unpack codes into.
     """
     from mobiq_lightning.kernels.dequantize import dequantize
 
@@ -64,12 +64,15 @@ def check_kernels(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
 
 
 def products_in_float32(x: Tensor, weights: KernelWeights, bits: Tensor) -> dict[str, Tensor]:
-    """Results (M, padded rows) float32 of those of `decode` and `grouped` that take so many tokens.
+    """Multiplies M tokens by sliced weights with each of the kernels `decode` and `grouped` that takes so many tokens.
 
     Args:
-        x: (M, I).
-        weights: In the kernels' order.
-        bits: (M,) int32.
+        x: (M, I) tokens.
+        weights: Weights in the kernels' order.
+        bits: (M,) int32 depth in bits that each token reads.
+
+    Returns:
+        By name of the kernel, its results (M, padded rows) float32.
     """
     from mobiq_lightning.kernels.decode import decode, decode_columns
     from mobiq_lightning.kernels.dispatch import INTERPRETED
@@ -89,7 +92,13 @@ def products_in_float32(x: Tensor, weights: KernelWeights, bits: Tensor) -> dict
 
 
 def exact_product(x: Tensor, packed: PackedSlices, bits: Tensor) -> Tensor:
-    """(M, O) float64."""
+    """The exact product (M, O) float64 of M tokens with sliced weights, each token reading a depth of its own.
+
+    Args:
+        x: (M, I) tokens.
+        packed: Sliced weights of O rows and I columns.
+        bits: (M,) depth in bits that each token reads.
+    """
     y = x.new_zeros(x.shape[0], packed.out_features, dtype=torch.float64)
     for depth in bits.unique().tolist():
         tokens = bits == depth
@@ -98,10 +107,12 @@ def exact_product(x: Tensor, packed: PackedSlices, bits: Tensor) -> Tensor:
 
 
 def check_subnormals(device: torch.device) -> None:
-    """Multiplies the bfloat16 numbers whose bits are 0 to 255 by a power of two, which gives those integers if none is lost.
+    """Checks that products on a device keep subnormal bfloat16 numbers, as which the kernels use the codes of weights.
+
+    The numbers whose bit patterns are 0 to 255 are multiplied by a power of two, which must give those integers.
 
     Raises:
-        KernelError: If one is.
+        KernelError: If the device drops one of them.
     """
     codes = torch.arange(256, dtype=torch.int16, device=device).view(torch.bfloat16)
     weights = torch.zeros(256, 64, dtype=torch.bfloat16, device=device)

@@ -1,4 +1,4 @@
-"""What ``python -m mobiq_lightning latency`` does."""
+"""Carries out the command ``python -m mobiq_lightning latency``."""
 
 from __future__ import annotations
 
@@ -41,14 +41,17 @@ _NOTES = {
 def measure(
     run: str = "", shapes: str = "", names: str = "", folder: Path = Path("latency"), minutes: float = 9.0
 ) -> Journal:
-    """Measures, prints and writes `RESULTS` and `PLOT`.
+    """Times products with sliced weights on this machine, prints tables, and writes latency.json and latency.png.
 
     Args:
         run: Run folder or elastic checkpoint whose shapes are taken, or empty.
-        shapes: Names of shapes, see `parse_shapes`; or empty.
-        names: Sections, separated by commas; by default all that the device has.
-        folder: Where to.
-        minutes: When to stop; what is left then is listed as not measured.
+        shapes: Names of shapes such as ``llama-2-7b`` or ``4096x4096``, separated by commas; or empty.
+        names: Names of sections, separated by commas; by default all that the device has.
+        folder: Folder that the files are written to.
+        minutes: Minutes after which no more is measured; what is left then is listed as not measured.
+
+    Returns:
+        The journal with all measured rows.
 
     Raises:
         RecipeError: If an argument makes no sense.
@@ -84,10 +87,10 @@ def measure(
 
 
 def find_path() -> tuple[str, sections.Products]:
-    """``kernels`` or ``reference``, and the products of it; says why, if a GPU is there that the kernels do not take.
+    """Chooses what is timed here: ``kernels`` with a CUDA device, else ``reference``, with the products of that path.
 
     Raises:
-        RecipeError: If there is one.
+        RecipeError: If there is a GPU that the kernels cannot run on; the message says why.
     """
     if not torch.cuda.is_available():
         from mobiq_lightning.latency.reference_products import ReferenceProducts
@@ -104,10 +107,14 @@ def find_path() -> tuple[str, sections.Products]:
 
 
 def chosen_sections(names: str, path: str) -> list[str]:
-    """Sections of a command line in the order in which they run.
+    """Names of the sections that a command line asks for, in the order in which they run.
+
+    Args:
+        names: Names separated by commas; empty for all that the path has.
+        path: ``kernels`` or ``reference``.
 
     Raises:
-        RecipeError: If one does not exist, with the nearest name, or needs a CUDA device.
+        RecipeError: If a section does not exist, with the nearest name, or needs a CUDA device.
     """
     here = [s for s in SECTIONS if path == "kernels" or s not in CUDA_ONLY]
     wanted = [name.strip() for name in names.split(",") if name.strip()]
@@ -122,7 +129,12 @@ def chosen_sections(names: str, path: str) -> list[str]:
 
 
 def chosen_shapes(run: str, shapes: str, path: str) -> list[Shape]:
-    """Shapes of a command line.
+    """Shapes of the products that a command line asks for.
+
+    Args:
+        run: Run folder or elastic checkpoint whose shapes are taken, or empty.
+        shapes: Names of shapes, separated by commas; if both are empty, those of known models.
+        path: ``kernels`` or ``reference``.
 
     Raises:
         RecipeError: If both a run and shapes are given, or a shape does not exist.
@@ -144,7 +156,7 @@ def chosen_shapes(run: str, shapes: str, path: str) -> list[Shape]:
 
 
 def versions() -> dict[str, str]:
-    """Machine, versions and date, Triton's among them."""
+    """Machine, date and versions that a measurement was made with, those of Triton and CUDA among them."""
     try:
         triton = version("triton")
     except PackageNotFoundError:

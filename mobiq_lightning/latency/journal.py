@@ -1,4 +1,4 @@
-"""What was measured, on disk after every measurement."""
+"""Keeps the rows that were measured, and writes them to disk after every measurement."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Candidate:
 
     Args:
         product: ``plain`` for full-precision weights, ``elastic`` for sliced ones, or the name of another way.
-        bits: Of the weights, or ``mixed`` if tokens differ; 0 for work that is no product.
-        n_bytes: Read of the weights by one call, scales and biases included.
-        calls: The same with other weights.
-        launches: Calls in one CUDA graph, at least.
+        bits: Bits per weight that are read, or ``mixed`` if tokens differ; 0 for work that is no product.
+        n_bytes: Bytes of the weights that one call reads, scales and biases included.
+        calls: Calls that are timed in turn; they do the same work with different weights.
+        launches: Least number of calls in one CUDA graph.
     """
 
     product: str
@@ -37,15 +37,17 @@ class Candidate:
 
 @dataclass
 class Journal:
-    """Collects rows and writes them into `RESULTS` after each: what is killed loses nothing that was measured.
+    """Collects measured rows and writes latency.json after each, so that a killed measurement loses none of them.
 
     Args:
-        folder: Where to.
-        path: ``kernels`` or ``reference``: what is measured.
-        head: What else is known before the first row.
-        clock: Times the calls.
-        deadline: When to stop, by `time.monotonic`.
-        copy_bytes_per_s: Measured copy bandwidth; 0 until it is known.
+        folder: Folder that latency.json is written to.
+        path: Path that is measured, ``kernels`` or ``reference``.
+        head: Entries of the file in front of the rows.
+        clock: Clock that times the calls.
+        deadline: Time after which nothing more is measured, in seconds of `time.monotonic`.
+        copy_bytes_per_s: Measured copy bandwidth in bytes per second; 0 until it is known.
+        rows: Rows that were measured so far.
+        not_measured: Descriptions of what was left out for want of time.
     """
 
     folder: Path
@@ -59,40 +61,42 @@ class Journal:
 
     @property
     def content(self) -> dict[str, Any]:
-        """As it is written."""
+        """The content of latency.json: the entries of the head, the path, the rows, and what was not measured."""
         return {**self.head, "path": self.path, "rows": self.rows, "not_measured": self.not_measured}
 
     @property
     def seconds_left(self) -> float:
-        """Until the deadline."""
+        """Seconds until the deadline; negative after it."""
         return self.deadline - time.monotonic()
 
     def put(self, key: str, value: Any) -> None:
-        """Adds to what stands in front of the rows."""
+        """Sets an entry of the head, which stands in front of the rows, and writes the file."""
         self.head[key] = value
         self.save()
 
     def add(self, row: Row) -> None:
-        """Adds a row."""
+        """Adds a row and writes the file."""
         self.rows.append(row)
         self.save()
 
     def save(self) -> None:
-        """Writes what is known so far."""
+        """Writes all that is known so far into latency.json."""
         write_json(self.folder / RESULTS, self.content)
 
     def measure(self, section: str, shape: Shape, tokens: int, make: Callable[[], Candidate], label: str) -> None:
-        """Times a product and adds its row; one that fails adds a row with its error, one that is too late a note.
+        """Times a product and adds its row; a product that fails adds a row with its error.
+
+        After the deadline nothing is timed, and the product is listed as not measured.
 
         Args:
-            section: Of the row.
-            shape: Of the weights.
-            tokens: That are multiplied.
-            make: Makes what is timed.
-            label: What it is called if it cannot be made.
+            section: Section that the row belongs to, such as ``decode``.
+            shape: Shape of the weights.
+            tokens: Number of tokens that are multiplied.
+            make: Function that makes the product.
+            label: Name of the product in case it cannot be made.
 
         Raises:
-            RuntimeError: If the device does not work any more.
+            RuntimeError: If the device does not work any more (a CUDA error).
         """
         where = {"section": section, "path": self.path, "shape": shape.name, "rows": shape.rows}
         where |= {"columns": shape.in_features, "tokens": tokens}
@@ -113,7 +117,7 @@ class Journal:
         self.add({**where, **self.figures(candidate, timing), **beside})
 
     def figures(self, candidate: Candidate, timing: Timing) -> Row:
-        """Of a row: time, traffic, and both beside the copy bandwidth."""
+        """Figures of a row: microseconds, bytes read, gigabytes per second, and their share of the copy bandwidth."""
         rate = candidate.n_bytes / (timing.us * 1e-6)
         return {
             "product": candidate.product,
@@ -131,6 +135,6 @@ class Journal:
 
 
 def find(rows: list[Row], /, **wanted: Any) -> Row | None:
-    """The first row without an error whose entries are as wanted."""
+    """The first row without an error whose entries equal those given by name, or None."""
     matching = (r for r in rows if "error" not in r and all(r.get(k) == v for k, v in wanted.items()))
     return next(matching, None)

@@ -1,4 +1,4 @@
-"""The products of the Triton kernels, and what stands beside them: other libraries' on the same machine.
+"""Makes the products of the Triton kernels that are timed, and products of other libraries to compare them with.
 
 Kernels are imported where they are called, so that every module of `latency` can be imported without Triton.
 """
@@ -24,11 +24,11 @@ from mobiq_lightning.packing import PackedSlices, n_groups
 
 
 class KernelProducts:
-    """Sliced products as `mobiq_lightning.kernels.dispatch` takes them.
+    """Products of the Triton kernels with random sliced weights, and plain products of the same shapes.
 
     Args:
-        device: With CUDA; a CPU where Triton's interpreter runs the kernels, to check this code.
-        dtype: Of tokens and of plain weights.
+        device: CUDA device; a CPU where Triton's interpreter runs the kernels, to check this code.
+        dtype: dtype of tokens and of plain weights.
     """
 
     name = "kernels"
@@ -39,11 +39,11 @@ class KernelProducts:
         self._weights: tuple[Shape, list[KernelWeights]] | None = None
 
     def tokens(self, shape: Shape, count: int) -> Tensor:
-        """Random tokens (count, I)."""
+        """Random tokens (count, I) in the dtype of the products, where I are the columns of the shape."""
         return torch.randn(count, shape.in_features, generator=self.generator, device=self.device).to(self.dtype)
 
     def weights(self, shape: Shape) -> list[KernelWeights]:
-        """Random weights to rotate over, made once as long as the shape stays."""
+        """Random sliced weights of a shape, as many as no cache holds, kept until another shape is asked for."""
         from mobiq_lightning.kernels.dispatch import INTERPRETED
 
         if self._weights is None or self._weights[0] != shape:
@@ -56,25 +56,28 @@ class KernelProducts:
         return self._weights[1]
 
     def forget(self) -> None:
-        """Gives the memory of the weights back."""
+        """Frees the memory of the kept weights."""
         self._weights = None
 
     def plain(self, shape: Shape, x: Tensor) -> Candidate:
-        """Full-precision weights of the same dtype."""
+        """The product of tokens x (M, I) with random full-precision weights of their dtype."""
         return plain_product(shape, x, self.generator)
 
     def elastic(self, shape: Shape, x: Tensor, bits: list[int]) -> Candidate:
-        """Prepared tokens times weights: what is launched once the router has decided.
+        """The product of prepared tokens with sliced weights: what is launched once the router has decided.
 
         Args:
-            shape: Of the weights.
-            x: (M, I), M up to 64.
-            bits: Depth of each token.
+            shape: Shape of the weights.
+            x: (M, I) tokens, M up to 64.
+            bits: Depth in bits that each token reads.
         """
         return elastic_product(x, self.weights(shape), bits)
 
     def others(self, shape: Shape, x: Tensor) -> Iterator[tuple[str, partial[Candidate]]]:
-        """Names of what else is timed beside one token, with what makes it."""
+        """Yields what else is timed with one token x (1, I): preparation, and the products of other libraries.
+
+        Each comes as its name and a function that makes it.
+        """
         yield "preparation", partial(self._preparation, shape, x)
         if self.device.type == "cuda":
             yield "int4pack", partial(int4_product, shape, x, self.generator)
@@ -91,12 +94,12 @@ class KernelProducts:
 
 
 def elastic_product(x: Tensor, weights: Sequence[KernelWeights], bits: list[int]) -> Candidate:
-    """Up to 64 tokens times weights through `dispatch`, prepared beforehand.
+    """The product of up to 64 tokens, prepared beforehand, with sliced weights through `kernels.dispatch.multiply`.
 
     Args:
-        x: (M, I).
-        weights: To rotate over, of one shape.
-        bits: Depth of each token. An odd one reads the whole unit of two planes that its last bit is in, and
+        x: (M, I) tokens.
+        weights: Weights of one shape that the calls rotate over.
+        bits: Depth in bits of each token. An odd depth reads the whole unit of two planes that its last bit is in, and
             `Candidate.n_bytes` counts it.
     """
     from mobiq_lightning.kernels.dispatch import multiply
@@ -108,12 +111,12 @@ def elastic_product(x: Tensor, weights: Sequence[KernelWeights], bits: list[int]
 
 
 def prepared_for(x: Tensor, weights: KernelWeights, bits: list[int]) -> Prepared:
-    """Tokens as the products want them.
+    """Prepares tokens for the kernels: puts their columns into the kernels' order and scales them.
 
     Args:
         x: (M, I) tokens.
         weights: Weights that they are multiplied with, in the kernels' order.
-        bits: Depth of each token.
+        bits: Depth in bits of each token.
     """
     from mobiq_lightning.kernels.prepare import prepare
 
@@ -121,7 +124,7 @@ def prepared_for(x: Tensor, weights: KernelWeights, bits: list[int]) -> Prepared
 
 
 def form_for(x: Tensor) -> Form:
-    """Order and scale of tokens on their device."""
+    """The order and scale in which the kernels want tokens x (M, I) on their device."""
     from mobiq_lightning.kernels.dispatch import INTERPRETED
 
     capability = (9, 0) if INTERPRETED else torch.cuda.get_device_capability(x.device)
@@ -129,7 +132,7 @@ def form_for(x: Tensor) -> Form:
 
 
 def random_kernel_weights(shape: Shape, device: torch.device, generator: torch.Generator) -> KernelWeights:
-    """Random weights in the kernels' order, without bringing any into it: the order of random words does not matter."""
+    """Random sliced weights of a shape, drawn in the kernels' order, since any order of random words is as good."""
     outline = relay([_outline(shape, rows) for rows in shape.out_features])
     place: dict[str, Any] = {"generator": generator, "device": device}
     largest = torch.iinfo(torch.int32).max
@@ -153,7 +156,7 @@ def _outline(shape: Shape, rows: int) -> PackedSlices:
 
 
 def int4_product(shape: Shape, x: Tensor, generator: torch.Generator) -> Candidate:
-    """PyTorch's own 4-bit product (tinygemm), groups of 128."""
+    """The product of tokens x (M, I) with random weights by PyTorch's own 4-bit kernel (tinygemm), groups of 128."""
     rows, columns, group = shape.rows, shape.in_features, 128
     n_bytes = rows * columns // 2 + rows * columns // group * 4
     weights = []
@@ -166,7 +169,10 @@ def int4_product(shape: Shape, x: Tensor, generator: torch.Generator) -> Candida
 
 
 def gemlite_product(shape: Shape, x: Tensor, bits: int) -> Candidate:
-    """gemlite's product, float16, groups of 128, tuned by itself before it is timed."""
+    """The product of tokens x (M, I) with random weights of `bits` bits by the library gemlite.
+
+    It runs in float16 with groups of 128, and is called once so that gemlite tunes itself before it is timed.
+    """
     import gemlite  # type: ignore[import-not-found]
 
     rows, columns, group = shape.rows, shape.in_features, 128

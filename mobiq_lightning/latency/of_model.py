@@ -1,4 +1,4 @@
-"""How long the linears of a loaded elastic model take at each budget, on the path that the model runs on."""
+"""Times the linears of a loaded elastic model at each budget, on the path that the model runs on."""
 
 from __future__ import annotations
 
@@ -25,11 +25,14 @@ _COPIED_BYTES = {"cuda": 2**29, "cpu": 2**26}
 
 
 def neighbours(bits: float, depths: Sequence[int]) -> tuple[int, int, float]:
-    """The depths next to a budget, and the share of tokens that read the upper one if all read one of the two.
+    """The depths next to a budget, and the share of tokens that must read the upper one for the mean to be the budget.
 
     Args:
-        bits: Mean bits, within the depths.
-        depths: Ascending.
+        bits: Mean bits per weight, within the depths.
+        depths: Depths in bits, ascending.
+
+    Returns:
+        The lower depth, the upper depth, and the share in [0, 1]; 0 if the budget is a depth itself.
     """
     lower = max((d for d in depths if d <= bits), default=depths[0])
     upper = min((d for d in depths if d >= bits), default=depths[-1])
@@ -39,18 +42,19 @@ def neighbours(bits: float, depths: Sequence[int]) -> tuple[int, int, float]:
 def time_linears(model: Any, used: dict[float, float], clock: Clock) -> dict[str, Any]:
     """Times the distinct shapes of a model with one token, beside plain weights of the same shape and dtype.
 
-    A shape is timed at every depth next to a budget, rotating over the blocks that have it, their own weights read. At a
-    budget a token reads one of the two depths around it, so what it takes on average is the mean of the two times, weighted
-    such that the mean depth is the bits that were used; of the model, the sum over all its inputs. The router is not timed.
+    Each shape is timed at every depth next to a budget, rotating over the weights of the blocks that have it. At a
+    budget a token is taken to read one of the two depths around it, so its time is the mean of the two times, weighted
+    such that the mean depth is the bits used. The time of the model is the sum over all its inputs. The router is not
+    timed.
 
     Args:
         model: A loaded elastic model.
-        used: Bits used by the bits asked for.
-        clock: Of the model's device.
+        used: For each budget asked for, the bits per weight that the model used.
+        clock: Clock of the model's device.
 
     Returns:
-        What was measured: ``path``, ``what``, ``device``, ``plain``, ``copy_gb_per_s``, ``shapes`` with their depths, and
-        ``budgets``.
+        A mapping with ``path``, ``reason``, ``what``, ``device``, ``plain``, ``copy_gb_per_s``, ``shapes`` with the
+        figures of their depths, and ``budgets``.
     """
     path = "kernels" if model.path == "kernels" else "reference"
     cuda = clock.device.type == "cuda"
@@ -85,7 +89,7 @@ def time_linears(model: Any, used: dict[float, float], clock: Clock) -> dict[str
 
 
 def _lowest_bytes(shape: Shape, path: str, x: Tensor) -> int:
-    """Read by the cheapest product of a shape."""
+    """Bytes that the cheapest product of a shape reads."""
     per_weight = shape.depths[0] / 8 if path == "kernels" else x.element_size()
     return max(1, int(shape.n_weights * per_weight))
 
@@ -103,7 +107,7 @@ def _candidate(shape: Shape, groups: Sequence[list[ElasticLinear]], x: Tensor, d
 
 
 def _reference(linears: Sequence[ElasticLinear], x: Tensor, bits: Tensor) -> None:
-    """What `ElasticLinear` does without the router and without kernels: weights that are kept."""
+    """Multiplies as `ElasticLinear` does without router and kernels, by dequantized weights that are kept."""
     for linear in linears:
         linear.multiply(x, bits)
 
@@ -124,7 +128,7 @@ def _row(candidate: Candidate, timing: Timing, plain: Timing, copied: float) -> 
 def _budget(
     asked: float, used: float, shapes: Sequence[dict[str, Any]], depths: Sequence[int], copied: float
 ) -> dict[str, Any]:
-    """All linears of the model, one token, at one budget."""
+    """Figures of all linears of the model together, for one token at one budget."""
     lower, upper, share = neighbours(used, depths)
     us = read = plain = 0.0
     for shape in shapes:

@@ -1,4 +1,4 @@
-"""Products of many tokens, CUDA only: where reading plain weights costs little, what do sliced ones lose?"""
+"""Times products of many tokens, on CUDA only. Reading weights costs little there, so unpacking them may not pay."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ UNIFORM = (2, 4)
 def prefill(
     journal: Journal, products: KernelProducts, shapes: Sequence[Shape], counts: Sequence[int] = TOKENS
 ) -> None:
-    """The widest shape times 64 to 4096 tokens: the grouped kernel, and plain weights made first, beside plain weights.
+    """Times the widest shape with 64 to 4096 tokens in three ways and adds the rows to the journal.
 
-    What runs in front of a product (preparation, sorting of tokens by depth) is part of what is timed.
+    The three are plain weights, the grouped kernel, and dequantized weights that are made anew for each product. What
+    runs in front of a product (preparation, sorting of tokens by depth) is part of what is timed.
 
     Args:
-        journal: Takes the rows.
-        products: Make weights and tokens.
-        shapes: To choose from.
+        journal: Journal that takes the rows.
+        products: Source of random weights and tokens.
+        shapes: Shapes of which the widest is taken.
         counts: Numbers of tokens.
     """
     shape = widest(list(shapes))
@@ -49,12 +50,12 @@ def prefill(
 
 
 def grouped_tokens(x: Tensor, weights: Sequence[KernelWeights], bits: list[int]) -> Candidate:
-    """Preparation and the grouped kernel.
+    """The product of tokens with sliced weights by the grouped kernel, preparation included.
 
     Args:
-        x: (M, I).
-        weights: To rotate over.
-        bits: Depth of each token.
+        x: (M, I) tokens.
+        weights: Weights that the calls rotate over.
+        bits: Depth in bits of each token.
     """
     depths = torch.tensor(bits, dtype=torch.int32, device=x.device)
     calls = [partial(_grouped, x, w, depths) for w in _few(x, weights)]
@@ -62,24 +63,24 @@ def grouped_tokens(x: Tensor, weights: Sequence[KernelWeights], bits: list[int])
 
 
 def dequantized_uniform(x: Tensor, weights: Sequence[KernelWeights], bits: list[int]) -> Candidate:
-    """Plain weights at the one depth of all tokens, then cuBLAS.
+    """The product of tokens that all read one depth: weights are dequantized to that depth, then cuBLAS multiplies.
 
     Args:
         x: (M, I) tokens.
-        weights: Weights to rotate over.
-        bits: Depth of each token, all the same.
+        weights: Weights that the calls rotate over.
+        bits: Depth in bits of each token, all the same.
     """
     calls = [partial(_uniform, x, w, bits[0]) for w in _few(x, weights)]
     return _candidate("dequantized", x, weights[0], bits, calls)
 
 
 def dequantized_mixed(x: Tensor, weights: Sequence[KernelWeights], bits: list[int]) -> Candidate:
-    """Plain weights at every depth, then one grouped product over sorted tokens.
+    """The product of tokens of mixed depths: weights are dequantized to every depth, then one grouped product is taken.
 
     Args:
-        x: (M, I) tokens.
-        weights: Weights to rotate over.
-        bits: Depth of each token.
+        x: (M, I) tokens; they are sorted by depth.
+        weights: Weights that the calls rotate over.
+        bits: Depth in bits of each token.
     """
     depths = torch.tensor(bits, dtype=torch.int32, device=x.device)
     calls = [partial(_mixed, x, w, depths) for w in _few(x, weights)]
@@ -113,7 +114,7 @@ def _with_weights(make: object, products: KernelProducts, shape: Shape, x: Tenso
 
 
 def _few(x: Tensor, weights: Sequence[KernelWeights]) -> Sequence[KernelWeights]:
-    """As many weights as there are launches to rotate."""
+    """The first weights, no more of them than one CUDA graph has launches."""
     return weights[: launches_for(x)]
 
 

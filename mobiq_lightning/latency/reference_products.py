@@ -1,4 +1,4 @@
-"""The products of the CPU reference, and what stands beside them."""
+"""Makes the products of the CPU reference that are timed, and plain products to compare them with."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from mobiq_lightning.latency.timing import cache_bytes, copies_for
 from mobiq_lightning.packing import PackedSlices, n_groups
 
 UNPACKED_AT = (2, 4, 8)
-"""Depths at which unpacking anew for every call is timed as well."""
+"""Depths in bits at which products that unpack their weights anew for every call are timed as well."""
 
 
 class ReferenceProducts:
-    """Sliced products as the reference takes them while a model keeps its dequantized weights, the way it runs by default.
+    """Products of the CPU reference with random sliced weights whose dequantized form is kept, as models do by default.
 
     Args:
-        device: A CPU.
-        dtype: Of tokens and of plain and kept weights.
+        device: Device of weights and tokens, a CPU.
+        dtype: dtype of tokens, of plain weights, and of the kept dequantized weights.
     """
 
     name = "reference"
@@ -35,30 +35,30 @@ class ReferenceProducts:
         self._packed: tuple[Shape, PackedSlices] | None = None
 
     def tokens(self, shape: Shape, count: int) -> Tensor:
-        """Random tokens (count, I)."""
+        """Random tokens (count, I) in the dtype of the products, where I are the columns of the shape."""
         return torch.randn(count, shape.in_features, generator=self.generator, device=self.device).to(self.dtype)
 
     def packed(self, shape: Shape) -> PackedSlices:
-        """Random sliced weights, all linears one below the other; made once as long as the shape stays."""
+        """Random sliced weights of a shape, all linears one below the other, kept until another shape is asked for."""
         if self._packed is None or self._packed[0] != shape:
             self._packed = (shape, random_slices(shape, shape.rows, self.device, self.generator))
         return self._packed[1]
 
     def forget(self) -> None:
-        """Gives the memory of the weights back."""
+        """Frees the memory of the kept weights."""
         self._packed = None
 
     def plain(self, shape: Shape, x: Tensor) -> Candidate:
-        """Full-precision weights of the same dtype."""
+        """The product of tokens x (M, I) with random full-precision weights of their dtype."""
         return plain_product(shape, x, self.generator)
 
     def elastic(self, shape: Shape, x: Tensor, bits: list[int]) -> Candidate:
-        """Tokens times kept weights.
+        """The product of tokens with sliced weights that were dequantized beforehand, once for each depth.
 
         Args:
-            shape: Of the weights.
-            x: (M, I).
-            bits: Depth of each token.
+            shape: Shape of the weights.
+            x: (M, I) tokens.
+            bits: Depth in bits of each token.
         """
         packed, depths = self.packed(shape), sorted(set(bits))
         read = len(depths) * shape.n_weights * self.dtype.itemsize
@@ -70,7 +70,10 @@ class ReferenceProducts:
         return Candidate("elastic", bits[0] if len(depths) == 1 else "mixed", read, [*calls])
 
     def others(self, shape: Shape, x: Tensor) -> Iterator[tuple[str, partial[Candidate]]]:
-        """Names of what else is timed beside one token, with what makes it: weights that are not kept."""
+        """Yields what else is timed with one token x (1, I): products that unpack their weights anew for every call.
+
+        Each comes as its name and a function that makes it.
+        """
         for depth in UNPACKED_AT:
             if depth in shape.depths:
                 yield f"unpacked at {depth} bits", partial(self._unpacked, shape, x, depth)
@@ -83,7 +86,7 @@ class ReferenceProducts:
 
 
 def random_slices(shape: Shape, rows: int, device: torch.device, generator: torch.Generator) -> PackedSlices:
-    """Random sliced weights of `rows` rows."""
+    """Random sliced weights of `rows` rows, with columns, slices and groups of a shape."""
     columns = -(-shape.in_features // 8)
     groups = n_groups(shape.in_features, shape.group_size)
     place = {"generator": generator, "device": device}
@@ -103,13 +106,13 @@ def random_slices(shape: Shape, rows: int, device: torch.device, generator: torc
 
 
 def plain_product(shape: Shape, x: Tensor, generator: torch.Generator, copies: int | None = None) -> Candidate:
-    """`F.linear` with random full-precision weights in the dtype of the tokens, all linears of the input at once.
+    """The product of tokens with random full-precision weights by `F.linear`, all linears of an input at once.
 
     Args:
-        shape: Of the weights.
-        x: (M, I).
-        generator: On the device of the tokens.
-        copies: Weights to rotate over; by default as many as no cache holds.
+        shape: Shape of the weights.
+        x: (M, I) tokens, whose dtype the weights take.
+        generator: Random generator on the device of the tokens.
+        copies: Number of weights to rotate over; by default as many as no cache holds.
     """
     n_bytes = shape.n_weights * x.element_size()
     count = copies or copies_for(n_bytes, cache_bytes(x.device))
@@ -122,5 +125,5 @@ def plain_product(shape: Shape, x: Tensor, generator: torch.Generator, copies: i
 
 
 def launches_for(x: Tensor) -> int:
-    """Launches per CUDA graph, fewer where each takes long: 64 up to 64 tokens (M, I), 4 for thousands."""
+    """Number of launches in one CUDA graph for tokens x (M, I): 64 for up to 64 tokens, 16 up to 512, and 4 beyond."""
     return 64 if x.shape[0] <= 64 else 16 if x.shape[0] <= 512 else 4

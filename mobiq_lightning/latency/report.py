@@ -1,4 +1,4 @@
-"""Tables on the terminal, and a plot."""
+"""Prints the tables of a latency measurement on the terminal, and draws its plot."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TITLES = {
 
 
 def print_report(journal: Journal) -> None:
-    """Prints every section that was measured, and what could not be."""
+    """Prints a table for every section that was measured, notes, and a line for each thing that was not measured."""
     output = table_console()
     for section, title in TITLES.items():
         rows = [row for row in journal.rows if row["section"] == section]
@@ -68,16 +68,16 @@ def _table(title: str, rows: list[Row]) -> Table:
 
 
 def has_plot(rows: list[Row]) -> bool:
-    """Whether there is anything to plot: products of one token at several depths."""
+    """Whether there is anything to plot: products of one token with sliced weights, timed beside plain ones."""
     return any(_points(rows, shape) for shape in _shapes(rows))
 
 
 def plot(content: dict[str, Any], path: Path) -> None:
-    """How many times as fast as plain weights one token is multiplied, against bits, one line per shape, as a PNG.
+    """Draws how many times as fast as plain weights one token is multiplied, over bits, with one line per shape.
 
     Args:
-        content: Of a `Journal`.
-        path: The file.
+        content: Content of a `Journal`.
+        path: PNG file that is written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -118,7 +118,7 @@ def _points(rows: list[Row], shape: str) -> list[tuple[float, float]]:
 
 
 def print_budgets(latency: Mapping[str, Any]) -> None:
-    """Prints what `LatencyCheck` measured of a model at each budget."""
+    """Prints a table of the speed that the callback `LatencyCheck` measured of a model at each budget."""
     table = Table(title=f"Speed on {latency['device']}: {latency['what']}")
     columns = ("target bits", "used bits", "linears, µs", "GB/s", "of copy", f"against {latency['plain']}", "tokens/s")
     for column in columns:

@@ -1,4 +1,4 @@
-"""What is measured with either path: one token at every depth, and several tokens at equal and at mixed depths."""
+"""Measures that both paths have: one token at every depth, and several tokens at equal and at mixed depths."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ from mobiq_lightning.latency.timing import copy_bandwidth, launch_floor
 
 BATCHES = {"kernels": (1, 2, 4, 8, 16, 32, 64), "reference": (1, 4, 16)}
 UNIFORM = (2, 4)
-"""Depths at which several tokens are multiplied, beside mixed ones."""
+"""Depths in bits at which several tokens are multiplied that all read the same depth."""
 COPIED_BYTES = {"cuda": 2**30, "cpu": 2**27}
 
 
 class Products(Protocol):
-    """Ways to multiply on one path."""
+    """What a path, the kernels or the reference, must offer to be timed: random tokens, and products with them."""
 
     name: str
     device: torch.device
     dtype: torch.dtype
 
     def tokens(self, shape: Shape, count: int) -> Tensor:
-        """Random tokens (count, I)."""
+        """Random tokens (count, I) in the dtype of the products, where I are the columns of the shape."""
 
     def plain(self, shape: Shape, x: Tensor) -> Candidate:
-        """With full-precision weights."""
+        """The product of tokens x (M, I) with random full-precision weights."""
 
     def elastic(self, shape: Shape, x: Tensor, bits: list[int]) -> Candidate:
-        """With sliced weights, a depth for each token."""
+        """The product of tokens x (M, I) with random sliced weights, each token reading its depth of `bits`."""
 
     def forget(self) -> None:
-        """Gives the memory of the weights back."""
+        """Frees the memory of the kept weights."""
 
     def others(self, shape: Shape, x: Tensor) -> Iterator[tuple[str, partial[Candidate]]]:
-        """What else is timed beside one token."""
+        """Yields what else is timed with one token x (1, I), each as its name and a function that makes it."""
 
 
 def ceilings(journal: Journal) -> None:
-    """Copy bandwidth of the device, and what a call costs that does nothing."""
+    """Measures the copy bandwidth of the device and the time of a call that does almost nothing; notes both."""
     bandwidth, floor = (
         copy_bandwidth(journal.clock, COPIED_BYTES[journal.clock.device.type]),
         launch_floor(journal.clock),
@@ -53,9 +53,9 @@ def ceilings(journal: Journal) -> None:
 
 
 def decode(journal: Journal, products: Products, shapes: Sequence[Shape]) -> None:
-    """One token at every depth of each shape, beside plain weights and what else there is.
+    """Times one token at every depth of each shape, plain weights of that shape, and other products of the path.
 
-    The first product is timed again at the end: `noise` is by how much it differs.
+    The first sliced product is timed again at the end; `noise` in the journal is by how much the two times differ.
     """
     for shape in shapes:
         x = products.tokens(shape, 1)
@@ -69,7 +69,7 @@ def decode(journal: Journal, products: Products, shapes: Sequence[Shape]) -> Non
 
 
 def batch(journal: Journal, products: Products, shapes: Sequence[Shape]) -> None:
-    """Several tokens times the widest shape: all at 2 bits, all at 4 bits, and at all depths in turn."""
+    """Times several tokens with the widest shape: plain weights, all at 2 bits, all at 4 bits, and mixed depths."""
     shape = widest(list(shapes))
     for count in BATCHES[products.name]:
         x = products.tokens(shape, count)

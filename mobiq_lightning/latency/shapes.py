@@ -1,4 +1,4 @@
-"""Which products are timed: those of known models, of a checkpoint, or of given sizes."""
+"""Names the shapes whose products are timed: those of known models, of a checkpoint, or of given sizes."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _PARTS = {"q_proj": "qkv", "gate_proj": "gate_up"}
 
 @dataclass(frozen=True)
 class Shape:
-    """A product of one input with the linears that read it.
+    """The shape of a product of one input with all linears that read it.
 
     Args:
-        model: Whose it is.
-        part: Which of its inputs.
+        model: Name of the model that has the product.
+        part: Name of the input in a block, such as ``qkv`` or ``down``.
         out_features: Rows of each linear.
-        in_features: Columns.
+        in_features: Columns of the linears.
         slice_bits: Bits of each slice.
         group_size: Columns that share a scale.
-        code: Of the weights that the shape was taken from.
+        code: Name of the code of the weights that the shape was taken from.
     """
 
     model: str
@@ -41,22 +41,22 @@ class Shape:
 
     @property
     def name(self) -> str:
-        """``llama-2-7b.gate_up``."""
+        """The name of model and part, such as ``llama-2-7b.gate_up``."""
         return f"{self.model}.{self.part}"
 
     @property
     def rows(self) -> int:
-        """Rows of all linears, unpadded."""
+        """Rows of all linears together, unpadded."""
         return sum(self.out_features)
 
     @property
     def n_weights(self) -> int:
-        """Weights of all linears."""
+        """Number of weights of all linears together."""
         return self.rows * self.in_features
 
     @property
     def depths(self) -> tuple[int, ...]:
-        """Bits that a token may read."""
+        """Depths in bits that a token may read, ascending."""
         return depths_of(self.slice_bits)
 
 
@@ -75,17 +75,17 @@ MODELS = {
     "llama-3-70b": _llama("llama-3-70b", 8192, 1024, 28672),
     "small": _llama("small", 1024, 1024, 2816),
 }
-"""Products of a block, linears that share an input together."""
+"""By name of the model, the shapes of one decoder block; linears that share an input are one shape."""
 
 
 def parse_shapes(text: str) -> list[Shape]:
-    """Shapes of a command line.
+    """Reads the shapes that a command line names.
 
     Args:
         text: Names of `MODELS`, of one of their parts (``llama-2-7b.down``), or ``ROWSxCOLUMNS``, separated by commas.
 
     Raises:
-        RecipeError: If one is none of these, with the nearest name.
+        RecipeError: If a name is none of these, with the nearest one.
     """
     single = {shape.name: shape for shapes in MODELS.values() for shape in shapes}
     found: list[Shape] = []
@@ -112,8 +112,8 @@ def groups_of(model: nn.Module, name: str) -> dict[Shape, list[list[ElasticLinea
     """The distinct shapes of an elastic model, each with the groups of linears, one per input, that have it.
 
     Args:
-        model: With elastic linears, whose weights need not be there.
-        name: Of the model, for the shapes.
+        model: Model with elastic linears, whose weights need not be there.
+        name: Name of the model that the shapes carry.
     """
     by_input: dict[int, list[tuple[str, ElasticLinear]]] = {}
     for path, module in model.named_modules():
@@ -137,13 +137,13 @@ def groups_of(model: nn.Module, name: str) -> dict[Shape, list[list[ElasticLinea
 
 
 def shapes_of_checkpoint(run: str) -> list[Shape]:
-    """The distinct shapes of an elastic checkpoint; no weight is read.
+    """The distinct shapes of the sliced linears of an elastic checkpoint; no weight is read.
 
     Args:
         run: Run folder, elastic checkpoint or hub id.
 
     Raises:
-        CheckpointError: If there is none.
+        CheckpointError: If there is no elastic checkpoint.
     """
     from mobiq_lightning.checkpoint import skeleton, summarize_checkpoint
 
@@ -154,5 +154,5 @@ def shapes_of_checkpoint(run: str) -> list[Shape]:
 
 
 def widest(shapes: list[Shape]) -> Shape:
-    """Of several shapes, the first ``gate_up``, or else the one with the most weights: where most of the time goes."""
+    """The shape where most of the time goes: the first ``gate_up``, or else the one with the most weights."""
     return next((s for s in shapes if s.part == "gate_up"), max(shapes, key=lambda s: s.n_weights))

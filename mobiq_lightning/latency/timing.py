@@ -1,4 +1,4 @@
-"""Timing of short calls: many in a row over weights that no cache holds, the median of repeats, the spread beside it."""
+"""Times short calls: many in a row over weights that no cache holds; reported are the median and spread of repeats."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 Call = Callable[[], object]
 
 CACHES = 3
-"""Weights are rotated over so many times the size of the last cache, so that no call finds its own there."""
+"""The weights that calls rotate over are this many times as large as the last cache, so no call finds its own there."""
 MAX_COPIES = 64
 _UNKNOWN_CACHE = 32 * 2**20
 _CPU_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
@@ -22,12 +22,12 @@ _CPU_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 @dataclass(frozen=True)
 class Timing:
-    """Of one kind of call.
+    """How long one kind of call takes.
 
     Args:
         us: Microseconds per call, the median of the repeats.
         spread: Distance between the quartiles of the repeats, as a share of the median.
-        repeats: How often the row of calls was timed.
+        repeats: Number of times that the row of calls was timed.
     """
 
     us: float
@@ -42,20 +42,20 @@ class Clock:
     the row is a loop.
 
     Args:
-        device: Where the calls run.
-        repeats: Times that a row is measured.
-        seconds: About how long one measurement may take on a CPU.
+        device: Device that the calls run on.
+        repeats: Number of times that a row is measured.
+        seconds: Seconds that one measurement may take on a CPU, roughly.
     """
 
     def __init__(self, device: torch.device, repeats: int = 15, seconds: float = 0.1) -> None:
         self.device, self.repeats, self.seconds = device, repeats, seconds
 
     def time(self, calls: Sequence[Call], launches: int = 64) -> Timing:
-        """Times calls that do the same with other weights.
+        """Times calls that do the same work with different weights.
 
         Args:
-            calls: At least one; they are made in turn. Nothing in them may wait for the device.
-            launches: Calls in one CUDA graph, at least; rounded up so that each is made equally often.
+            calls: One call or more, made in turn. Nothing in them may wait for the device.
+            launches: Least number of calls in one CUDA graph; rounded up so that each is made equally often.
         """
         with torch.no_grad():
             if self.device.type == "cuda":
@@ -110,13 +110,13 @@ class Clock:
 
 
 def summary(samples: Sequence[float]) -> Timing:
-    """Median and relative distance of the quartiles of at least two samples, in microseconds."""
+    """Sums up at least two samples in microseconds: median, and distance of the quartiles as a share of it."""
     lower, median, upper = statistics.quantiles(samples, n=4, method="inclusive")
     return Timing(median, (upper - lower) / median, len(samples))
 
 
 def cache_bytes(device: torch.device) -> int:
-    """Size of the device's last cache: L2 of a GPU, the largest one that Linux reports of a CPU, 32 MiB if it does not."""
+    """Bytes of a device's last cache: L2 of a GPU, the largest that Linux reports of a CPU, or 32 MiB if unknown."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
     sizes = [path.read_text(encoding="utf-8").strip() for path in _CPU_CACHES.glob("index*/size")]
@@ -124,16 +124,16 @@ def cache_bytes(device: torch.device) -> int:
 
 
 def copies_for(n_bytes: int, cache: int) -> int:
-    """Weights to rotate over, of `n_bytes` each, so that none is found in a cache of `cache` bytes; 2 to 64."""
+    """Number of weights of `n_bytes` to rotate over so that a cache of `cache` bytes holds none of them; 2 to 64."""
     return max(2, min(MAX_COPIES, CACHES * cache // n_bytes + 1))
 
 
 def copy_bandwidth(clock: Clock, n_bytes: int) -> float:
-    """Bytes per second that copying a tensor moves, read and written.
+    """Measures the bytes per second that copying a tensor moves, bytes read and bytes written added.
 
     Args:
-        clock: Of the device.
-        n_bytes: Of the tensor; several times the last cache.
+        clock: Clock of the device.
+        n_bytes: Bytes of the tensor; they should be several times those of the last cache.
     """
     sources = [torch.randn(n_bytes // 4, device=clock.device) for _ in range(2)]
     target = torch.empty_like(sources[0])
@@ -142,6 +142,6 @@ def copy_bandwidth(clock: Clock, n_bytes: int) -> float:
 
 
 def launch_floor(clock: Clock) -> Timing:
-    """What a call costs that does nothing to speak of: one addition to a tensor of one number."""
+    """Times a call that does almost nothing, one addition to a tensor of one number: the least that any call takes."""
     number = torch.zeros(1, device=clock.device)
     return clock.time([lambda: number.add_(1)], launches=256)

@@ -26,17 +26,23 @@ from mobiq_lightning.latency.shapes import Shape, widest
 from mobiq_lightning.latency.timing import Clock
 
 TOKENS = (8, 16, 32, 64)
-"""Columns of the tensor cores' products; what is tuned at 8 is timed with one token."""
+"""Numbers of tokens that are tuned for, the columns of the tensor cores' products; 8 is timed with one token."""
 DEPTHS = (2, 4)
 WORTH_A_KEY = 0.02
-"""A shape gets a configuration of its own where it is faster by more than this share than that of all shapes."""
+"""A shape gets a configuration of its own if that is faster than the one for all shapes by more than this share."""
 GROUPED_TOKENS = (128, 256, 512, 1024, 2048)
 REPEATS, LAUNCHES = 5, 32
 
 
 @dataclass
 class Found:
-    """What was tried: microseconds by tokens, shape and configuration."""
+    """What a search over configurations of the decode kernel has found so far.
+
+    Args:
+        us: Microseconds by number of tokens, shape and configuration.
+        refused: By description of a configuration that does not run, its error.
+        left_out: Descriptions of what was not tried for want of time.
+    """
 
     us: dict[int, dict[Shape, dict[DecodeConfig, float]]] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
@@ -44,23 +50,23 @@ class Found:
 
 
 def candidates(tokens: int) -> Iterator[DecodeConfig]:
-    """Configurations that are worth a try for so many tokens."""
+    """Yields the configurations of the decode kernel that are worth a try for a number of tokens."""
     programs = (3, 4, 6, 8, 12) if tokens == 8 else (1, 2, 3, 4)
     for rows, tiles, stages, per_processor in itertools.product((128, 64), (1, 2), (3, 4), programs):
         yield DecodeConfig(rows, tiles, stages, per_processor)
 
 
 def tune_here(run: str, shapes: str, folder: Path, minutes: float) -> None:
-    """Tunes on this machine's GPU, writes the table and says where it is and how it is used.
+    """Tunes the kernels on this machine's GPU, writes the table, and prints where it is and how it is used.
 
     Args:
-        run: Run folder or elastic checkpoint whose shapes are tuned, or empty.
+        run: Run folder or elastic checkpoint whose shapes are tuned for, or empty.
         shapes: Names of shapes, or empty for those of the known models.
-        folder: Where the table goes.
-        minutes: When to stop; what was not tried by then is listed in the table.
+        folder: Folder that the table is written to.
+        minutes: Minutes after which nothing more is tried; what is left then is listed in the table.
 
     Raises:
-        RecipeError: Without a GPU that the kernels run on.
+        RecipeError: If there is no GPU that the kernels run on.
         KernelError: If the kernels are wrong on it, or none of the configurations runs.
     """
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
@@ -96,16 +102,16 @@ def tuned_table(
     counts: Sequence[int] = TOKENS,
     many: Sequence[int] = GROUPED_TOKENS,
 ) -> dict[str, Any]:
-    """The content of a table.
+    """Tries configurations of the kernels and returns the content of the table of tuned ones.
 
     Args:
-        products: Make weights and tokens.
-        shapes: To tune for.
-        clock: Times the calls.
-        processors: Streaming multiprocessors.
-        deadline: When to stop, by `time.monotonic`.
-        counts: Tokens that are tuned for.
-        many: Tokens at which the grouped product is compared with plain weights made first.
+        products: Source of random weights and tokens.
+        shapes: Shapes that are tuned for.
+        clock: Clock that times the calls.
+        processors: Number of streaming multiprocessors of the GPU.
+        deadline: Time after which nothing more is tried, in seconds of `time.monotonic`.
+        counts: Numbers of tokens that are tuned for.
+        many: Numbers of tokens at which the grouped product is compared with one that dequantizes the weights first.
 
     Raises:
         KernelError: If for some number of tokens no configuration was measured for all shapes.
@@ -124,11 +130,14 @@ def tuned_table(
 
 
 def choose(tokens: int, us: dict[Shape, dict[DecodeConfig, float]]) -> dict[str, DecodeConfig]:
-    """Keys of a table for so many tokens: the configuration that is best over all shapes, and those that are better for one.
+    """Chooses configurations for one number of tokens: the best over all shapes, and better ones for single shapes.
 
     Args:
-        tokens: Of the key.
+        tokens: Number of tokens, with which the keys begin.
         us: Microseconds by shape and configuration.
+
+    Returns:
+        By key of the table (``"8"``, or ``"8:rows:columns"`` for one shape), the configuration.
 
     Raises:
         KernelError: If no configuration was measured for all shapes.
@@ -151,14 +160,24 @@ def choose(tokens: int, us: dict[Shape, dict[DecodeConfig, float]]) -> dict[str,
 
 
 def padded_rows(shape: Shape) -> int:
-    """Rows as the kernels hold them, those of each linear padded to a multiple of 128."""
+    """Number of rows that the kernels hold of a shape: those of each linear are padded to a multiple of 128."""
     return sum(-(-rows // 128) * 128 for rows in shape.out_features)
 
 
 def grouped_until(
     products: KernelProducts, shape: Shape, clock: Clock, deadline: float, many: Iterable[int]
 ) -> tuple[int, list[dict[str, float]]]:
-    """The most tokens of mixed depths at which the grouped product is at least as fast; and what was measured.
+    """Finds up to how many tokens of mixed depths the grouped kernel is at least as fast as dequantizing weights first.
+
+    Args:
+        products: Source of random weights and tokens.
+        shape: Shape that is timed.
+        clock: Clock that times the calls.
+        deadline: Time after which nothing more is timed, in seconds of `time.monotonic`.
+        many: Numbers of tokens that are timed, ascending.
+
+    Returns:
+        The number of tokens, 64 if the grouped kernel never wins; and the measured microseconds.
 
     Raises:
         KernelError: If nothing could be measured before the deadline.
@@ -189,7 +208,7 @@ def _try_all(
     deadline: float,
     found: Found,
 ) -> dict[DecodeConfig, float]:
-    """Microseconds of every candidate: the geometric mean over `DEPTHS`."""
+    """Microseconds of every candidate for a shape, the geometric mean over `DEPTHS`."""
     from mobiq_lightning.kernels.decode import decode
 
     us: dict[DecodeConfig, float] = {}

@@ -1,4 +1,4 @@
-"""Tokens per second of a whole model with random weights, sliced and not, decoded the same way."""
+"""Measures the tokens per second of a whole model with random weights, plain and sliced, decoded in the same way."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ _ROUTER = {"class_path": "mobiq_lightning.strategies.MLPRouter", "init_args": {"
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Of a LLaMA, and how long it decodes.
+    """The sizes of a LLaMA that is timed, and how many tokens it decodes.
 
     Args:
-        name: Of the model.
+        name: Name of the model.
         hidden: Width of the residual stream.
         intermediate: Width of the MLP.
-        layers: Decoder blocks.
-        heads: Attention heads, all with keys and values of their own.
-        vocabulary: Tokens.
-        prompt: Tokens before the first that is timed.
-        steps: Tokens that are timed together.
-        repeats: How often.
+        layers: Number of decoder blocks.
+        heads: Number of attention heads, all with keys and values of their own.
+        vocabulary: Number of token ids.
+        prompt: Number of tokens before the first that is timed.
+        steps: Number of tokens that are timed together.
+        repeats: Number of times that so many tokens are timed.
     """
 
     name: str
@@ -51,18 +51,21 @@ SIZES = {
     "cpu": ModelSize("four small blocks", 512, 1408, 4, 8, 2048, 16, 8, 3),
 }
 SECONDS_NEEDED = {"cuda": 60.0, "cpu": 3.0}
-"""Left before the deadline, or the section is not begun."""
+"""Seconds that must be left before the deadline for this section to be begun, by type of device."""
 
 
 def model(journal: Journal, dtype: torch.dtype, size: ModelSize | None = None) -> None:
-    """Times the plain model, then cuts its linears and times it at every budget of `BUDGETS`.
+    """Times a plain model with random weights, then slices its linears and times it at every budget of `BUDGETS`.
 
     Embeddings and the head are not sliced. Both models are decoded greedily, batch 1, a static cache, one `GraphedStep`.
 
     Args:
-        journal: Takes the rows.
-        dtype: Of the plain weights.
-        size: Of the model; by default that of LLaMA-2-7B on CUDA, a small one on a CPU.
+        journal: Journal that takes the rows.
+        dtype: dtype of the plain weights.
+        size: Sizes of the model; by default those of LLaMA-2-7B on CUDA, and small ones on a CPU.
+
+    Raises:
+        KernelError: If the kernels were to be timed, but the model does not run on them.
     """
     device = journal.clock.device
     size = size or SIZES[device.type]
@@ -91,7 +94,7 @@ def model(journal: Journal, dtype: torch.dtype, size: ModelSize | None = None) -
 
 
 def plain_model(size: ModelSize, device: torch.device, dtype: torch.dtype) -> Any:
-    """A LLaMA with random weights."""
+    """Makes a LLaMA with random weights, in eval mode, from transformers."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     config = LlamaConfig(
@@ -111,7 +114,7 @@ def plain_model(size: ModelSize, device: torch.device, dtype: torch.dtype) -> An
 
 
 def cut(network: Any) -> None:
-    """Makes a model elastic, in place, with random codes.
+    """Makes a model elastic in place, with random sliced weights.
 
     Its routers give every token the same scores, and its thresholds are such that at the budget of a depth all tokens read
     that depth: what a budget costs does not depend on random weights. Routers are computed as always.

@@ -1,4 +1,4 @@
-"""Which tokens suffer at which precision: measuring and tables."""
+"""Measures which tokens suffer most at which precision, and prints tables of it."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""The figure of outlier migration."""
+"""Draws the figure of outlier migration: which tokens are worst at one precision and which at another."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ _LABELS = {ALL: "all at once", NONE: "uncalibrated"}
 
 
 def plot_outliers(found: dict[str, Any], record: TokenRecord, path: Path) -> None:
-    """Overlap of the worst tokens, their errors at two precisions, overlap by place, and, where it was measured, the
-    matrix of calibrations; as a PNG.
+    """Draws outlier migration as a PNG: overlap of the worst tokens, errors at two precisions, and overlap by place.
+
+    Where calibrations for single precisions were measured, a fourth panel shows the matrix of their perplexities.
 
     Args:
-        found: As it is written to outliers.json.
-        record: Of the elastic checkpoint.
-        path: Of the PNG.
+        found: Figures as they are written to outliers.json.
+        record: Errors of every token, read by the elastic checkpoint.
+        path: PNG file that is written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -72,7 +73,7 @@ def _of_pair(values: dict[str, float], one: int, other: int) -> float:
 
 
 def _draw_errors(axes: Any, record: TokenRecord, share: float) -> None:
-    """Every token's KL at two precisions, the worst at either in colour."""
+    """Draws every token's KL at two precisions, with the worst at either in colour."""
     first = 0
     second = record.bits.index(4) if 4 in record.bits[1:] else len(record.bits) - 1
     kl = record.kl[[first, second]][:, record.compared]
@@ -103,7 +104,7 @@ def _draw_errors(axes: Any, record: TokenRecord, share: float) -> None:
 
 
 def _draw_pairs(axes: Any, tokens: dict[str, Any]) -> None:
-    """Overlap by pair of precisions: in the logits and at the inputs."""
+    """Draws the overlap by pair of precisions, in the logits and at the inputs."""
     elastic = tokens["elastic"]
     pairs = list(elastic["model"]["overlap"])
     for kind, (label, marker, color) in _KINDS.items():
@@ -131,7 +132,7 @@ def _draw_pairs(axes: Any, tokens: dict[str, Any]) -> None:
 
 
 def _draw_matrix(axes: Any, matrix: dict[str, Any]) -> None:
-    """Perplexity of a calibration relative to the one made for the precision it is used at; colours are logarithmic."""
+    """Draws the perplexity of each calibration relative to the one made for the precision that it is used at."""
     rows = matrix["rows"]
     used = list(dict.fromkeys(row["used_at"] for row in rows))
     calibrations = list(dict.fromkeys(row["calibrated_at"] for row in rows))

@@ -1,4 +1,4 @@
-"""What the records of tokens say: figures for outliers.json, and sentences."""
+"""Turns the records of tokens into figures for outliers.json, and into sentences."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ from mobiq_lightning.outliers.token_record import TokenRecord
 from mobiq_lightning.runs import TIE
 
 ALL, NONE = "all", "none"
-"""Calibrated by the recipe as it is, for all depths at once; and not calibrated."""
+"""Names of two models: `ALL` is calibrated for all depths at once, by the recipe as it is; `NONE` is not calibrated."""
 
 
 def summarize_tokens(record: TokenRecord, share: float) -> dict[str, Any]:
-    """How much the worst tokens of the precisions have in common, for the whole model and for each input.
+    """Figures of how much the worst tokens of the precisions have in common, for the whole model and for each input.
 
     Args:
-        record: Of one text.
-        share: Part of the tokens that counts as worst.
+        record: Errors of every token of one text.
+        share: Part of the tokens that counts as worst, in (0, 1).
+
+    Raises:
+        DataError: If there are too few tokens to choose the worst of.
     """
     kept = record.compared
     n_tokens = int(kept.sum())
@@ -39,7 +42,7 @@ def summarize_tokens(record: TokenRecord, share: float) -> dict[str, Any]:
 
 
 def _compare(errors: Tensor, bits: tuple[int, ...], share: float) -> dict[str, Any]:
-    """Figures of errors (P, N) of one kind."""
+    """Figures of errors (P, N) of one kind, at P precisions of N tokens."""
     carried = (errors.double() * worst_tokens(errors, share)).sum(1) / errors.double().sum(1)
     return {
         "mean_error": _by_bits(errors.double().mean(1), bits),
@@ -61,7 +64,12 @@ def _mean_of(inputs: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def own_calibration(records: Mapping[str, TokenRecord], bits: tuple[int, ...]) -> TokenRecord:
-    """The record of each precision read by the model that was calibrated for it alone."""
+    """Joins the record of a study in which each precision is read by the model that was calibrated for it alone.
+
+    Args:
+        records: Records by what the model was calibrated for; each precision of `bits` must be among them.
+        bits: The precisions.
+    """
     own = [(records[str(b)], records[str(b)].bits.index(b)) for b in bits]
     first = own[0][0]
     kl, nll = (torch.stack([getattr(record, name)[row] for record, row in own]) for name in ("kl", "nll"))
@@ -72,12 +80,12 @@ def matrix_rows(records: Mapping[str, TokenRecord], bits: tuple[int, ...]) -> li
     """Perplexity and KL of every calibration used at every precision.
 
     Args:
-        records: By what the model was calibrated for: a precision, `ALL` or `NONE`.
+        records: Records by what the model was calibrated for: a precision, `ALL` or `NONE`.
         bits: The precisions.
 
     Returns:
         Dicts of calibrated_at, used_at, perplexity, kl (mean, nats), and change: the perplexity relative to that of the model
-        calibrated for the precision it is used at, less 1.
+        calibrated for the precision it is used at, minus 1.
     """
     own = {b: _perplexity(records[str(b)].nll[i]) for i, b in enumerate(bits)}
     return [
@@ -94,7 +102,7 @@ def matrix_rows(records: Mapping[str, TokenRecord], bits: tuple[int, ...]) -> li
 
 
 def full_perplexity(record: TokenRecord) -> float:
-    """In full precision."""
+    """The perplexity of the full-precision model on the tokens of a record."""
     return _perplexity(record.full_nll)
 
 
@@ -107,9 +115,18 @@ def _by_bits(values: Tensor, bits: tuple[int, ...]) -> dict[str, float]:
 
 
 def same_bits(one: TokenRecord, other: TokenRecord, share: float) -> dict[str, float]:
-    """The control of the overlaps: how many of the worst tokens two calibrations share at the same precision.
+    """Share of the worst tokens that two calibrations have in common at the same precision: a control of the overlaps.
 
-    Rounding errors that are unlike each other give worst tokens that are unlike each other, whatever the precision.
+    Different rounding errors alone make different tokens the worst ones, even at equal precision; overlaps between
+    precisions only say something beside this figure.
+
+    Args:
+        one: Record of the first calibration.
+        other: Record of the second, of the same tokens and precisions.
+        share: Part of the tokens that counts as worst, in (0, 1).
+
+    Returns:
+        By precision, the share in [0, 1].
     """
     kept = one.compared
     pairs = zip(one.bits, one.kl[:, kept], other.kl[:, kept], strict=True)
@@ -117,10 +134,10 @@ def same_bits(one: TokenRecord, other: TokenRecord, share: float) -> dict[str, f
 
 
 def overlap_verdict(tokens: dict[str, Any]) -> str:
-    """Between which precisions the worst tokens change most and least, beside the control.
+    """Says in words between which precisions the worst tokens change most and least, and what the control shows.
 
     Args:
-        tokens: As `tables.print_overlaps` takes them.
+        tokens: Figures of the tokens as outliers.json has them: ``elastic``, and where it was measured ``same_bits``.
     """
     elastic = tokens["elastic"]
     found = elastic["model"]["overlap"]
@@ -140,7 +157,11 @@ def overlap_verdict(tokens: dict[str, Any]) -> str:
 
 
 def matrix_verdict(rows: list[dict[str, Any]]) -> str:
-    """Whether a model calibrated for another precision is worse than one calibrated for the precision it is used at."""
+    """Says in words whether a model is worse at a precision than one that was calibrated for that precision.
+
+    Args:
+        rows: Rows of `matrix_rows`.
+    """
     others = [r for r in rows if isinstance(r["calibrated_at"], int) and r["calibrated_at"] != r["used_at"]]
     raised = [r for r in others if r["used_at"] > r["calibrated_at"]]
     worse = sum(r["change"] > TIE for r in others)

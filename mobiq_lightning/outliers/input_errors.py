@@ -1,4 +1,4 @@
-"""How far the linears of a routed input are off for each token, at each precision, on full-precision inputs."""
+"""Measures how far the linears of each input are off for each token, at each precision, on full-precision inputs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class InputErrors:
     Args:
         full: The source model.
         elastic: An elastic model made of it, whose linears have the same names.
-        bits: The P precisions.
+        bits: The P precisions, as depths in bits.
     """
 
     def __init__(self, full: nn.Module, elastic: nn.Module, bits: Sequence[int]) -> None:
@@ -39,10 +39,10 @@ class InputErrors:
 
     @contextmanager
     def watch(self, counted: Tensor) -> Iterator[None]:
-        """Within it, a forward pass of the full-precision model is watched.
+        """A context in which forward passes of the full-precision model are watched and their errors noted.
 
         Args:
-            counted: (B, T - 1) which tokens but the last of each window count.
+            counted: (B, T - 1) bool, which tokens of each window count; the last one never does.
         """
         handles = [
             linears[0][0].register_forward_pre_hook(partial(self._note, name, counted))
@@ -55,8 +55,9 @@ class InputErrors:
                 handle.remove()
 
     def errors(self) -> dict[str, Tensor]:
-        """By the first linear of each input, the relative errors (P, N) of all tokens that were watched; empty if the
-        weights of the elastic model are not those of the source, but rotated.
+        """By the first linear of each input, the relative errors (P, N) of the N tokens that were watched.
+
+        It is empty if the elastic model's weights were rotated, since its inputs then differ from the source's.
         """
         return {name: torch.cat(found, dim=1) for name, found in self._found.items()}
 
@@ -70,16 +71,16 @@ class InputErrors:
 
 
 def relative_errors(x: Tensor, weight: Tensor, read: Iterator[Tensor], shifted: Tensor) -> Tensor:
-    """``|(W - W_b) (x - d)|^2 / |W x|^2`` of each token.
+    """Relative squared error ``|(W - W_b) (x - d)|^2 / |W x|^2`` of the outputs of each token.
 
     Args:
-        x: (N, I).
-        weight: (O, I) in full precision, all linears of the input below each other.
-        read: The same (O, I) at each of the P precisions.
-        shifted: (N, I) what sliced weights are multiplied with: x, less the shift of a transform.
+        x: (N, I) tokens.
+        weight: (O, I) weight W in full precision, all linears of the input below each other.
+        read: Yields the weight W_b (O, I) as it is read at each of the P precisions.
+        shifted: (N, I) tokens x - d that sliced weights are multiplied with: x minus the shift d of a transform.
 
     Returns:
-        (P, N).
+        (P, N) errors.
     """
     size = F.linear(x, weight).square().sum(-1).clamp_min(1e-30)
     # The difference of the weights, not of the products: at 8 bits those would agree to all digits that they have.

@@ -1,4 +1,4 @@
-"""Whether the tokens that suffer most at one precision are those that suffer most at another.
+"""Compares the tokens that suffer most at one precision with those that suffer most at another.
 
 Letters in shapes: P precisions, N tokens.
 """
@@ -14,7 +14,15 @@ from mobiq_lightning.errors import DataError, RecipeError
 
 
 def check_precisions(bits: tuple[int, ...], depths: tuple[int, ...]) -> None:
-    """Raises `RecipeError` unless at least two different precisions are given that the slices can be read at."""
+    """Checks that at least two different precisions are given, and that the slices can be read at each.
+
+    Args:
+        bits: The precisions, in bits.
+        depths: Depths in bits at which the slices can be read.
+
+    Raises:
+        RecipeError: If a precision is no depth, is given twice, or is the only one.
+    """
     wrong = [b for b in bits if b not in depths]
     if wrong:
         raise RecipeError(
@@ -29,7 +37,11 @@ def check_precisions(bits: tuple[int, ...], depths: tuple[int, ...]) -> None:
 
 
 def check_share(share: float) -> None:
-    """Raises `RecipeError` unless the share lies between 0 and 1."""
+    """Checks that the part of the tokens that counts as worst lies between 0 and 1.
+
+    Raises:
+        RecipeError: If it does not.
+    """
     if not 0 < share < 1:
         raise RecipeError(
             f"outliers: share ({share:g}) is the part of the tokens that counts as worst and must lie between 0 and 1, "
@@ -38,10 +50,10 @@ def check_share(share: float) -> None:
 
 
 def count_worst(n_tokens: int, share: float) -> int:
-    """How many of the tokens are the worst `share` of them.
+    """Number of tokens that are the worst `share` of `n_tokens`, rounded.
 
     Raises:
-        DataError: If that is none.
+        DataError: If that is none or all of them.
     """
     count = round(share * n_tokens)
     if not 0 < count < n_tokens:
@@ -53,29 +65,35 @@ def count_worst(n_tokens: int, share: float) -> int:
 
 
 def worst_tokens(errors: Tensor, share: float) -> Tensor:
-    """Which tokens have the largest errors; of equal errors the earlier token comes first.
+    """Marks the tokens with the largest errors at each precision; of equal errors the earlier token comes first.
 
     Args:
-        errors: (P, N).
-        share: Part of the tokens, in (0, 1).
+        errors: (P, N) errors of N tokens at P precisions.
+        share: Part of the tokens that counts as worst, in (0, 1).
 
     Returns:
-        (P, N) bool.
+        (P, N) bool, true for the worst tokens.
+
+    Raises:
+        DataError: If the share is none or all of so many tokens.
     """
     order = errors.argsort(dim=1, descending=True, stable=True)[:, : count_worst(errors.shape[1], share)]
     return torch.zeros_like(errors, dtype=torch.bool).scatter_(1, order, True)
 
 
 def overlaps(errors: Tensor, bits: tuple[int, ...], share: float) -> dict[str, float]:
-    """Share of the worst tokens at one precision that are among the worst at another; by chance it is their share of all.
+    """Share of the worst tokens at one precision that are also among the worst at another; by chance it is `share`.
 
     Args:
-        errors: (P, N).
+        errors: (P, N) errors of N tokens at P precisions.
         bits: The P precisions.
-        share: Part of the tokens that counts as worst.
+        share: Part of the tokens that counts as worst, in (0, 1).
 
     Returns:
-        By pair of precisions, as ``"2-4"``.
+        By pair of precisions, such as ``"2-4"``, the share in [0, 1].
+
+    Raises:
+        DataError: If `share` is none or all of so many tokens.
     """
     worst = worst_tokens(errors, share).double()
     common = (worst @ worst.T) / worst[0].sum()
@@ -83,7 +101,15 @@ def overlaps(errors: Tensor, bits: tuple[int, ...], share: float) -> dict[str, f
 
 
 def rank_correlations(errors: Tensor, bits: tuple[int, ...]) -> dict[str, float]:
-    """Spearman's rank correlation of the errors (P, N), by pair of precisions; NaN where all errors are equal."""
+    """Spearman's rank correlation of the errors at two precisions, by pair such as ``"2-4"``.
+
+    Args:
+        errors: (P, N) errors of N tokens at P precisions.
+        bits: The P precisions.
+
+    Returns:
+        By pair of precisions, the correlation in [-1, 1]; NaN where all errors of a precision are equal.
+    """
     return _by_pair(torch.corrcoef(torch.stack([_ranks(row) for row in errors])), bits)
 
 

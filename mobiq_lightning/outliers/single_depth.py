@@ -1,4 +1,4 @@
-"""Recipes that calibrate a model for one depth alone, made of a recipe for all of them."""
+"""Derives recipes that calibrate a model for one depth alone from a recipe that calibrates it for all depths."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from mobiq_lightning.errors import RecipeError
 
 SHARED = "shared"
 _FEW_WINDOWS = 16
-"""On which a run for one depth is compared when it ends: the study reads it on all of them."""
+"""Most evaluation windows that a run for one depth is compared on when it ends; the study itself reads all of them."""
 _LEFT_OUT = ("LatencyCheck", "OutlierMigration")
 
 
 def derive_recipes(recipe: dict[str, Any], bits: tuple[int, ...], root: Path) -> dict[str, dict[str, Any]]:
-    """One recipe per precision, and the given one, each with a folder of its own in `root`.
+    """Derives one recipe per precision, and a copy of the given one, each with a run folder of its own in `root`.
 
     Args:
-        recipe: In full, with all keys.
-        bits: The precisions.
+        recipe: The full recipe, with all keys.
+        bits: The precisions, as depths in bits.
         root: The folder of the study.
 
     Returns:
-        By the name of the sub-folder.
+        By name of the run folder, such as ``calibrated-at-3`` or ``calibrated-at-all``, the recipe.
 
     Raises:
         RecipeError: If the recipe's objective cannot be told to look at one depth.
@@ -38,7 +38,17 @@ def derive_recipes(recipe: dict[str, Any], bits: tuple[int, ...], root: Path) ->
 
 
 def for_one_depth(recipe: dict[str, Any], bits: int) -> dict[str, Any]:
-    """The recipe with slices trained at one depth for all of the epochs; routers, which that depth never asks, stay out."""
+    """Changes a copy of a recipe such that slices are trained at one depth alone, for all epochs.
+
+    The router is replaced by a static one, since a single depth leaves nothing to route.
+
+    Args:
+        recipe: The full recipe, with all keys.
+        bits: The depth in bits.
+
+    Raises:
+        RecipeError: If the recipe's objective has no `depth_weights`, so it cannot be told to look at one depth.
+    """
     one = copy.deepcopy(recipe)
     model, objective = one["model"], one["model"]["objective"]
     if "depth_weights" not in objective.get("init_args", {}):

@@ -1,4 +1,4 @@
-"""Tables of outlier migration on the terminal."""
+"""Prints the tables of outlier migration on the terminal."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def print_overlaps(tokens: dict[str, Any]) -> None:
     """Prints how many of the worst tokens two precisions have in common.
 
     Args:
-        tokens: ``elastic``: one checkpoint at all precisions; and, where they were measured, ``own_calibration``: each
-            precision calibrated alone, and ``uncalibrated``: round to nearest, each as `summarize_tokens` gives it; and
-            ``same_bits``, the control.
+        tokens: Figures by name. ``elastic`` is one checkpoint at all precisions. Where they were measured,
+            ``own_calibration`` is each precision calibrated alone, ``uncalibrated`` is round-to-nearest, and
+            ``same_bits`` the control. The first three are as `summarize_tokens` returns them.
     """
     elastic = tokens["elastic"]
     names = {"own_calibration": "own calibration", "uncalibrated": "uncalibrated"}
@@ -41,10 +41,10 @@ def print_overlaps(tokens: dict[str, Any]) -> None:
 
 
 def print_matrix(matrix: dict[str, Any]) -> None:
-    """Prints the perplexity of every calibration at every precision.
+    """Prints the perplexity of every calibration at every precision, and in words what that says.
 
     Args:
-        matrix: ``rows`` as `matrix_rows` gives them, and ``full_perplexity``.
+        matrix: ``rows`` as `matrix_rows` returns them, and ``full_perplexity``.
     """
     rows = matrix["rows"]
     table = Table(

@@ -1,4 +1,4 @@
-"""What a model does to every token when all of them are read at one depth, for several depths."""
+"""Records what a model predicts at every token when all of them read one depth, for several depths."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class TokenRecord:
     """Figures of N tokens, each of which predicts the next, at P precisions.
 
     Args:
-        bits: The precisions.
-        windows: (N,) number of the window.
-        positions: (N,) place in it.
-        ids: (N,) the token.
+        bits: The P precisions, as depths in bits.
+        windows: (N,) number of the window that each token is in.
+        positions: (N,) position of each token in its window.
+        ids: (N,) id of each token.
         full_nll: (N,) negative log-likelihood of the next token in full precision, in nats.
-        nll: (P, N) the same at each precision.
+        nll: (P, N) negative log-likelihood of the next token at each precision, in nats.
         kl: (P, N) ``KL(full precision || precision)`` of the next-token distributions, in nats.
-        inputs: By the first linear of each input, its relative errors (P, N) on full-precision inputs.
+        inputs: Relative errors (P, N) of each input's linears on full-precision inputs, by name of its first linear.
     """
 
     bits: tuple[int, ...]
@@ -44,14 +44,21 @@ class TokenRecord:
 
     @property
     def compared(self) -> Tensor:
-        """Which tokens (N,) are compared between precisions: not the first of a window. It has no context, and where it
-        is BOS it is the same measurement as often as there are windows.
+        """Which tokens (N,) bool are compared between precisions: all but the first of each window.
+
+        That one has no context, and where it is BOS it would be the same measurement once per window.
         """
         return self.positions > 0
 
 
 def spread_windows(evaluation: Windows, batch_size: int, max_windows: int | None) -> DataLoader[dict[str, Tensor]]:
-    """Batches of evaluation windows; if not of all, then spread over all of them, since they are sorted by length."""
+    """Loads batches of evaluation windows: all, or some spread evenly over them, since they are sorted by length.
+
+    Args:
+        evaluation: The evaluation windows.
+        batch_size: Windows per batch.
+        max_windows: Most windows that are loaded, or None for all.
+    """
     n_windows = len(evaluation)
     count = min(max_windows or n_windows, n_windows)
     chosen = [i * n_windows // count for i in range(count)]
@@ -68,16 +75,16 @@ def read_uniformly(
     bits: Sequence[int],
     watched: InputErrors | None = None,
 ) -> TokenRecord:
-    """Reads text in full precision and at each depth.
+    """Reads a text in full precision and at each depth, all tokens alike, and records the errors of every token.
 
     Args:
         full: The source model.
-        rounded: Its routed inputs, which are set to full precision.
-        model: The model that is read at fixed depths; may be the same.
-        inputs: Its routed inputs.
-        batches: ``input_ids`` and ``labels`` (B, T), the latter `IGNORED` where padded.
-        bits: The depths.
-        watched: Computes errors of the inputs too.
+        rounded: Routed inputs of the source model, which are set to full precision.
+        model: The model that is read at fixed depths; it may be the source model itself.
+        inputs: Routed inputs of that model.
+        batches: Batches of ``input_ids`` and ``labels`` (B, T), the latter `IGNORED` where padded.
+        bits: Depths in bits.
+        watched: Measurement of the errors at the inputs of linears, which is made as well; or None.
     """
     parts, window = [], 0
     for batch in batches:
@@ -102,7 +109,7 @@ def read_uniformly(
 
 
 def _logits(model: nn.Module, ids: Tensor, counted: Tensor) -> Tensor:
-    """(N, V) of the tokens that count."""
+    """Logits (N, V) of the N tokens that count."""
     logits: Tensor = model(input_ids=ids, use_cache=False).logits[:, :-1][counted]
     return logits
 

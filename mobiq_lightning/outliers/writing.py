@@ -1,4 +1,4 @@
-"""Writes what was found: outliers.json, outliers.csv with every token, outliers.png."""
+"""Writes what a study of outliers found: outliers.json, outliers.csv with every token, and outliers.png."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from mobiq_lightning.runs import OUTLIERS, OUTLIERS_PLOT, OUTLIERS_TABLE
 
 
 def write_outliers(found: dict[str, Any], record: TokenRecord, tokenizer: Any, folder: Path) -> None:
-    """Writes the three files into a run folder, each atomically.
+    """Writes outliers.json, outliers.csv and outliers.png into a run folder, each atomically.
 
     Args:
-        found: For outliers.json.
-        record: Of the elastic checkpoint.
-        tokenizer: Names the tokens.
+        found: Figures that become outliers.json.
+        record: Errors of every token, read by the elastic checkpoint.
+        tokenizer: Tokenizer of the model, which names the tokens.
         folder: The run folder.
     """
     write_json(folder / OUTLIERS, found)
@@ -40,7 +40,7 @@ def _token_table(record: TokenRecord, tokenizer: Any) -> str:
 
 
 def overlap_metrics(tokens: dict[str, Any]) -> dict[str, float]:
-    """Scalars for loggers, of what `summarize_tokens` gives."""
+    """The overlaps and rank correlations that `summarize_tokens` returned, as scalars for loggers by name."""
     metrics: dict[str, float] = {}
     for place in ("model", "inputs_mean"):
         for figure in ("overlap", "rank_correlation"):

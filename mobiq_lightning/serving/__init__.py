@@ -1,4 +1,4 @@
-"""Serving a checkpoint: which bits to run at, how fast they are, and continuing a prompt."""
+"""Serves a checkpoint: chooses the bits to run at, measures how fast they are, and continues a prompt."""
 
 import lazy_loader
 

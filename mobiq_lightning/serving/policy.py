@@ -1,4 +1,4 @@
-"""From load to bits: fewer at peak, more off-peak, without flapping in between."""
+"""Chooses bits from load: fewer at peak, more off-peak, without flapping in between."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from mobiq_lightning.errors import CheckpointError, RecipeError
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """What a budget gives.
+    """What was measured at one budget: a point of the curve that a policy chooses from.
 
     Args:
         bits: Bits per weight asked for.
-        perplexity: Measured there.
-        tokens_per_second: Measured there on the machine that serves, or None.
+        perplexity: Perplexity at that budget.
+        tokens_per_second: Speed at that budget on the machine that serves, or None if it was not measured.
     """
 
     bits: float
@@ -36,14 +36,18 @@ class BitsPolicy:
     Not for use by several threads at once; give each model its own.
 
     Args:
-        curve: Budgets with what they give.
+        curve: Budgets with the perplexity and speed that were measured at them.
         off_peak_queue: Queue length up to which the most bits are used.
         peak_queue: Queue length from which the fewest bits are used; in between level follows level.
-        lowest_bits: Never run below.
-        highest_bits: Never run above.
-        max_perplexity_ratio: Never run where perplexity is more than so many times the best one of the curve.
+        lowest_bits: Fewest bits per weight that may be chosen.
+        highest_bits: Most bits per weight that may be chosen.
+        max_perplexity_ratio: Quality floor: the largest perplexity that may be chosen, as a multiple of the curve's
+            best.
         tie: Relative difference in perplexity below which two budgets are as good.
         margin: Hysteresis, as a share of the load.
+
+    Raises:
+        RecipeError: If an argument makes no sense, or no budget of the curve is within the limits.
     """
 
     def __init__(
@@ -81,20 +85,20 @@ class BitsPolicy:
         self.off_peak_queue, self.peak_queue, self.margin = off_peak_queue, peak_queue, margin
         self.level = 0
         self.saturated = False
-        """Whether even the fewest bits do not give the speed that was wanted last."""
+        """Whether even the fewest bits are too slow for the speed that was asked for last."""
         self.no_speed = "the curve holds no speeds at some of its bits"
-        """Why speeds are missing, if they are; queues are answered all the same."""
+        """The reason why speeds are missing, where they are; bits for a queue length are chosen without them."""
 
     @classmethod
     def from_checkpoint(cls, folder: str | Path, **settings: Any) -> BitsPolicy:
-        """A policy from the curves that lie with a checkpoint: results.json, and speed.json if it was measured here.
+        """Makes a policy from curves stored with a checkpoint: results.json, and speed.json if it is of this machine.
 
         Args:
             folder: Run folder or elastic checkpoint.
             **settings: Further arguments of the class.
 
         Raises:
-            CheckpointError: If nothing was measured.
+            CheckpointError: If the checkpoint holds no rows of a comparison.
             ResultsError: If a file with what was measured is damaged or from another version.
         """
         from mobiq_lightning.checkpoint import resolve
@@ -126,11 +130,11 @@ class BitsPolicy:
 
     @property
     def bits(self) -> float:
-        """Bits chosen last."""
+        """The bits per weight that were chosen last; at first the most."""
         return self.levels[self.level].bits
 
     def bits_for_queue(self, queue_length: float) -> float:
-        """Bits to run at while `queue_length` requests wait."""
+        """Chooses the bits per weight to run at while `queue_length` requests wait."""
         wanted = sum(queue_length >= point for point in self.switching_points)
         if wanted > self.level:
             self.level = wanted
@@ -140,13 +144,15 @@ class BitsPolicy:
 
     @property
     def switching_points(self) -> list[float]:
-        """Queue lengths from which level 1, 2, ... is used."""
+        """The queue lengths from which levels 1, 2, ... are used; level 0 has the most bits."""
         last = len(self.levels) - 1
         span = self.peak_queue - self.off_peak_queue
         return [self.off_peak_queue + span * level / last for level in range(1, last + 1)]
 
     def bits_for_speed(self, tokens_per_second: float) -> float:
-        """The most bits that give `tokens_per_second`; the fewest, and `saturated`, if none do.
+        """Chooses the most bits per weight that give `tokens_per_second`.
+
+        If none do, the fewest bits are chosen and `saturated` becomes true.
 
         Raises:
             RecipeError: If the speed of a level was not measured.

@@ -1,4 +1,4 @@
-"""Continues a prompt at any bits."""
+"""Continues a prompt with a checkpoint at any budget."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How fast a loaded model decodes at each budget, measured here; stored with the checkpoint for the policy."""
+"""Measures how fast a loaded model decodes at each budget on this machine, and stores that with the checkpoint."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mobiq_lightning.files import write_json
 from mobiq_lightning.runs import SPEED
 
 WARM_UP_STEPS = 3
-"""Steps before a graph is timed: one as usual, one that is captured, one that is replayed."""
+"""Steps before a graph is timed: one without a graph, one that is captured, and one that is replayed."""
 
 
 def measure_speed(
@@ -28,22 +28,22 @@ def measure_speed(
     repeats: int = 3,
     graphed: bool | None = None,
 ) -> list[dict[str, float]]:
-    """Greedy decoding at each budget.
+    """Measures the speed of greedy decoding of random prompts at each budget.
 
     Args:
         model: A loaded elastic model.
-        budgets: Bits per weight.
+        budgets: Budgets in bits per weight.
         batch: Rows decoded together.
         prompt_tokens: Tokens of the prompt.
         new_tokens: Tokens that are added.
         repeats: Times that each is measured; the median counts.
-        graphed: Whether one captured step is replayed, as servers do that keep it (see `seconds_per_step`), instead of
-            calling `generate`, whose host work and whose capture for every call would be all that a GPU shows. By default
-            on CUDA.
+        graphed: Whether a captured step is replayed, as servers do that keep it, instead of calling `generate`. By
+            default that is so on CUDA, where `generate` would mostly show work of the host and the capture made for
+            every call.
 
     Returns:
-        For each budget ``{"bits", "used_bits", "tokens_per_second"}``, all rows together; of `generate`, the prompt's time
-        included.
+        For each budget ``{"bits", "used_bits", "tokens_per_second"}``, the speed being that of all rows together. With
+        `generate` the time of the prompt is included.
     """
     if graphed is None:
         graphed = model.device.type == "cuda"
@@ -62,13 +62,13 @@ def measure_speed(
 
 @torch.no_grad()
 def seconds_per_step(model: Any, ids: Tensor, new_tokens: int, repeats: int) -> list[float]:
-    """Seconds that a token takes, decoded greedily with a static cache through one `GraphedStep`.
+    """Measures the seconds of a decoding step, greedily with a static cache through one `GraphedStep`.
 
     Args:
         model: A causal language model of transformers, elastic or not.
         ids: (B, T) prompt, which is not timed.
         new_tokens: Steps that are timed together.
-        repeats: How often; the cache grows on.
+        repeats: Number of times that so many steps are timed, each going on where the last one ended.
 
     Returns:
         For each repeat, the seconds of a step.
@@ -109,7 +109,13 @@ def seconds_per_step(model: Any, ids: Tensor, new_tokens: int, repeats: int) -> 
 
 
 def random_prompt(model: Any, batch: int, tokens: int) -> Tensor:
-    """The same random tokens (B, T) for every model of a vocabulary, on its device."""
+    """Random tokens (B, T) on a model's device, equal for all models of the same vocabulary size.
+
+    Args:
+        model: A model of transformers.
+        batch: Number of rows, B.
+        tokens: Tokens of each row, T.
+    """
     generator = torch.Generator().manual_seed(0)
     return torch.randint(3, model.config.vocab_size, (batch, tokens), generator=generator).to(model.device)
 
@@ -119,9 +125,9 @@ def store_speed(folder: Path, rows: Sequence[dict[str, float]], device: str | No
 
     Args:
         folder: The elastic checkpoint.
-        rows: Of `measure_speed`.
-        device: Name of the device that they were measured on; by default what models run on here.
-        path: Of the model, see `ElasticModel.path`.
+        rows: Rows that `measure_speed` returned.
+        device: Name of the device that they were measured on; by default the one that models run on here.
+        path: Path that the model ran on, as its attribute `path` says, such as ``kernels``; empty if it is not known.
     """
     measured = environment()
     measured |= {"device": device or measured["device"]} | ({"path": path} if path else {})

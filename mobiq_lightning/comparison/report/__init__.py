@@ -1,4 +1,4 @@
-"""The report of a comparison: one HTML file."""
+"""Writes the report of a comparison as one HTML file."""
 
 import lazy_loader
 

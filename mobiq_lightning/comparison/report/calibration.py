@@ -1,4 +1,4 @@
-"""Charts of the calibration: error of each block at every depth, loss and budget over progress."""
+"""Draws charts of the calibration: error of each block at every depth, loss and budget over progress."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from mobiq_lightning.comparison.report.style import (
 
 
 def error_chart(strategies: Sequence[Strategy]) -> Chart | None:
-    """Error of the blocks per slice; None if no run has it."""
+    """The chart of each block's error at every depth, with a panel per strategy; None if no run has measured it."""
     drawn = [s for s in strategies if s.diagnosed]
     if not drawn:
         return None
@@ -64,7 +64,7 @@ def _draw_blocks(axes: Any, strategy: Strategy, limits: tuple[float, float]) -> 
 
 
 def progress_charts(strategies: Sequence[Strategy]) -> list[Chart]:
-    """Loss, and budget, over progress; none if no run has a journal."""
+    """The charts of the loss and of the budget over the progress of calibration; empty if no run has a journal."""
     drawn = [s for s in strategies if any(run.epochs for run in s.runs)]
     if not drawn:
         return []
@@ -121,7 +121,7 @@ def _draw_budget(axes: Any, strategy: Strategy, limits: tuple[float, float]) -> 
 
 
 def _by_block(run: Run) -> list[list[tuple[float, Mapping[str, float]]]]:
-    """For each block its epochs, each at its middle, in blocks: 1.5 is half way through the second."""
+    """The epochs of each block, each with its middle in units of blocks: 1.5 is half way through the second."""
     blocks: dict[float, list[tuple[float, Mapping[str, float]]]] = {}
     before, share = 0.0, _blocks_per_step(run)
     for entry in run.epochs:

@@ -1,4 +1,4 @@
-"""What a report is made from."""
+"""Defines the data that a report is made from."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from mobiq_lightning.runs import EvalProtocol
 
 @dataclass(frozen=True)
 class ReportCell:
-    """One run of a comparison.
+    """One run of a comparison, as the report shows it.
 
     Args:
-        strategy: Its name.
-        seed: Of the run.
+        strategy: Name of the strategy.
+        seed: Seed of the run.
         folder: The run folder, with results.json, diagnostics.json, metrics.jsonl.
-        changes: Keys of the recipe that make the strategy.
-        status: Only finished cells are drawn; of failed ones the reason is shown.
-        seconds: That it took, if known.
-        peak_memory_gb: That it needed, if known.
-        resumed: Whether it was resumed, if known; the seconds are then those of its last part alone.
-        reason: Why it failed.
+        changes: Keys of the recipe that make the strategy, with their values.
+        status: ``finished`` or ``failed``; only finished runs are drawn, of failed ones the reason is shown.
+        seconds: Seconds that the run took, if known.
+        peak_memory_gb: Most memory that the run needed in GB, if known.
+        resumed: Whether the run was resumed, if known; the seconds are then those of its last part alone.
+        reason: Reason why the run failed.
     """
 
     strategy: str
@@ -38,7 +38,7 @@ class ReportCell:
     reason: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """The run as table.json has it: of a finished one what it took, of a failed one why."""
+        """The run as table.json has it, with time and memory if it is finished, and with the reason if it failed."""
         found = {
             "strategy": self.strategy,
             "seed": self.seed,
@@ -53,18 +53,18 @@ class ReportCell:
 
 @dataclass(frozen=True)
 class ReportInput:
-    """A comparison, finished as far as it came.
+    """All that a report says of a comparison, of which some cells may have failed.
 
     Args:
-        title: Heading.
-        command: That made it.
-        verdicts: What it says, in sentences; they come first.
+        title: Heading of the report.
+        command: Command line that made the comparison.
+        verdicts: Sentences on what was found; they come first.
         model: Name of the source model.
-        protocol: How perplexity was measured, and on what.
-        environment: Versions and machine that it was measured with.
-        cells: In the order of the grid.
-        table: Means at equal used bits.
-        interpolation: How the table comes from measured points, in words.
+        protocol: Protocol of the evaluation: the text, the window, and how perplexity was measured.
+        environment: Versions and machine that the comparison was measured with.
+        cells: Runs, in the order of the grid.
+        table: Rows of the long table, means at equal used bits.
+        interpolation: Explanation in words of how the table comes from measured points.
     """
 
     title: str

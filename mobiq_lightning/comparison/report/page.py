@@ -29,13 +29,13 @@ _METRICS: dict[Metric, str] = {"perplexity": "Perplexity", "kl": "KL to full pre
 
 
 def write_report(folder: Path, comparison: ReportInput) -> Path:
-    """Writes ``report.html`` and a PNG for each chart.
+    """Writes the report of a comparison, ``report.html``, and a PNG for each of its charts.
 
     Cells that failed and files that are missing are named in the report; charts are drawn from what there is.
 
     Args:
-        folder: Where to.
-        comparison: What it is made from.
+        folder: Folder that the files are written to.
+        comparison: All that the report says.
 
     Returns:
         The path of the page.
@@ -65,13 +65,13 @@ def write_report(folder: Path, comparison: ReportInput) -> Path:
 
 
 def _facts(comparison: ReportInput) -> list[tuple[str, str]]:
-    """Model and protocol; the seed that chooses the calibration windows is each run's own."""
+    """Names and values of model and protocol, without the seed of the calibration windows, which is each run's own."""
     facts = [("model", comparison.model), *facts_of(comparison.protocol.to_json())]
     return [(name, value) for name, value in facts if name != "calibration seed"]
 
 
 def _charts(comparison: ReportInput, strategies: Sequence[Strategy]) -> tuple[list[Chart], list[Chart]]:
-    """Charts of results, and of what lies behind them."""
+    """The charts of the results, and those of routing and calibration."""
     results = [pareto_chart(comparison, strategies, metric) for metric in _METRICS]
     details = [*routing_charts(strategies), error_chart(strategies), *progress_charts(strategies)]
     return [chart for chart in results if chart is not None], [chart for chart in details if chart is not None]

@@ -1,4 +1,4 @@
-"""Charts of perplexity and KL against used bits: every allocation, and the differences that the eye cannot see there."""
+"""Draws charts of perplexity and KL against used bits: every allocation, and differences too small to see there."""
 
 from __future__ import annotations
 
@@ -15,13 +15,19 @@ from mobiq_lightning.comparison.table import at_bits
 from mobiq_lightning.runs import SHORT, Control, Metric
 
 CONTROLS: dict[Control, str] = {"static": "4 2", "layers": "7 2", "shuffled": "4 2 1 2", "random": "1 2.5"}
-"""Dashes of each control."""
+"""Dashes of each control's line, as lengths of strokes and gaps."""
 _NAMES: dict[Metric, str] = {"perplexity": "perplexity", "kl": "KL (nats per token)"}
 _SHIFT = 0.018
 
 
 def pareto_chart(report: ReportInput, strategies: Sequence[Strategy], metric: Metric) -> Chart | None:
-    """The chart of ``perplexity`` or ``kl``; None without a measured router."""
+    """The chart of ``perplexity`` or ``kl`` against used bits; None if no run has measured a router.
+
+    Args:
+        report: All that the report says, of which the used bits of the table are taken.
+        strategies: Strategies with their finished runs.
+        metric: ``perplexity`` or ``kl``.
+    """
     drawn = [s for s in strategies if curve(s.runs, "router", metric)]
     if not drawn:
         return None
@@ -88,7 +94,7 @@ def _draw_against(axes: Any, strategies: Sequence[Strategy], control: Control, m
 
 
 def _draw_shifted(axes: Any, curves: Sequence[tuple[Strategy, Sequence[CurvePoint]]]) -> None:
-    """Differences in percent around a line at zero."""
+    """Draws curves of differences in percent around a line at zero."""
     axes.axhline(0, color=INK, linewidth=1)
     bits = [p.x for _, points in curves for p in points]
     step = _SHIFT * (max(bits, default=1) - min(bits, default=0))
@@ -100,7 +106,7 @@ def _draw_shifted(axes: Any, curves: Sequence[tuple[Strategy, Sequence[CurvePoin
 def _between(
     strategies: Sequence[Strategy], bits: Sequence[float], metric: Metric
 ) -> list[tuple[Strategy, list[CurvePoint]]]:
-    """By how much each router is above the mean over strategies with the same seed, in percent; where all have a figure."""
+    """Percent by which each router is above the mean over strategies with the same seed, where all have a figure."""
     found: list[tuple[Strategy, list[CurvePoint]]] = [(strategy, []) for strategy in strategies]
     for asked in bits:
         by_seed: dict[int, list[float]] = {}

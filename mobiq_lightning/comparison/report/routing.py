@@ -1,4 +1,4 @@
-"""Charts of what routers do: bits per input, depths, bits by token position and token frequency."""
+"""Draws charts of what routers do: bits per input, depths, bits by token position and token frequency."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mobiq_lightning.comparison.report.style import INK, Chart, KeyEntry, Panel,
 from mobiq_lightning.runs import BudgetUse, ClassUse, Diagnostics
 
 _LABELLED = 48
-"""Inputs up to which each has its name and its figures in a chart; beyond, the first of each block has its name."""
+"""Up to this many inputs, each has its name and figures in a chart; with more, the first of each block has its name."""
 _ONE_DEPTH = 0.995
 _MOST_BUDGETS = 4
 _Kind = Literal["by_position", "by_frequency"]
@@ -20,7 +20,7 @@ _BLACK = "#010101"  # black itself is left out of an SVG, and the page's ink wou
 
 
 def routing_charts(strategies: Sequence[Strategy]) -> list[Chart]:
-    """The charts, without those that no run has anything for."""
+    """The charts of what routers do, without those that no run has measured anything for."""
     drawn = [s for s in strategies if s.diagnosed and s.diagnosed[0].budgets]
     if not drawn:
         return []
@@ -101,7 +101,7 @@ def _draw_by_input(axes: Any, strategy: Strategy, bits: float) -> None:
 
 
 def _use_charts(strategies: Sequence[Strategy]) -> list[Chart]:
-    """Bits by position and by frequency, a panel per budget."""
+    """The charts of bits by token position and by token frequency, each with a panel per budget."""
     budgets = _mixed_budgets(strategies)
     chosen = (
         [budgets[round(i * (len(budgets) - 1) / (_MOST_BUDGETS - 1))] for i in range(_MOST_BUDGETS)] if budgets else []
@@ -155,7 +155,7 @@ def _above(classes: Sequence[ClassUse], name: str) -> list[float]:
 
 
 def _bits(diagnostics: Diagnostics) -> list[Sequence[float]]:
-    """Budgets x inputs."""
+    """Mean bits of each input at each budget (budgets, inputs)."""
     return [budget.mean_bits for budget in diagnostics.budgets]
 
 
@@ -207,7 +207,7 @@ def _tall(strategy: Strategy) -> float:
 
 
 def _name_inputs(axes: Any, strategy: Strategy) -> None:
-    """``3.mlp.up_proj`` for ``model.layers.3.mlp.up_proj``, from top to bottom."""
+    """Labels the y axis with the inputs, shortened such as ``3.mlp.up_proj`` for ``model.layers.3.mlp.up_proj``."""
     names = [entry.name for entry in strategy.diagnosed[0].inputs]
     cut = [next((i for i, part in enumerate(name.split(".")) if part.isdigit()), 0) for name in names]
     short = [".".join(name.split(".")[start:]) for name, start in zip(names, cut, strict=True)]
@@ -218,7 +218,7 @@ def _name_inputs(axes: Any, strategy: Strategy) -> None:
 
 
 def _stack(bar: Any, shares: Sequence[Sequence[float]], depths: Sequence[int]) -> None:
-    """Bars of the shares (bars x depths), on one another."""
+    """Draws stacked bars of shares (bars, depths)."""
     start = [0.0] * len(shares)
     for depth, values in zip(depths, zip(*shares, strict=True), strict=True):
         place = {"left": list(start)} if bar.__name__ == "barh" else {"bottom": list(start)}

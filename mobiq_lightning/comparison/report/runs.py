@@ -1,4 +1,4 @@
-"""Reads the run folders of a comparison, and says what is missing in them."""
+"""Reads the run folders of a comparison, and notes what is missing in them."""
 
 from __future__ import annotations
 
@@ -31,14 +31,15 @@ _PARTS = {
 
 @dataclass(frozen=True)
 class Run:
-    """What a finished cell left; None or empty where it left nothing.
+    """The files of a finished run as they were read; None or empty where a file is missing.
 
     Args:
-        seed: Of the run.
-        rows: Of results.json.
-        diagnostics: diagnostics.json.
-        epochs: Means over epochs from metrics.jsonl, in order: step, and what is logged as ``block/``, without that.
-        steps: Single steps, likewise.
+        seed: Seed of the run.
+        rows: Rows of the comparison from results.json.
+        diagnostics: Content of diagnostics.json.
+        epochs: Means over epochs from metrics.jsonl, in order: the step, and metrics logged as ``block/``, without
+            that.
+        steps: Single steps from metrics.jsonl, in order, with the same keys.
     """
 
     seed: int
@@ -53,9 +54,9 @@ class Strategy:
     """A strategy and its finished runs.
 
     Args:
-        name: Of the strategy.
-        number: Its place in the grid, which decides colour and marker.
-        runs: One per seed.
+        name: Name of the strategy.
+        number: Place of the strategy in the grid, which decides colour and marker.
+        runs: Finished runs, one per seed.
     """
 
     name: str
@@ -64,12 +65,12 @@ class Strategy:
 
     @property
     def diagnosed(self) -> list[Diagnostics]:
-        """Diagnostics of the runs that have them."""
+        """The diagnostics of those runs that have them."""
         return [run.diagnostics for run in self.runs if run.diagnostics is not None]
 
 
 def read_strategies(cells: Sequence[ReportCell]) -> tuple[list[Strategy], list[str]]:
-    """Reads every finished cell.
+    """Reads the files of every finished run.
 
     Returns:
         Strategies in the order of the cells, also those without a finished run; and a sentence for everything that is
@@ -116,7 +117,13 @@ def _read_journal(text: str) -> tuple[list[dict[str, float]], list[dict[str, flo
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """Mean over runs at one place `x`; spread is their standard deviation, 0 for one."""
+    """A point of a curve in a chart.
+
+    Args:
+        x: Place on the horizontal axis, such as used bits.
+        mean: Mean over runs.
+        spread: Standard deviation over runs; 0 for one run.
+    """
 
     x: float
     mean: float
@@ -124,7 +131,7 @@ class CurvePoint:
 
 
 def curve(runs: Sequence[Run], allocation: Allocation, metric: Metric) -> list[CurvePoint]:
-    """A strategy's curve of an allocation, by used bits: over runs, and for controls also over draws."""
+    """A strategy's curve of a metric over used bits with one allocation: mean over runs, and draws of controls."""
     by_budget: dict[float, list[Row]] = {}
     for row in (row for run in runs for row in run.rows if row.allocation == allocation):
         by_budget.setdefault(row.target_bits, []).append(row)
@@ -133,7 +140,7 @@ def curve(runs: Sequence[Run], allocation: Allocation, metric: Metric) -> list[C
 
 
 def against(runs: Sequence[Run], control: Control, metric: Metric) -> list[CurvePoint]:
-    """By how much the router's figure is above a control's of the same run at the same bits, in percent of it."""
+    """A strategy's curve over used bits of the percent by which its router is above a control of the same run."""
     by_budget: dict[float, list[tuple[float, float]]] = {}
     for run in runs:
         for row in (r for r in run.rows if r.allocation == "router"):
@@ -154,10 +161,10 @@ def _point(bits: Sequence[float], values: Sequence[float]) -> CurvePoint:
 
 
 def spread_of(values: Sequence[float]) -> float:
-    """Standard deviation over runs; 0 for one, which has no error bar."""
+    """The standard deviation of values over runs; 0 for a single one, which has no error bar."""
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def mean_of(tables: Sequence[Sequence[Sequence[float]]]) -> list[list[float]]:
-    """Mean over runs of tables of the same shape."""
+    """The mean over runs of tables of equal shape, entry by entry."""
     return [[statistics.fmean(values) for values in zip(*rows, strict=True)] for rows in zip(*tables, strict=True)]

@@ -1,4 +1,4 @@
-"""How charts of a report look: colours, panels, and their two forms, SVG inside the page and PNG beside it."""
+"""Defines how charts of a report look: colours, panels, and their two forms, SVG inside the page and PNG beside it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,14 @@ _PNG_COLUMNS = 3
 
 @dataclass(frozen=True)
 class KeyEntry:
-    """What a colour, marker and line style stand for. A marker ``#`` is a filled box without a line."""
+    """An entry of a chart's key: what a colour, marker and line style stand for.
+
+    Args:
+        label: Text of the entry.
+        color: Colour of the entry.
+        marker: Marker as matplotlib names it, or ``#`` for a filled box without a line; empty for none.
+        dashes: Lengths of strokes and gaps of the line; empty for a solid line.
+    """
 
     label: str
     color: str
@@ -61,12 +68,12 @@ class KeyEntry:
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes.
+    """One pair of axes in a chart.
 
     Args:
-        title: Stands over it.
-        draw: Draws into axes.
-        height: In inches, at a width of 4.4.
+        title: Text above the axes.
+        draw: Function that draws into the axes.
+        height: Height in inches, at a width of 4.4 inches.
     """
 
     title: str
@@ -76,14 +83,14 @@ class Panel:
 
 @dataclass(frozen=True)
 class Chart:
-    """Panels that belong together.
+    """A chart of the report: panels that belong together, with a heading, a caption and a key.
 
     Args:
-        slug: Name of its PNG file.
-        heading: Of the section.
-        caption: What it shows and how to read it.
-        panels: In order.
-        key: What colours and markers mean.
+        slug: Name of the chart's PNG file, without its ending.
+        heading: Heading of the chart's section.
+        caption: Text that explains what the chart shows and how to read it.
+        panels: Panels, in order.
+        key: Entries that explain colours and markers.
         wide: Whether panels need more room than usual on the page.
     """
 
@@ -96,17 +103,17 @@ class Chart:
 
 
 def color_of(strategy: Strategy) -> str:
-    """A strategy's colour; visible on white and on black."""
+    """The colour of a strategy in all charts, visible on white and on black."""
     return _COLORS[strategy.number % len(_COLORS)]
 
 
 def marker_of(strategy: Strategy) -> str:
-    """A strategy's marker; with the colour it tells 56 strategies apart."""
+    """The marker of a strategy in all charts; with the colour it tells 56 strategies apart."""
     return _MARKERS[(strategy.number + strategy.number // len(_COLORS)) % len(_MARKERS)]
 
 
 def depth_color(depth: int) -> str:
-    """From light green at few bits to indigo at eight; neighbours among small depths are far apart."""
+    """The colour of a depth in bits: from light green at few bits to indigo at eight, small depths being far apart."""
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 
@@ -115,12 +122,12 @@ def depth_color(depth: int) -> str:
 
 
 def key_of(strategies: Sequence[Strategy]) -> list[KeyEntry]:
-    """Entries of strategies."""
+    """The entries of a chart's key for strategies, with their colours and markers."""
     return [KeyEntry(s.name, color_of(s), marker_of(s)) for s in strategies]
 
 
 def draw_curve(axes: Any, points: Sequence[CurvePoint], strategy: Strategy, shift: float = 0.0) -> None:
-    """A strategy's curve with its spread; `shift` keeps error bars at the same bits apart."""
+    """Draws a strategy's curve with error bars into axes, moved sideways by `shift` so that bars do not overlap."""
     axes.errorbar(
         [point.x + shift for point in points],
         [point.mean for point in points],
@@ -135,7 +142,7 @@ def draw_curve(axes: Any, points: Sequence[CurvePoint], strategy: Strategy, shif
 
 
 def scale_log(axes: Any) -> None:
-    """A logarithmic y axis; where it spans little, with plain numbers in even steps."""
+    """Makes the y axis logarithmic; where it spans less than a factor of 4, ticks are plain numbers in even steps."""
     from matplotlib.ticker import NullFormatter
 
     axes.set_yscale("log")
@@ -150,11 +157,11 @@ def scale_log(axes: Any) -> None:
 
 
 def as_svg(panel: Panel, name: str) -> str:
-    """An ``svg`` element whose ink follows the colour of the text around it.
+    """Draws a panel as an ``svg`` element whose ink follows the colour of the text around it.
 
     Args:
-        panel: To draw.
-        name: Unlike those of all other panels of the page, since identifiers are made from it.
+        panel: The panel.
+        name: Name that no other panel of the page has, since identifiers are made from it.
     """
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -171,7 +178,7 @@ def as_svg(panel: Panel, name: str) -> str:
 
 
 def _for_page(svg: str, title: str) -> str:
-    """Without what only a file of its own needs, and with the page's colours."""
+    """The ``svg`` element without what only a separate file needs, and with the page's colours."""
     from markupsafe import escape
 
     svg = svg[svg.index("<svg") :]
@@ -185,7 +192,7 @@ def _for_page(svg: str, title: str) -> str:
 
 
 def write_png(chart: Chart, folder: Path, title: str) -> None:
-    """All panels of a chart as ``<slug>.png``, with the comparison's title above and its key below them."""
+    """Draws all panels of a chart into ``<slug>.png``, with the comparison's title above and the key below them."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -223,7 +230,7 @@ def _handle(entry: KeyEntry) -> Any:
 
 
 def key_marks(key: Sequence[KeyEntry]) -> list[tuple[KeyEntry, str]]:
-    """Entries with their line and marker as a small ``svg`` element."""
+    """The entries of a key, each with its line and marker as a small ``svg`` element."""
     return [(entry, _mark(entry)) for entry in key]
 
 

@@ -1,4 +1,4 @@
-"""Tables of a report: figures at equal used bits beside each other, points as measured, strategies, runs."""
+"""Makes the tables of a report: figures at equal used bits beside each other, points as measured, strategies, runs."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Value:
     """A figure in a table.
 
     Args:
-        text: The mean.
-        spread: ``± 0.12``, or empty.
-        n: Runs that it is a mean of.
+        text: Mean as text.
+        spread: Spread as text, such as ``± 0.12``, or empty.
+        n: Number of runs that the mean is over.
         best: Whether no other strategy or allocation is better in its column.
     """
 
@@ -39,7 +39,13 @@ class Value:
 
 @dataclass(frozen=True)
 class Line:
-    """One row: who, and a figure for every column of used bits, None where there is none."""
+    """A row of a table: strategy and allocation, and a figure for every column of used bits.
+
+    Args:
+        strategy: Name of the strategy, or several names that share the row; empty for all.
+        allocation: Label of the allocation.
+        values: Figures in the order of the columns, None where there is none.
+    """
 
     strategy: str
     allocation: str
@@ -47,14 +53,18 @@ class Line:
 
 
 def columns_of(table: Sequence[TableRow]) -> list[float]:
-    """Used bits of a long table, without those of full precision."""
+    """The used bits that a long table has rows for, ascending, without those of full precision."""
     return sorted({row.used_bits for row in table if row.allocation != "full"})
 
 
 def lines_of(table: Sequence[TableRow], metric: Metric) -> list[list[Line]]:
-    """A long table as one line per strategy and allocation, grouped by strategy.
+    """Turns a long table into one line per strategy and allocation, grouped by strategy.
 
     Full precision and rounding come first, once for all strategies that share them, with an empty name if these are all.
+
+    Args:
+        table: Rows of the long table.
+        metric: Metric whose figures are taken, ``perplexity`` or ``kl``.
     """
     columns = columns_of(table)
     best = _best(table, metric)
@@ -108,7 +118,7 @@ def _number(value: float, metric: Metric) -> str:
 
 
 def measured_points(strategies: Sequence[Strategy]) -> list[dict[str, Any]]:
-    """Every allocation at every budget asked for, as measured: means over runs and draws, with spreads."""
+    """Makes a row for every strategy, allocation and budget as measured: means over runs and draws, with spreads."""
     found: list[dict[str, Any]] = []
     for strategy in strategies:
         for (allocation, target), rows in _by_budget(strategy.runs).items():
@@ -136,7 +146,7 @@ def _by_budget(runs: Sequence[Run]) -> dict[tuple[Allocation, float], list[Row]]
 
 
 def strategy_rows(cells: Sequence[ReportCell], strategies: Sequence[Strategy]) -> list[dict[str, Any]]:
-    """Each strategy, its colour and what it changes in the recipe."""
+    """Makes a row for each strategy with its name, its colour and what it changes in the recipe."""
     changes = {cell.strategy: cell.changes for cell in cells}
     return [
         {"name": s.name, "color": color_of(s), "changes": [(k, _as_yaml(v)) for k, v in changes[s.name].items()]}
@@ -145,7 +155,7 @@ def strategy_rows(cells: Sequence[ReportCell], strategies: Sequence[Strategy]) -
 
 
 def run_rows(cells: Sequence[ReportCell]) -> list[dict[str, Any]]:
-    """Each run with its time and memory."""
+    """Makes a row for each run with its status, time, memory and folder."""
     return [
         {
             "strategy": cell.strategy,
@@ -170,7 +180,7 @@ def _as_yaml(value: Any) -> str:
 
 
 def facts_of(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Names and values of a nested mapping, nested names joined by a space."""
+    """Yields names and values of a nested mapping as texts, nested names joined by a space."""
     for name, value in values.items():
         label = f"{prefix}{name}".replace("_", " ")
         if isinstance(value, Mapping):

@@ -63,7 +63,7 @@ def peak_memory_gb() -> float:
 
 
 def format_seconds(seconds: float) -> str:
-    """Formats seconds as minutes and seconds, with hours if there are any: ``75.2 -> "1:15"``, ``4000 -> "1:06:40"``."""
+    """Formats seconds as minutes and seconds, with hours if any: ``75.2 -> "1:15"``, ``4000 -> "1:06:40"``."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

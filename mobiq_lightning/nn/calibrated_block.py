@@ -96,7 +96,7 @@ class CalibratedBlock(nn.Module):
         return [linear for _, readers in self.readers for linear in readers]
 
     def parameters_of(self, kind: Learned) -> list[nn.Parameter]:
-        """Parameters of one kind: the ranges or the codes of the schemes, the transforms, or the routers of this block."""
+        """Parameters of one kind in this block: ranges or codes of schemes, those of transforms, or of routers."""
         codes = [p for linear in self.sliced_linears() for p in _codes_of(linear.scheme)]
         if kind == "codes":
             return codes

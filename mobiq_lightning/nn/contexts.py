@@ -91,7 +91,7 @@ def fixed_depth(inputs: Sequence[RoutedInput], bits: int) -> AbstractContextMana
 
 
 def meet_budget(inputs: Sequence[RoutedInput], bits: float) -> AbstractContextManager[None]:
-    """Context in which each input takes a quantile of its current scores as threshold, so that its average is `bits`."""
+    """Context in which each input takes a quantile of its scores as threshold, so that its average is `bits`."""
     return read_as(inputs, [Routed(MeetBudget(bits))] * len(inputs))
 
 

@@ -237,7 +237,7 @@ def stored_bits(model: nn.Module) -> tuple[float, float]:
 
 
 def _transform_bits(linear: ElasticLinear) -> int:
-    """Bits of the transform of a linear's input: scale and shift once per input, and for a shift the bias of each linear."""
+    """Bits of an input's transform: scale and shift once per input, and for a shift the bias of each linear."""
     transform = linear.routed.transform
     if transform is None:
         return 0

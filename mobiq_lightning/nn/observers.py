@@ -45,7 +45,7 @@ class BitsRecorder(Observer):
 
 
 class ScoreRecorder(Observer):
-    """Keeps the scores that gates are decided by, one tensor (N, S - 1) under the prefix rule per decision, no gradients."""
+    """Keeps the scores that decide gates, one tensor (N, S - 1) under the prefix rule per decision, no gradients."""
 
     def __init__(self) -> None:
         self.records: list[Tensor] = []

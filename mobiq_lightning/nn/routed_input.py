@@ -157,7 +157,7 @@ class RoutedInput(nn.Module):
         return self._gated.get(x, lambda: (gates.unsqueeze(-1) * self.read(x).unsqueeze(-2)).flatten(-2))
 
     def forget(self) -> None:
-        """Drops what is kept for the last tensor; to be called after a change of router, threshold, transform or reading."""
+        """Drops what is kept for the last tensor; call it after a change of router, threshold, transform or reading."""
         for memo in (self._gates, self._gated, self._transformed):
             memo.forget()
         if self.kernel is not None:

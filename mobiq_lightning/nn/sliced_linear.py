@@ -70,12 +70,12 @@ class SlicedLinear(nn.Module):
         return self.weight if transform is None else transform.to_weight(self.weight)
 
     def prefixes_on_input(self) -> Tensor:
-        """Weight (S, O, I) read with 1, 2, ... slices, divided by the transform's scale: as it acts on the original input."""
+        """Weight (S, O, I) read with 1, 2, ... slices, as it acts on the input before the transform scales it."""
         prefixes, transform = self.scheme.prefixes(self.sliced_weight()), self.routed.transform
         return prefixes if transform is None else prefixes / transform.channel_scale()
 
     def sliced_bias(self) -> Tensor | None:
-        """Bias (O,) that is added to products with slices, including that of the transform's shift; None if there is none."""
+        """Bias (O,) added to products with slices, with that of the transform's shift; None if there is none."""
         transform = self.routed.transform
         return self.bias if transform is None else transform.to_bias(self.weight, self.bias)
 

@@ -75,7 +75,7 @@ class PackedResiduals(PackedValues):
 
 
 class PackedBinary(PackedValues):
-    """A weight whose planes have a scale each and one bias in common, (O, G) each: ``bias + sum of scale_p * (+1 or -1)``."""
+    """A weight with a scale per plane and one bias, (O, G) each: ``bias + sum of scale_p * (+1 or -1)``."""
 
     code = "per_plane"
 
@@ -94,7 +94,7 @@ class PackedBinary(PackedValues):
 
 
 class PackedTables(PackedValues):
-    """A weight with a table of values for each group and depth p, (O, G, 2^p), that the code read to depth p indexes."""
+    """A weight with a table of values (O, G, 2^p) for each depth p; the code read to depth p is the index."""
 
     code = "codebook"
 
@@ -134,6 +134,6 @@ def binary_prefixes(codes: Tensor, scales: Sequence[Tensor], bias: Tensor, group
 
 
 def look_up(codes: Tensor, table: Tensor, group_size: int) -> Tensor:
-    """Looks up the weights (O, I) float32 of codes (O, I), which are indices into the tables (O, G, K) of their groups."""
+    """Looks up the weights (O, I) float32 of codes (O, I), indices into the tables (O, G, K) of their groups."""
     group = torch.arange(codes.shape[1], device=codes.device) // group_size
     return table.float().flatten(1).gather(1, codes.long() + group * table.shape[2])

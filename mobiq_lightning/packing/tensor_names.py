@@ -90,5 +90,5 @@ def carrier_of(name: str) -> str:
 
 
 def deeper_than(n_planes: int) -> str:
-    """Regular expression for the names of planes and values that need more than the first `n_planes` (1 to 7) planes."""
+    """Regular expression for names of planes and values that need more than the first `n_planes` (1 to 7) planes."""
     return rf"\.(plane|slice_(scale|bias|table))_[{n_planes}-7]$"

@@ -71,7 +71,7 @@ class Dial:
         self._generating = False
         self._kept: list[tuple[Tensor, Tensor]] | None = None
         self.replaced = 0
-        """Number of times that threshold or counter tensors were replaced by others, after which captured graphs are void."""
+        """Number of times that tensors of thresholds or counts were replaced, which makes captured graphs void."""
         self.state = ReadState()
         for routed in self.inputs:
             routed.state = self.state

@@ -79,7 +79,7 @@ class ElasticModel:
         return self.dial.budget
 
     def bits_used(self, per_layer: bool = False) -> BitsUsed:
-        """Measures the bits that the model has read since `set_bits`, or in the last `generate` or `with model.bits(...)`.
+        """Measures the bits read since `set_bits`, or in the last `generate` or `with model.bits(...)`.
 
         Args:
             per_layer: Whether every input is reported too, under the name of the first linear that reads it.
@@ -140,7 +140,7 @@ class ElasticModel:
         self.kept.limit_bytes = n_bytes
 
     def get_compiled_call(self, compile_config: Any) -> Any:
-        """Gives transformers what decodes with a static cache: a CUDA graph of one step, unless it is told how to compile."""
+        """Gives transformers a CUDA graph to decode with a static cache, unless a way to compile is given."""
         if compile_config is not None and not getattr(compile_config, "_compile_all_devices", False):
             return super().get_compiled_call(compile_config)  # type: ignore[misc]
         model: Any = self
@@ -198,7 +198,7 @@ def make_elastic(model: Any, scope: Scope, bits: float) -> None:
 
 @functools.cache
 def elastic_class(cls: Any) -> Any:
-    """Makes a class of `ElasticModel` and `cls`, named like `cls`, so that saved configs name what transformers knows."""
+    """Joins `ElasticModel` and `cls` in a class named like `cls`, so that saved configs name one that is known."""
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     return type(cls.__name__, (ElasticModel, cls), {**names, "plain_class": cls})
 

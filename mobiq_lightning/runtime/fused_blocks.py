@@ -20,7 +20,7 @@ BLOCKS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen
 
 
 class FusedNorm:
-    """An RMS norm that few tokens pass in the kernel launch that routes them; it is mixed in front of the norm's class."""
+    """Mixin for the class of an RMS norm: a few tokens are normalised in the kernel launch that routes them."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Normalises tokens (..., I) to (..., I), in the launch that routes them where the kernels can."""
@@ -31,10 +31,10 @@ class FusedNorm:
 
 
 class FusedMLP:
-    """A gated MLP that few tokens pass in the launch that routes its products; it is mixed in front of the MLP's class."""
+    """Mixin for the class of a gated MLP: a few tokens are gated in the kernel launch that routes them."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Applies ``down(act(gate(x)) * up(x))`` to tokens `x` (..., H): (..., H), gated in the launch that routes them."""
+        """Applies ``down(act(gate(x)) * up(x))`` to tokens (..., H), gated in the launch that routes them: (..., H)."""
         kernel, mlp = _current(self), _module(self)
         if kernel is None or not kernel.routes(x):
             return super().forward(x)  # type: ignore[misc,no-any-return]

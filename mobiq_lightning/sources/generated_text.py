@@ -21,7 +21,7 @@ from mobiq_lightning.runs import SharedWork
 from mobiq_lightning.sources.model import Source
 
 _CPU_CACHE_BYTES = 2**30
-"""Bytes of keys and values of documents written at a time, on a CPU; on a GPU, half of the memory that weights leave."""
+"""Bytes for keys and values of documents written at a time, on a CPU; a GPU gives half of what weights leave."""
 _SECONDS_BETWEEN_LINES = 20.0
 
 
@@ -143,7 +143,7 @@ class _Progress(StoppingCriteria):
         self.begun = self.told = time.monotonic()
 
     def begin_batch(self, written: int, rows: float) -> None:
-        """Notes how many tokens are written before a batch, and how many documents of full length the batch amounts to."""
+        """Notes the tokens written before a batch, and how many documents of full length the batch amounts to."""
         self.written, self.rows = written, rows
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:

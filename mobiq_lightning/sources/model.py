@@ -137,7 +137,7 @@ def hash_tokenizer(tokenizer: Any) -> str:
 
 
 def fingerprint(folder: Path) -> str:
-    """Computes the SHA-256 (first 16 hex digits) of config.json and of name, size and both end MiB of all weight files."""
+    """SHA-256 (first 16 hex digits) of config.json and of name, size, first and last MiB of every weight file."""
     sha = hashlib.sha256((folder / "config.json").read_bytes())
     for path in sorted(folder.glob("*.safetensors")):
         size = path.stat().st_size

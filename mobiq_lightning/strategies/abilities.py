@@ -29,7 +29,7 @@ class TrainableCodes(SliceScheme):
 
     @abstractmethod
     def code_parameters(self) -> list[nn.Parameter]:
-        """Parameters that decide the codes, each (O, I), or empty before the first slice starts; all others are ranges."""
+        """Parameters that decide codes, each (O, I), or empty before the first slice starts; all others are ranges."""
 
     @abstractmethod
     def start_slice(self, weight: Tensor, n_bits: int) -> bool:

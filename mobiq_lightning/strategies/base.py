@@ -84,18 +84,18 @@ class SliceScheme(nn.Module, ABC):
         return torch.cat([prefixes[:1], prefixes[1:] - prefixes[:-1]])
 
     def prefixes(self, weight: Tensor) -> Tensor:
-        """Gives the weight read with 1, 2, ... S slices, (S, O, I) float32; a scheme may override it with a faster way."""
+        """Gives the weight read with 1, 2, ... S slices, (S, O, I) float32; schemes may override it for speed."""
         return torch.stack([self.weight_at(weight, k + 1) for k in range(len(self.slice_bits))])
 
     def forget(self) -> None:
-        """Drops what the scheme keeps of the weight between calls and can compute again; called when a block is done."""
+        """Drops what is kept of the weight between calls and can be computed again; called when a block is done."""
 
     def resized_tensors(self) -> list[str]:
         """Names of the scheme's parameters and buffers whose sizes change while they are trained."""
         return []
 
     def bound_clipping(self) -> None:
-        """Narrows ranges that are wider than the weights of their group, in place; schemes without ranges do nothing."""
+        """Narrows ranges that are wider than the weights of their group, in place; does nothing without ranges."""
 
 
 class Router(nn.Module, ABC):
@@ -113,15 +113,15 @@ class Router(nn.Module, ABC):
     """Whether tokens of one input may read different depths at one threshold."""
 
     deployable = True
-    """Whether the router costs less than the weights that it routes. One that does not is an upper bound for others, and
-    every table says so."""
+    """Whether the router costs less than the weights that it routes. One that does not is an upper bound for others,
+    and every table says so."""
 
     needs_model_stage: ClassVar[bool] = False
-    """Whether the router learns end to end only, so that a recipe must have a stage with `scope: model` that trains routers."""
+    """Whether it learns end to end only; a recipe then needs a stage with `scope: model` that trains routers."""
 
     threshold: Tensor
-    """Threshold that scores must exceed: a scalar, or (B, 1, 1) if every row of a batch has a budget of its own. It is not
-    saved, since the position of the dial is no part of a checkpoint."""
+    """Threshold that scores must exceed: a scalar, or (B, 1, 1) if every row of a batch has a budget of its own. It is
+    not saved, since the position of the dial is no part of a checkpoint."""
 
     def __init__(self, in_features: int, n_slices: int) -> None:
         super().__init__()
@@ -259,7 +259,7 @@ class BlockRun(Protocol):
         """Token ids (B, T) in stages of the whole model, whose outputs are logits; None in stages of blocks."""
 
     def at_depth(self, bits: int) -> Tensor:
-        """Gives the output (B, T, H) of the sliced block with all weights read at `bits`, on the inputs of that depth."""
+        """Gives the output (B, T, H) of the sliced block with weights read at `bits`, on the inputs of that depth."""
 
     def routed(self, target_bits: float, meet_exactly: bool) -> tuple[Tensor, Tensor]:
         """Gives the output (B, T, H) of the routed block and the average bits (scalar) that its gates spent.

@@ -21,7 +21,7 @@ STORED = ("scale", "shift")
 
 
 class Transform:
-    """What is done to weights and inputs before weights are sliced. In full precision the model's output stays the same.
+    """What is done to weights and inputs before weights are sliced; it does not change the model in full precision.
 
     A plug-in folds something into the weights of the source model (`change_model`), or gives inputs a transform that is
     learned and applied at run time (`for_input`), or both. It keeps the arguments of its ``__init__`` as attributes of the
@@ -49,7 +49,7 @@ class Transform:
         return type(self).change_model is not Transform.change_model
 
     def for_input(self, in_features: int) -> InputTransform | None:
-        """Makes the transform that is learned for an input of `in_features` channels; None if linears read it as it is."""
+        """Makes the learned transform of an input of `in_features` channels; None if linears read it as it is."""
         return None
 
     def describe(self) -> dict[str, Any]:

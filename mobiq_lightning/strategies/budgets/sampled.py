@@ -32,7 +32,7 @@ class SampledBudget(BudgetSchedule):
 
     @property
     def final_bits(self) -> float:
-        """Average bits per weight at which a calibrated block feeds the next: the middle of the interval, not a draw."""
+        """Average bits at which a calibrated block feeds the next: the middle of the interval, not a draw."""
         return (self.low_bits + self.high_bits) / 2
 
     @property

@@ -19,7 +19,7 @@ _INSIDE = 0.25  # share of the distance between two scores by which a threshold 
 
 
 class LayerRouter(Router):
-    """A router whose scores are the same for all tokens of an input, so that bits are allocated to layers, not to tokens.
+    """A router whose scores are the same for all tokens of an input: it allocates bits to layers, not to tokens.
 
     Budgets are met over all inputs together, whatever the scope of thresholds, as nearly as whole inputs allow.
 
@@ -36,7 +36,7 @@ class LayerRouter(Router):
 
     @staticmethod
     def worth_per_bit(scores: Tensor) -> Tensor:
-        """Turns scores of any shape into the worth of a bit, in a unit that adds up over inputs; by default the scores."""
+        """Turns scores, of any shape, into the worth of a bit, which adds up over inputs; by default the scores."""
         return scores
 
     def scores(self, x: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ class GainRouter(LayerRouter):
 
     @torch.no_grad()
     def observe_gains(self, gains: Tensor, slice_bits: Sequence[int], n_weights: int) -> None:
-        """Turns the gains (S - 1,) of the slices, in nats per token, into rates (S - 1,) per bit and weight, and keeps them."""
+        """Keeps the gains (S - 1,) of the slices, in nats per token, as rates (S - 1,) per bit and weight."""
         rates = concave_rates(gains.tolist(), slice_bits)
         self.rates.copy_(torch.tensor(rates) / n_weights)
 

@@ -10,7 +10,7 @@ from mobiq_lightning.strategies.routers.features import token_features
 
 
 class LinearRouter(Router):
-    """A trained router of one layer, ``Linear(I + 1 -> S - 1)``, on the RMS-normalised input and the logarithm of its RMS.
+    """A trained router of one layer, ``Linear(I + 1 -> S - 1)``, on the RMS-normalised input and its log RMS.
 
     It is MoBiRoute (arXiv 2602.20191, section 3) without the hidden layer: it shows how far a direction of the input is
     enough to route by.

@@ -61,7 +61,7 @@ class LocalErrorRouter(Router):
         self.slice_sizes.copy_(torch.tensor(slice_bits))
 
     def scores(self, x: Tensor) -> Tensor:
-        """Scores (..., S - 1) for tokens `x` (..., I): logarithms of the squared error per bit that each slice removes."""
+        """Scores (..., S - 1) of tokens `x` (..., I): logarithms of the squared error per bit that slices remove."""
         x = x.to(self.factors.dtype)
         products = x @ self.factors.flatten(0, 1).T
         errors = products.unflatten(-1, self.factors.shape[:2]).square().sum(-1)

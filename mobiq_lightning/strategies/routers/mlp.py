@@ -11,7 +11,7 @@ from mobiq_lightning.strategies.routers.features import token_features
 
 
 class MLPRouter(Router):
-    """A trained two-layer router, ``Linear(I + 1 -> H) - SiLU - Linear(H -> S - 1)`` (MoBiRoute, arXiv 2602.20191, section 3).
+    """MoBiRoute (arXiv 2602.20191, section 3): a trained router, ``Linear(I + 1 -> H) - SiLU - Linear(H -> S - 1)``.
 
     It sees the input RMS-normalised, with the logarithm of its RMS appended.
 
@@ -39,5 +39,5 @@ class MLPRouter(Router):
         return scores
 
     def two_layers(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Weights that the kernels run: (H, I + 1) and bias (H,) of the hidden layer, (S - 1, H) and bias (S - 1,) of scores."""
+        """Weights (H, I + 1), (S - 1, H) and biases (H,), (S - 1,) of both layers: hidden weight and bias first."""
         return self.hidden.weight, self.hidden.bias, self.score.weight, self.score.bias

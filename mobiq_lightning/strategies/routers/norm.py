@@ -35,5 +35,5 @@ class NormRouter(Router):
         self.step = step
 
     def scores(self, x: Tensor) -> Tensor:
-        """Scores (..., S - 1) for tokens `x` (..., I): the logarithm of the token's RMS, less `step` for each finer slice."""
+        """Scores (..., S - 1) of tokens `x` (..., I): the logarithm of the RMS, less `step` for each finer slice."""
         return root_mean_square(x.float()).log() + self.step * level_scores(self.n_slices, x.device)

@@ -33,7 +33,7 @@ class RandomRouter(Router):
         self.reseed(0)
 
     def place(self, position: int, count: int) -> None:
-        """Remembers the position of the input in the model and begins its draws anew, apart from those of other inputs."""
+        """Remembers the position of the input in the model, which seeds draws of its own, and begins them anew."""
         self.position = position
         self.reseed(0)
 
@@ -49,7 +49,7 @@ class RandomRouter(Router):
 
     @classmethod
     def thresholds_for(cls, task: ThresholdTask) -> Tensor:
-        """Computes thresholds at which each budget is met on average, without looking at scores, since draws are uniform.
+        """Computes thresholds that meet each budget on average, without looking at scores, since draws are uniform.
 
         Args:
             task: The number of inputs and the budgets to meet.

@@ -58,11 +58,11 @@ class BinaryCodedSlices(FixedCodeSlices):
         self.bias_shift = nn.Parameter(torch.zeros(self.group_shape))
 
     def weight_at(self, weight: Tensor, n_slices: int) -> Tensor:
-        """Gives the weight (O, I) float32 read with its first `n_slices` slices, 1 to S, differentiable in scales and bias."""
+        """Gives the weight (O, I) float32 read with its first `n_slices` slices, differentiable in scales and bias."""
         return self._prefixes(weight, n_slices)[-1]
 
     def prefixes(self, weight: Tensor) -> Tensor:
-        """Gives the weight read with 1, 2, ... S slices at once, (S, O, I) float32, differentiable in scales and bias."""
+        """Gives the weight read with 1, 2, ... S slices, (S, O, I) float32, differentiable in scales and bias."""
         return torch.stack(self._prefixes(weight, len(self.slice_bits)))
 
     @torch.no_grad()
@@ -74,7 +74,7 @@ class BinaryCodedSlices(FixedCodeSlices):
         return PackedBinary(planes, values, self.in_features, self.group_size, self.slice_bits)
 
     def find(self, weight: Tensor) -> tuple[Tensor, ...]:
-        """Finds codes (O, I) uint8, scales (O, G, B) and bias (O, G) of some rows (O, I), B being the bits of all slices."""
+        """Finds codes (O, I) uint8, scales (O, G, B) of all B planes and bias (O, G) of some rows (O, I)."""
         return fit_binary(weight, self.slice_bits, self.group_size, self.rounds)
 
     def _prefixes(self, weight: Tensor, n_slices: int) -> list[Tensor]:

@@ -50,7 +50,7 @@ def fit_binary(
 
 
 def _greedy(x: Tensor, inside: Tensor, counts: Tensor, bits: int, with_bias: bool) -> tuple[Tensor, Tensor]:
-    """Bias (O, G) and scales (O, G, bits) of greedy planes: each is the sign of what the planes before leave of x (O, G, N)."""
+    """Bias (O, G) and scales (O, G, bits) of planes, each the sign of what those before leave of x (O, G, N)."""
     bias = x.sum(-1) / counts if with_bias else torch.zeros_like(x[..., 0])
     left = (x - bias.unsqueeze(-1)) * inside
     scales = []

@@ -16,7 +16,7 @@ CHUNK = 2**22
 
 
 class FixedCodeSlices(GroupedSlices, ABC):
-    """A scheme whose codes and initial values are a function of the weight, found at the first call, kept until `forget`.
+    """A scheme whose codes and initial values depend on the weight alone, found at the first call, kept until `forget`.
 
     They are not saved: whoever resumes or packs finds them again, the same on the same device. Codes are found anew for
     a weight that is another tensor or was changed, so that a transform that trains gets codes for what it makes, at the
@@ -36,10 +36,10 @@ class FixedCodeSlices(GroupedSlices, ABC):
 
     @abstractmethod
     def find(self, weight: Tensor) -> tuple[Tensor, ...]:
-        """Finds codes and initial values of some rows (O, I) float32 of a weight, as tensors whose first dimension is O."""
+        """Finds codes and initial values of some rows (O, I) float32 of a weight, as tensors with O rows."""
 
     def found(self, weight: Tensor) -> tuple[Tensor, ...]:
-        """Codes and initial values of all rows of a weight (O, I), kept from the last call if the weight is the same."""
+        """Codes and initial values of all rows of a weight (O, I), kept from the last call for the same weight."""
         return self._found.get(weight, lambda: self._find_all(weight))
 
     def forget(self) -> None:

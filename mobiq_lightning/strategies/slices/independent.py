@@ -47,12 +47,12 @@ class IndependentResidualSlices(GroupedSlices):
         self.high_clip = nn.Parameter(torch.zeros(shape))
 
     def weight_at(self, weight: Tensor, n_slices: int) -> Tensor:
-        """Gives the weight (O, I) float32 read with its first `n_slices` slices, 1 to S, differentiable in the ranges."""
+        """Gives the weight (O, I) float32 read with its first `n_slices` slices, differentiable in the ranges."""
         *_, read = self._prefixes(weight, n_slices)
         return read
 
     def prefixes(self, weight: Tensor) -> Tensor:
-        """Gives the weight read with 1, 2, ... S slices at once, (S, O, I) float32, differentiable in the ranges."""
+        """Gives the weight read with 1, 2, ... S slices, (S, O, I) float32, differentiable in the ranges."""
         return torch.stack(list(self._prefixes(weight, len(self.slice_bits))))
 
     @torch.no_grad()

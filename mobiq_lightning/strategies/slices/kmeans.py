@@ -50,13 +50,13 @@ class KMeansSlices(FixedCodeSlices):
         self.shifts = nn.ParameterList(torch.zeros(*self.group_shape, 2**depth) for depth in self.depths)
 
     def weight_at(self, weight: Tensor, n_slices: int) -> Tensor:
-        """Gives the weight (O, I) float32 read with its first `n_slices` slices, 1 to S, differentiable in the tables."""
+        """Gives the weight (O, I) float32 read with its first `n_slices` slices, differentiable in the tables."""
         codes = self.found(weight)[0] >> (self.depths[-1] - self.depths[n_slices - 1])
         return follow(look_up(codes, self._table(weight, n_slices - 1), self.group_size), weight)
 
     @torch.no_grad()
     def pack(self, weight: Tensor) -> PackedTables:
-        """Packs the weight (O, I): one plane per bit, and a table (O, G, 2^p) of values for each depth p of the slices."""
+        """Packs the weight (O, I): one plane per bit, and a table (O, G, 2^p) for each depth p of the slices."""
         planes = tuple(pack_planes(self.found(weight)[0], self.depths[-1]))
         tables = tuple(self._table(weight, number).to(SCALE_DTYPE) for number in range(len(self.depths)))
         return PackedTables(planes, tables, self.in_features, self.group_size, self.slice_bits)

@@ -65,9 +65,9 @@ def unit_position(weight: Tensor, scale: Tensor, bias: Tensor, group_size: int) 
 
 
 def cells(unit: Tensor, n_bits: int) -> Tensor:
-    """Index (O, I), as a float, of the cell among ``2 ** n_bits`` that each position (O, I) lies in, or of the nearest cell.
+    """Index (O, I), as a float, of the nearest cell to each position (O, I) among ``2 ** n_bits`` cells of [0, 1).
 
-    Cells divide [0, 1). Scaling by a power of two is exact, so the cell among ``2^p`` is the leading p bits of that
+    Scaling by a power of two is exact, so the cell among ``2^p`` is the leading p bits of that
     among ``2^B``.
     """
     return (unit * 2.0**n_bits).floor_().clamp_(0, 2**n_bits - 1)

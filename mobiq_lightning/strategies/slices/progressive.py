@@ -16,7 +16,7 @@ from mobiq_lightning.strategies.slices.nested_code import cells, group_sum, unit
 from mobiq_lightning.strategies.slices.residual import ResidualSlices
 
 _INSIDE = 1e-4
-"""Distance from the borders of its cell at which a target begins, as a share of the range: rounding could cross a border."""
+"""Share of the range that a target keeps from the borders of its cell at first, so that rounding cannot cross one."""
 
 
 class ProgressiveSlices(ResidualSlices, TrainableCodes):
@@ -90,7 +90,7 @@ class ProgressiveSlices(ResidualSlices, TrainableCodes):
 
     @torch.no_grad()
     def bound_rounding(self, weight: Tensor) -> None:
-        """Moves the target back to within half a step of its start, so that a code of the weight (O, I) moves by 1 at most."""
+        """Moves the target back to within half a step of its start, so that codes (O, I) move by 1 at most."""
         frozen, trained = self._bits()
         if trained > frozen:
             scale, _ = self._range(weight)
@@ -99,11 +99,11 @@ class ProgressiveSlices(ResidualSlices, TrainableCodes):
             self.target.copy_(self.target.clamp(start - step / 2, start + step / 2))
 
     def weight_at(self, weight: Tensor, n_slices: int) -> Tensor:
-        """Gives the weight (O, I) float32 read with its first `n_slices` slices, 1 to S, differentiable in range and target."""
+        """Gives the weight (O, I) float32 read with its first `n_slices` slices, differentiable in range and target."""
         return self._read(weight, (self.depths[n_slices - 1],))[0]
 
     def prefixes(self, weight: Tensor) -> Tensor:
-        """Gives the weight read with 1, 2, ... S slices at once, (S, O, I) float32, differentiable in range and target."""
+        """Gives the weight read with 1, 2, ... S slices, (S, O, I) float32, differentiable in range and target."""
         return self._read(weight, self.depths)
 
     def forget(self) -> None:
@@ -153,7 +153,7 @@ class ProgressiveSlices(ResidualSlices, TrainableCodes):
 
     @torch.no_grad()
     def _code(self, weight: Tensor, scale: Tensor, bias: Tensor, depth: int) -> Tensor:
-        """Codes (O, I) of `depth` bits, as floats: frozen bits, then those of the target, then those of the weight itself."""
+        """Codes (O, I) of `depth` bits, as floats: frozen bits, then those of the target, then of the weight itself."""
         frozen, trained = self._bits()
         known, bits = (self._codes_on(weight).float(), frozen) if frozen else (None, 0)
         if depth <= frozen:

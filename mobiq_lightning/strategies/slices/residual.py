@@ -47,13 +47,13 @@ class ResidualSlices(GroupedSlices):
         self.high_clip = nn.Parameter(torch.zeros(self.group_shape))
 
     def weight_at(self, weight: Tensor, n_slices: int) -> Tensor:
-        """Gives the weight (O, I) float32 read with its first `n_slices` slices, 1 to S, differentiable in the ranges."""
+        """Gives the weight (O, I) float32 read with its first `n_slices` slices, differentiable in the ranges."""
         scale, bias = self._range(weight)
         depths = (self.depths[n_slices - 1],)
         return NestedCode.apply(weight, scale, bias, self.group_size, depths)[0]  # type: ignore[no-untyped-call,no-any-return]
 
     def prefixes(self, weight: Tensor) -> Tensor:
-        """Gives the weight read with 1, 2, ... S slices at once, (S, O, I) float32, differentiable in the ranges."""
+        """Gives the weight read with 1, 2, ... S slices, (S, O, I) float32, differentiable in the ranges."""
         scale, bias = self._range(weight)
         return NestedCode.apply(weight, scale, bias, self.group_size, self.depths)  # type: ignore[no-untyped-call,no-any-return]
 

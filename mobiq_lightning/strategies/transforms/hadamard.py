@@ -74,7 +74,7 @@ def random_signs(width: int, generator: torch.Generator) -> Tensor:
 
 
 def rotate(x: Tensor, signs: Tensor) -> Tensor:
-    """Rotates every piece of `x` (..., n * width) that is as wide as `signs` (width,), by fast Walsh-Hadamard transforms."""
+    """Rotates each piece of `x` (..., n * width) as wide as `signs` (width,), by fast Walsh-Hadamard transforms."""
     width = len(signs)
     block = width & -width  # the largest power of two that divides it
     y = (x.unflatten(-1, (-1, width)) * signs).unflatten(-1, (-1, block))

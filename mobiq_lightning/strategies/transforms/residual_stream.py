@@ -78,7 +78,7 @@ def _block_problems(block: nn.Module) -> Iterator[str]:
 
 
 def _norm_problem(name: str, norm: Any) -> Iterator[str]:
-    """One phrase if a norm does not compute ``weight * x / rms(x)``, as norms with another weight or with a mean do not."""
+    """One phrase if a norm does not compute ``weight * x / rms(x)``, as norms with a mean do not."""
     weight = getattr(norm, "weight", None)
     if weight is None:
         yield f"{name} ({type(norm).__name__}) has no weight"

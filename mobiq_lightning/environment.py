@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import platform
+import resource
 import sys
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from mobiq_lightning.version import __version__
 
-if TYPE_CHECKING:
-    pass
-import resource
-
 _PACKAGES = ("torch", "lightning", "transformers")
 
 
 def environment() -> dict[str, str]:
-    """Versions and machine that something is measured with."""
+    """Versions of packages, device, threads and time that something is measured with, by name."""
     return {
         "mobiq_lightning": __version__,
         **{name: _version(name) for name in _PACKAGES},
@@ -41,12 +37,12 @@ def _version(package: str) -> str:
 
 
 def device_name() -> str:
-    """Of what models run on here: the GPU, or the processor."""
+    """Name of the device that models run on here: the GPU, or the processor where there is none."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name()
 
 
 def processor_name() -> str:
-    """Of this machine."""
+    """Model name of the processor of this machine; its architecture where no name is known."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -55,7 +51,7 @@ def processor_name() -> str:
 
 
 def peak_memory_gb() -> float:
-    """Peak memory of this process in GB: of the GPU where there is one, else of the host."""
+    """Peak memory of this process in GB (1e9 bytes): on the GPU where there is one, else on the host."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
@@ -63,7 +59,7 @@ def peak_memory_gb() -> float:
 
 
 def format_seconds(seconds: float) -> str:
-    """``75.2 -> "1:15"``, ``4000 -> "1:06:40"``."""
+    """Formats seconds as minutes and seconds, with hours if any: ``75.2 -> "1:15"``, ``4000 -> "1:06:40"``."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -18,7 +18,7 @@ class Borrowed(Generic[T]):
     both are copied together.
 
     Args:
-        value: What is borrowed.
+        value: Module or collection of modules that is borrowed.
     """
 
     value: T

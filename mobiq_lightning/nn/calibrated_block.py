@@ -32,9 +32,9 @@ class CalibratedBlock(nn.Module):
     Args:
         block: The decoder block; its linears are replaced by `SlicedLinear`.
         groups: Names of the linears of each input.
-        slices: Makes the scheme of a linear from (out_features, in_features).
-        router: Makes the router of an input from (in_features, n_slices).
-        transform: Makes the transforms of inputs; by default there are none.
+        slices: Factory that makes the scheme of a linear from (out_features, in_features).
+        router: Factory that makes the router of an input from (in_features, n_slices).
+        transform: Transform that makes what is learned of inputs beside routers; by default there is none.
     """
 
     def __init__(
@@ -65,16 +65,16 @@ class CalibratedBlock(nn.Module):
 
     @property
     def readers(self) -> list[tuple[RoutedInput, list[SlicedLinear]]]:
-        """For each input of this block, in order, the linears that read it."""
+        """Each input of this block, in order, with the linears that read it."""
         return self._readers.value
 
     def routed_inputs(self) -> list[RoutedInput]:
-        """The inputs of this block, in the order of its modules."""
+        """Routed inputs of this block, in the order of its modules."""
         return [module for module in self.inputs.values() if isinstance(module, RoutedInput)]
 
     @torch.no_grad()
     def show_weights_to_routers(self) -> None:
-        """Lets routers that look at weights see them as the slices give them now; see `ObservesWeights`."""
+        """Shows each router that observes weights the full-precision weights and what their slices give at present."""
         for routed, readers in self.readers:
             if isinstance(routed.router, ObservesWeights):
                 weights = [linear.weight.float() for linear in readers]
@@ -84,19 +84,19 @@ class CalibratedBlock(nn.Module):
                 )
 
     def routers(self) -> list[Router]:
-        """Their routers."""
+        """Routers of the inputs of this block, in the order of the inputs."""
         return [routed.router for routed in self.routed_inputs()]
 
     def transforms(self) -> list[InputTransform]:
-        """Transforms of those that have one."""
+        """Transforms of those inputs of this block that have one, in the order of the inputs."""
         return [routed.transform for routed in self.routed_inputs() if routed.transform is not None]
 
     def sliced_linears(self) -> list[SlicedLinear]:
-        """The linears of this block, in the order of their inputs."""
+        """Linears of this block, in the order of their inputs."""
         return [linear for _, readers in self.readers for linear in readers]
 
     def parameters_of(self, kind: Learned) -> list[nn.Parameter]:
-        """The parameters of one kind: ranges or codes of the schemes, those of the transforms, or those of the routers."""
+        """Parameters of one kind in this block: ranges or codes of schemes, those of transforms, or of routers."""
         codes = [p for linear in self.sliced_linears() for p in _codes_of(linear.scheme)]
         if kind == "codes":
             return codes

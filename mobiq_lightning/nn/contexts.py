@@ -1,7 +1,7 @@
-"""Within a `with` statement, routed inputs are read in another way, or are observed; afterwards as before.
+"""Contexts for `with` statements in which routed inputs are read in another way, or are observed; afterwards as before.
 
 `read_as` changes how tokens are read, `observed_by` adds observers, `transformed_by` exchanges what linears read instead
-of the tokens; the other functions are the first two in common cases. Of nested statements for the same input the
+of the tokens; the other functions cover common cases of the first two. Of nested statements for the same input the
 innermost decides alone how tokens are read, and all of them observe.
 """
 
@@ -22,11 +22,13 @@ from mobiq_lightning.strategies.transform_base import InputTransform
 
 @contextmanager
 def read_as(inputs: Sequence[RoutedInput], readings: Sequence[Reading]) -> Iterator[None]:
-    """Within it, the tokens of each input are read as given; what is kept of the last tensor is forgotten at both ends.
+    """Context in which the tokens of each input are read as given; afterwards they are read as before.
+
+    What the inputs keep of the last tensor is forgotten at both ends.
 
     Args:
         inputs: Routed inputs of a model.
-        readings: One for each input.
+        readings: How tokens are read, one reading for each input.
     """
     before = [routed.reading for routed in inputs]
     try:
@@ -38,11 +40,11 @@ def read_as(inputs: Sequence[RoutedInput], readings: Sequence[Reading]) -> Itera
 
 @contextmanager
 def observed_by(inputs: Sequence[RoutedInput], observers: Sequence[Observer]) -> Iterator[None]:
-    """Within it, each input tells one more observer what it decides.
+    """Context in which each input tells one more observer what it decides.
 
     Args:
         inputs: Routed inputs of a model.
-        observers: One for each input.
+        observers: Observers to add, one for each input.
     """
     before = [routed.observers for routed in inputs]
     try:
@@ -54,11 +56,11 @@ def observed_by(inputs: Sequence[RoutedInput], observers: Sequence[Observer]) ->
 
 @contextmanager
 def transformed_by(inputs: Sequence[RoutedInput], transforms: Sequence[InputTransform | None]) -> Iterator[None]:
-    """Within it, the linears of each input read what another transform makes of the tokens.
+    """Context in which the linears of each input read what another transform makes of the tokens.
 
     Args:
         inputs: Routed inputs of a model that is being calibrated.
-        transforms: One for each input; None where tokens are read as they are.
+        transforms: Transforms to read through, one for each input; None where tokens are read as they are.
     """
     before = [routed.transform for routed in inputs]
     try:
@@ -69,15 +71,15 @@ def transformed_by(inputs: Sequence[RoutedInput], transforms: Sequence[InputTran
 
 
 def full_precision(inputs: Sequence[RoutedInput]) -> AbstractContextManager[None]:
-    """Within it, linears that are being calibrated use their full-precision weights.
+    """Context in which linears that are being calibrated use their full-precision weights.
 
-    Linears of a finished model hold none: their forward pass raises `BitsError` within it.
+    Linears of a finished model hold no such weights: their forward pass raises `BitsError` in this context.
     """
     return read_as(inputs, [FullPrecision()] * len(inputs))
 
 
 def fixed_depth(inputs: Sequence[RoutedInput], bits: int) -> AbstractContextManager[None]:
-    """Within it, all tokens read `bits` bits.
+    """Context in which all tokens read `bits` bits of each weight.
 
     Raises:
         BitsError: If no prefix of the slices has `bits` bits.
@@ -89,40 +91,40 @@ def fixed_depth(inputs: Sequence[RoutedInput], bits: int) -> AbstractContextMana
 
 
 def meet_budget(inputs: Sequence[RoutedInput], bits: float) -> AbstractContextManager[None]:
-    """Within it, each input takes the quantile of its current scores as threshold, so that its average is `bits`."""
+    """Context in which each input takes a quantile of its scores as threshold, so that its average is `bits`."""
     return read_as(inputs, [Routed(MeetBudget(bits))] * len(inputs))
 
 
 def common_threshold(
     inputs: Sequence[RoutedInput], threshold: Tensor, opened: Sequence[Tensor] | None = None
 ) -> AbstractContextManager[None]:
-    """Within it, all inputs share one threshold (scalar), with the gradient that it has.
+    """Context in which all inputs share one threshold (scalar), with the gradient that it has.
 
     Args:
         inputs: Routed inputs of a model.
-        threshold: In the space of bounded scores where routers are trained, else of scores.
-        opened: For each input, which gates (B, T, S - 1) are open, if that is decided already.
+        threshold: Scalar threshold, for bounded scores (`Router.bounded`) where routers are trained, else for scores.
+        opened: (B, T, S - 1) bool for each input, which gates are open, if that is decided already.
     """
     decided = [None] * len(inputs) if opened is None else opened
     return read_as(inputs, [Routed(CommonThreshold(threshold, gates)) for gates in decided])
 
 
 def routed_by(inputs: Sequence[RoutedInput], routers: Sequence[Router]) -> AbstractContextManager[None]:
-    """Within it, each input is allocated by another router, at that router's threshold.
+    """Context in which another router decides how deep the tokens of each input are read, at that router's threshold.
 
     Args:
         inputs: Routed inputs of a model.
-        routers: One for each input, on its device; they do not become part of the model.
+        routers: Routers to ask, one for each input, on its device; they do not become part of the model.
     """
     return read_as(inputs, [Routed(router=router) for router in routers])
 
 
 @contextmanager
 def record_gates(inputs: Sequence[RoutedInput]) -> Iterator[list[list[Tensor]]]:
-    """Within it, routed forward passes append the bits of their tokens to the list of their input.
+    """Context in which routed forward passes record the bits that their tokens read.
 
     Yields:
-        For each input, a list with one tensor (...) of code bits per forward pass.
+        For each input, a list that grows by one tensor (...) of code bits per forward pass.
     """
     recorders = [BitsRecorder() for _ in inputs]
     with observed_by(inputs, recorders):
@@ -131,10 +133,10 @@ def record_gates(inputs: Sequence[RoutedInput]) -> Iterator[list[list[Tensor]]]:
 
 @contextmanager
 def record_scores(inputs: Sequence[RoutedInput]) -> Iterator[list[list[Tensor]]]:
-    """Within it, routed forward passes append the scores of their tokens to the list of their input.
+    """Context in which routed forward passes record the scores of their tokens, without gradients.
 
     Yields:
-        For each input, a list with one tensor (N, S - 1) of scores under the prefix rule per forward pass.
+        For each input, a list that grows by one tensor (N, S - 1) of scores under the prefix rule per forward pass.
     """
     recorders = [ScoreRecorder() for _ in inputs]
     with observed_by(inputs, recorders):
@@ -143,13 +145,13 @@ def record_scores(inputs: Sequence[RoutedInput]) -> Iterator[list[list[Tensor]]]
 
 @contextmanager
 def record_live_scores(inputs: Sequence[RoutedInput]) -> Iterator[list[list[Tensor]]]:
-    """Within it, routed forward passes append scores with gradients for the routers to the list of their input.
+    """Context in which routed forward passes record the scores of their tokens, with gradients for the routers.
 
-    The scores have these gradients even where nothing else has any. Tokens count as given: a router's scores have no
-    gradient for what the blocks before made.
+    The scores have these gradients even where nothing else has any. They have none for the tokens, so that a router is
+    not trained through the blocks before it.
 
     Yields:
-        For each input, a list with one tensor (N, S - 1) of scores under the prefix rule per forward pass.
+        For each input, a list that grows by one tensor (N, S - 1) of scores under the prefix rule per forward pass.
     """
     recorders = [LiveScoreRecorder() for _ in inputs]
     with observed_by(inputs, recorders):

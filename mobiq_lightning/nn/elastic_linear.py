@@ -33,14 +33,14 @@ class ElasticLinear(nn.Module):
     Each plane is a tensor of its own, (O, ceil(I / 8)) uint8, so that loaders may shard them by rows.
 
     Args:
-        in_features: I.
-        out_features: O.
+        in_features: Columns of the weight, I.
+        out_features: Rows of the weight, O.
         slice_bits: Bits of each slice.
         group_size: Columns per group.
         bias: Whether the layer adds a bias.
-        max_bits: The depth up to which planes are held; by default all that `slice_bits` add up to.
+        max_bits: Depth in bits up to which planes are held; by default all that `slice_bits` add up to.
         dtype: dtype of the bias term.
-        code: How codes become weights, one of `CODES`.
+        code: Name of the code that turns stored bits into weights, one of `packing.CODES`.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class ElasticLinear(nn.Module):
 
     @property
     def routed(self) -> RoutedInput:
-        """The input of this layer.
+        """Routed input that this layer reads, which other linears may share.
 
         Raises:
             RuntimeError: If `attach` has not set it yet.
@@ -83,7 +83,7 @@ class ElasticLinear(nn.Module):
 
     @property
     def kernel(self) -> FusedProducts | None:
-        """What holds the weights in the kernels' order, if they are multiplied by kernels."""
+        """Holder of the weights in the kernels' order; None if the reference multiplies them."""
         return None if self._routed is None else self._routed.value.kernel
 
     def attach(self, routed: RoutedInput, carries_input: bool = False) -> None:
@@ -91,8 +91,8 @@ class ElasticLinear(nn.Module):
 
         Args:
             routed: The input, which other linears may read as well.
-            carries_input: Whether this is the one of them that has the input as its submodule, under which name the input
-                is saved, and that counts the tokens.
+            carries_input: Whether this layer, of all that read the input, holds it as a submodule, under whose name it
+                is saved, and counts its tokens.
         """
         self._routed = Borrowed(routed)
         self.carries_input = carries_input
@@ -101,7 +101,7 @@ class ElasticLinear(nn.Module):
 
     @property
     def packed(self) -> PackedWeight:
-        """The stored weight."""
+        """Stored weight: bit planes (O, ceil(I / 8)) uint8 and the values of the code."""
         if self.kernel is not None:
             return self.kernel.packed(self)
         return CODES[self.code](
@@ -114,7 +114,7 @@ class ElasticLinear(nn.Module):
 
     @property
     def n_weights(self) -> int:
-        """Weights of the matrix, O x I."""
+        """Number of weights of the matrix, O x I."""
         return self.out_features * self.in_features
 
     @property
@@ -123,17 +123,17 @@ class ElasticLinear(nn.Module):
         return sum(self.get_buffer(name).numel() for name in self._value_names) * 16 / self.n_weights
 
     def give_up_planes(self) -> None:
-        """Drops the planes, which `RoutedInput.kernel` holds in the kernels' order from now on."""
+        """Drops the planes of this layer, which `RoutedInput.kernel` holds in the kernels' order from now on."""
         for plane in range(self.n_planes):
             setattr(self, plane_name(plane), None)
 
     def take_planes(self, planes: Sequence[Tensor]) -> None:
-        """Takes planes back, each (O, ceil(I / 8)) uint8."""
+        """Takes the planes back that `give_up_planes` dropped, each (O, ceil(I / 8)) uint8."""
         for number, plane in enumerate(planes):
             setattr(self, plane_name(number), plane)
 
     def weight_at(self, n_bits: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight read to a depth of `n_bits`, (O, I); unpacked once if it can be `kept`."""
+        """Gives the weight read to a depth of `n_bits`, (O, I); it is unpacked once if memory allows to keep it."""
 
         def make() -> Tensor:
             return self.packed.weight_at(n_bits).to(dtype)
@@ -141,7 +141,7 @@ class ElasticLinear(nn.Module):
         return make() if self.kept is None else self.kept.get((id(self), n_bits, dtype), make)
 
     def multiply(self, x: Tensor, bits: Tensor) -> Tensor:
-        """Tokens (T, I), each read to its own of `bits` (T,), times the weight, by the reference: (T, O)."""
+        """Multiplies tokens (T, I), each at its own depth in `bits` (T,), by the weight, on the reference: (T, O)."""
         weight_at = partial(self.weight_at, dtype=x.dtype)
         if (
             x.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -150,7 +150,7 @@ class ElasticLinear(nn.Module):
         return sliced_linear(x, self.packed, bits, weight_at)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., I) -> (..., O) in the dtype of `x`.
+        """Multiplies tokens `x` (..., I) by the weight, as deep as each is to read it: (..., O) in the dtype of `x`.
 
         Raises:
             BitsError: If full precision is asked for, which bit planes do not hold.
@@ -192,21 +192,21 @@ class ElasticLinear(nn.Module):
         super()._load_from_state_dict(*args)
 
     def _changes(self) -> None:
-        """Before the planes are moved or replaced: what was made of them is given up."""
+        """Drops what was made of the planes, before they are moved or replaced."""
         if self.kernel is not None:
             self.kernel.release()
         if self.kept is not None:
             self.kept.clear()
 
     def extra_repr(self) -> str:
-        """Shown by `print(module)`."""
+        """Sizes that `print(module)` shows of this layer."""
         bits, code = list(self.slice_bits), "" if self.code == PackedSlices.code else f", {self.code} code"
         size = f"{self.out_features}x{self.in_features}, {bits} bits, {self.n_planes} planes"
         return f"{size}, groups of {self.group_size}{code}"
 
 
 def routed_inputs(model: nn.Module) -> list[RoutedInput]:
-    """The routed inputs that the linears of a model ask, in the order of its modules, each once."""
+    """Routed inputs that the sliced or elastic linears of a model read, in the order of its modules, each once."""
     found: dict[int, RoutedInput] = {}
     for module in model.modules():
         if isinstance(module, (SlicedLinear, ElasticLinear)):
@@ -225,7 +225,7 @@ def stored_bits(model: nn.Module) -> tuple[float, float]:
     """Bits per linear weight that an elastic model spends beside its codes.
 
     Returns:
-        Scales and biases, or tables, with what is stored of transformed inputs; routers.
+        Bits of scales and biases, or tables, with what is stored of transformed inputs; and bits of the routers.
     """
     linears = [m for m in model.modules() if isinstance(m, ElasticLinear)]
     n_weights = sum(linear.n_weights for linear in linears)
@@ -237,7 +237,7 @@ def stored_bits(model: nn.Module) -> tuple[float, float]:
 
 
 def _transform_bits(linear: ElasticLinear) -> int:
-    """Bits that the transform of its input takes: scale and shift once, and the bias that a shift needs of every linear."""
+    """Bits of an input's transform: scale and shift once per input, and for a shift the bias of each linear."""
     transform = linear.routed.transform
     if transform is None:
         return 0

@@ -16,13 +16,13 @@ class FusedProducts(Protocol):
     """Holds the weights of all linears of one input together, and multiplies them at once."""
 
     def product(self, x: Tensor, linear: ElasticLinear) -> Tensor:
-        """What `linear` makes of tokens (..., I), without its bias: (..., O)."""
+        """Multiplies tokens `x` (..., I) by the weight of `linear`, without adding its bias: (..., O)."""
 
     def packed(self, linear: ElasticLinear) -> PackedSlices:
-        """The saved form of one of the linears."""
+        """Gives the saved form, bit planes with scales and biases, of one of the linears."""
 
     def release(self) -> None:
         """Gives the planes back to the linears, which then are multiplied by the reference."""
 
     def forget(self) -> None:
-        """Drops what is kept for the last tensor, since tokens are read in another way from now on."""
+        """Drops what is kept for the last tensor, for when tokens are to be read in another way."""

@@ -9,19 +9,19 @@ from typing import Any
 from torch import Tensor
 
 KEPT_BYTES = 2 * 2**30
-"""Default limit of one model."""
+"""Default limit in bytes for the kept weights of one model."""
 
 
 class KeptWeights:
-    """Weights of a model by linear and depth, unpacked once.
+    """A cache of dequantized weights of a model, by linear and depth, within a limit of memory.
 
-    A model asks for its weights in the same order again and again, so giving up the one that was asked for longest ago would
-    give up each just before it is needed. Once the limit is reached, a new one is kept only in place of one that nobody
-    asked for during a whole pass through the model, as when the dial has moved on to another depth.
+    A model asks for its weights in the same order again and again, so dropping the one that was asked for longest ago
+    would drop each just before it is needed. Once the limit is reached, a new weight is kept only in place of one that
+    nobody asked for during a whole pass through the model, as when the dial has moved on to another depth.
 
     Args:
-        limit_bytes: Of all weights that are kept.
-        requests_per_pass: Weights that one forward pass of the model asks for, at most.
+        limit_bytes: Bytes that all kept weights may take together.
+        requests_per_pass: Number of weights that one forward pass of the model asks for, at most.
     """
 
     def __init__(self, limit_bytes: int, requests_per_pass: int) -> None:
@@ -31,7 +31,7 @@ class KeptWeights:
         self._requests = 0
 
     def get(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
-        """The weight of a key, which `make` gives if it is not kept."""
+        """Gives the weight of `key`; `make` is called if it is not kept, and the result is kept if there is room."""
         self._requests += 1
         if key in self._kept:
             weight = self._kept[key][0]
@@ -45,7 +45,7 @@ class KeptWeights:
         return weight
 
     def clear(self) -> None:
-        """Gives up all weights."""
+        """Drops all kept weights."""
         self._kept.clear()
         self.n_bytes = 0
 
@@ -61,5 +61,5 @@ class KeptWeights:
         return True
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the weights, which can be made anew."""
+        """State for copies and pickles, without the kept weights, which can be made anew."""
         return {**self.__dict__, "_kept": OrderedDict(), "n_bytes": 0}

@@ -19,7 +19,8 @@ class BlockLayout:
 
     Args:
         blocks: Dotted path of the list of decoder blocks.
-        shared_inputs: Groups of linears, by the last part of their name, that read one input. All others have their own.
+        shared_inputs: Groups of linears, by the last part of their name, that read one input. Every other linear has an
+            input of its own.
     """
 
     blocks: str = "model.layers"
@@ -28,10 +29,10 @@ class BlockLayout:
     )
 
     def find(self, model: nn.Module) -> nn.ModuleList:
-        """The list of decoder blocks.
+        """Finds the list of decoder blocks of a model.
 
         Raises:
-            ModelError: If there is none at `blocks`.
+            ModelError: If `blocks` is not the path of a list of modules, or the list is empty.
         """
         found: Any = model
         for part in self.blocks.split("."):
@@ -45,7 +46,15 @@ class BlockLayout:
         return found
 
     def group_linears(self, block: nn.Module, share: Share) -> list[list[str]]:
-        """Names of the block's linears, those that share a router together, in the order of the modules."""
+        """Groups the names of the linears of a block by the router that they share, in the order of the modules.
+
+        Args:
+            block: A decoder block.
+            share: ``input`` if linears that read one input share a router, ``linear`` if each has its own.
+
+        Raises:
+            ModelError: If the block holds no linear.
+        """
         names = [name for name, module in block.named_modules() if isinstance(module, (nn.Linear, SlicedLinear))]
         if not names:
             raise ModelError(f"the blocks at {self.blocks!r} ({type(block).__name__}) hold no nn.Linear to slice")

@@ -10,23 +10,23 @@ from mobiq_lightning.strategies.thresholds import prefix_scores
 
 
 class Observer:
-    """Is told what a routed input decides, whenever it decides anew; by default it ignores that.
+    """Base of objects that a routed input tells what it decides, whenever it decides anew; this one ignores it.
 
     Linears that are given the same tensor share one decision. While a graph is compiled each of them decides by itself.
     """
 
     def on_scores(self, router: Router, x: Tensor, scores: Tensor) -> None:
-        """Called when tokens were scored, before gates open.
+        """Receives the scores of tokens, before gates open.
 
         Args:
-            router: Who scored them.
+            router: Router that scored the tokens.
             x: (..., I) the tokens.
-            scores: (N, S - 1) their scores under the prefix rule, with gradients if they have any; bounded
+            scores: (N, S - 1) scores of the N tokens under the prefix rule, with gradients if they have any; bounded
                 (`Router.bounded`) where a router is trained at a threshold that is not its own.
         """
 
     def on_bits(self, bits: Tensor) -> None:
-        """Called when gates are open.
+        """Receives the bits that tokens read, after gates have opened.
 
         Args:
             bits: (...) code bits per weight that each token reads.
@@ -45,7 +45,7 @@ class BitsRecorder(Observer):
 
 
 class ScoreRecorder(Observer):
-    """Keeps the scores that decide, one tensor (N, S - 1) under the prefix rule per decision, without gradients."""
+    """Keeps the scores that decide gates, one tensor (N, S - 1) under the prefix rule per decision, no gradients."""
 
     def __init__(self) -> None:
         self.records: list[Tensor] = []
@@ -58,7 +58,7 @@ class ScoreRecorder(Observer):
 class LiveScoreRecorder(Observer):
     """Keeps scores with gradients for the router, even where nothing else has any: one tensor (N, S - 1) per decision.
 
-    The tokens count as given: a score has no gradient for what earlier blocks made of them. The scores are not bounded.
+    The scores are not bounded, and have no gradient for the tokens, so that earlier blocks are not trained by them.
     """
 
     def __init__(self) -> None:

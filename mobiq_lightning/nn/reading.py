@@ -24,7 +24,7 @@ class FixedSlices:
     """All tokens read the same slices.
 
     Args:
-        n_slices: How many, coarsest first: 1 to S.
+        n_slices: Number of slices, coarsest first: 1 to S.
     """
 
     n_slices: int
@@ -51,7 +51,7 @@ class CommonThreshold:
     """Slices open above a threshold that is given, with the gradient that it has.
 
     Args:
-        threshold: Scalar; in the space of bounded scores (`Router.bounded`) where routers are trained, else of scores.
+        threshold: Scalar threshold, for bounded scores (`Router.bounded`) where routers are trained, else for scores.
         opened: (B, T, S - 1) bool, which gates are open, if that is decided already; the threshold then decides
             gradients alone.
     """
@@ -69,9 +69,9 @@ class Routed:
     """A router scores every token, and a slice is read by the tokens whose score is above a threshold.
 
     Args:
-        rule: Which threshold.
-        router: Whose scores; None for the router of the input itself. Another one is not registered as a part of the
-            model.
+        rule: Rule that gives the threshold.
+        router: Router that scores the tokens; None for the router of the input itself. Another one does not become a
+            part of the model.
     """
 
     rule: Rule = OwnThreshold()
@@ -79,7 +79,7 @@ class Routed:
 
     @property
     def is_plain(self) -> bool:
-        """Whether nothing differs from how a served model reads: by its own router, at that router's threshold."""
+        """Whether tokens are read as in a served model: by the input's own router, at that router's threshold."""
         return self == _PLAIN
 
 

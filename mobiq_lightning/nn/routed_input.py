@@ -26,7 +26,11 @@ TABLE_STEP = 0.25
 
 
 def held_slices(slice_bits: tuple[int, ...], max_bits: int | None) -> tuple[int, ...]:
-    """The slices that a model reads which holds only the first `max_bits` bits.
+    """Gives the bits of the slices that a model holds if it has only the first `max_bits` bits of each weight.
+
+    Args:
+        slice_bits: Bits of all slices, coarsest first.
+        max_bits: Depth in bits up to which slices are held; None for all.
 
     Raises:
         BitsError: If no prefix of the slices has `max_bits` bits.
@@ -40,8 +44,9 @@ def held_slices(slice_bits: tuple[int, ...], max_bits: int | None) -> tuple[int,
 
 
 def without_casts(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """What `nn.Module.to` does to a tensor, leaving its dtype: scales are exact in bfloat16 alone, and scores that tell
-    tokens apart in float32 are equal in half precision.
+    """Wraps what `nn.Module.to` does to a tensor such that it moves the tensor but leaves its dtype.
+
+    Scales are exact in bfloat16 alone, and scores that tell tokens apart in float32 may be equal in half precision.
     """
 
     def move(tensor: Tensor) -> Tensor:
@@ -73,11 +78,12 @@ class RoutedInput(nn.Module):
     as `fixed_depth` and `record_gates`, which also `forget` what was decided before.
 
     Args:
-        router: Scores the tokens of this input; built for all of `slice_bits`.
+        router: Router that scores the tokens of this input, built for all of `slice_bits`.
         slice_bits: Bits of each slice.
-        n_weights: Weights that read this input.
-        max_bits: The depth up to which slices are held; by default all.
-        transform: What the linears read instead of the tokens that the router sees; by default the same.
+        n_weights: Number of weights that read this input.
+        max_bits: Depth in bits up to which slices are held; by default all.
+        transform: Transform of the tokens for the linears, while the router sees the tokens themselves; by default
+            none.
     """
 
     budgets: Tensor
@@ -122,11 +128,11 @@ class RoutedInput(nn.Module):
 
     @property
     def reads_plainly(self) -> bool:
-        """Whether tokens are read as by a served model, to the router's own threshold, and nobody observes that."""
+        """Whether tokens are read as in a served model, at the router's own threshold, and no observer is told."""
         return isinstance(self.reading, Routed) and self.reading.is_plain and not self.observers
 
     def gates(self, x: Tensor) -> Tensor:
-        """Gates (..., S) of tokens (..., I), decided once for all linears that are given the same tensor.
+        """Decides the gates (..., S) of tokens `x` (..., I), once for all linears that are given the same tensor.
 
         Raises:
             RuntimeError: If the input is not routed at present, so that there are no gates to decide.
@@ -134,35 +140,36 @@ class RoutedInput(nn.Module):
         return self._gates.get(x, lambda: self._decide(x))
 
     def read(self, x: Tensor) -> Tensor:
-        """What linears multiply instead of tokens (..., I).
+        """Transforms tokens `x` (..., I) for the linears to multiply: (..., I), or `x` itself if there is no transform.
 
-        They are transformed once for all linears that are given the same tensor.
+        Tokens are transformed once for all linears that are given the same tensor.
         """
         transform = self.transform
         return x if transform is None else self._transformed.get(x, lambda: transform.to_input(x))
 
     def gated(self, x: Tensor) -> Tensor:
-        """What is read of tokens (..., I) beside itself once per slice, closed slices as zeros: (..., S * I).
+        """Repeats the transformed tokens of `x` (..., I) once per slice, with zeros for closed slices: (..., S * I).
 
-        One product of this with the slices beside each other is the sum over slices. All linears of the input share it.
+        The product of the result with all slices side by side is the sum over the open slices. Linears that are given
+        the same tensor share it.
         """
         gates = self.gates(x).to(x.dtype)
         return self._gated.get(x, lambda: (gates.unsqueeze(-1) * self.read(x).unsqueeze(-2)).flatten(-2))
 
     def forget(self) -> None:
-        """Drops what is kept for the last tensor. Call after any change of router, threshold, transform or reading."""
+        """Drops what is kept for the last tensor; call it after a change of router, threshold, transform or reading."""
         for memo in (self._gates, self._gated, self._transformed):
             memo.forget()
         if self.kernel is not None:
             self.kernel.forget()
 
     def set_tables(self, layer: Tensor, pooled: Tensor) -> None:
-        """Stores thresholds (S, budgets) of both scopes; row k is for a model that holds the first k + 1 slices."""
+        """Stores the thresholds of both scopes, (S, budgets) each; row k is for a model with the first k + 1 slices."""
         self.layer_thresholds.copy_(layer)
         self.global_thresholds.copy_(pooled)
 
     def reset_count(self, rows: int) -> bool:
-        """Begins to count what is read anew, for each of `rows` rows of the batches to come.
+        """Sets the counts of what is read to 0, for each of `rows` rows of the batches to come.
 
         Returns:
             Whether the counters were replaced by others.
@@ -177,7 +184,7 @@ class RoutedInput(nn.Module):
         return True
 
     def count(self, bits: Tensor) -> None:
-        """Adds tokens that read `bits` (..., ) code bits of each weight, int64."""
+        """Counts tokens, of which each reads `bits` (...) int64 code bits of a weight; padding is left out."""
         tokens, mask = torch.ones_like(bits), self.state.mask
         if mask is not None and mask.shape == bits.shape:
             tokens = mask.to(bits.dtype)
@@ -226,7 +233,11 @@ class RoutedInput(nn.Module):
         return threshold if rows == batch else threshold.repeat_interleave(batch // rows, dim=0)
 
     def check_rows(self, x: Tensor) -> None:
-        """Raises `BitsError` if budgets were set for another number of rows than tokens (B, T, I) have."""
+        """Checks that budgets for each row fit the rows of tokens `x` (B, T, I).
+
+        Raises:
+            BitsError: If budgets were set for another number of rows.
+        """
         rows, batch = len(self.router.threshold), x.shape[0]
         if x.ndim != 3 or (rows != batch and not (self.state.expanded and batch % rows == 0)):
             raise BitsError(
@@ -240,11 +251,11 @@ class RoutedInput(nn.Module):
         return super()._apply(without_casts(fn), recurse)  # type: ignore[no-untyped-call]
 
     def bits_of(self, gates: Tensor) -> Tensor:
-        """Code bits (...) that gates (..., S) read."""
+        """Code bits per weight (...) that open gates (..., S) add up to."""
         # Not a product with a tensor of slice bits: copying that to a device would make the host wait for it.
         terms = [gate * bits for gate, bits in zip(gates.unbind(-1), self.slice_bits, strict=True)]
         return torch.stack(terms).sum(0)
 
     def extra_repr(self) -> str:
-        """Shown by `print(module)`."""
+        """Sizes that `print(module)` shows of this input."""
         return f"{list(self.slice_bits)} bits, {self.n_weights} weights"

@@ -17,14 +17,14 @@ def make_shared_input(
     transform: Callable[[int], InputTransform | None],
     max_bits: int | None = None,
 ) -> RoutedInput:
-    """The routed input of linears that read the same tokens.
+    """Makes the routed input of linears that read the same tokens.
 
     Args:
         linears: Linears of (O, I) weights, all with the same I.
         slice_bits: Bits of each slice.
-        router: Makes the router from (I, number of slices).
-        transform: Makes the transform of the input from I, or gives None for none.
-        max_bits: The depth in bits up to which slices are held; None for all.
+        router: Factory that makes the router from (I, number of slices).
+        transform: Factory that makes the transform of the input from I, or gives None for none.
+        max_bits: Depth in bits up to which slices are held; None for all.
 
     Raises:
         BitsError: If no prefix of the slices has `max_bits` bits.

@@ -21,8 +21,8 @@ class SlicedLinear(nn.Module):
 
     Args:
         linear: The source layer; its weight and bias are taken over, not copied.
-        scheme: How the weight is sliced.
-        routed: The input of this layer.
+        scheme: Slice scheme that cuts the weight into slices.
+        routed: Routed input that this layer reads.
     """
 
     def __init__(self, linear: nn.Linear, scheme: SliceScheme, routed: RoutedInput) -> None:
@@ -34,12 +34,12 @@ class SlicedLinear(nn.Module):
 
     @property
     def scheme(self) -> SliceScheme:
-        """How the weight is sliced."""
+        """Slice scheme that cuts the weight into slices."""
         return self._scheme.value
 
     @property
     def routed(self) -> RoutedInput:
-        """The input of this layer."""
+        """Routed input that this layer reads, which other linears may share."""
         return self._routed.value
 
     def slice_by(self, scheme: SliceScheme) -> None:
@@ -47,7 +47,7 @@ class SlicedLinear(nn.Module):
         self._scheme = Borrowed(scheme)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., I) -> (..., O) in the dtype of `x`."""
+        """Multiplies tokens `x` (..., I) by the weight, as deep as each is to read it: (..., O) in the dtype of `x`."""
         routed, reading = self.routed, self.routed.reading
         if isinstance(reading, FullPrecision):
             return F.linear(x, self.weight, self.bias)
@@ -65,20 +65,20 @@ class SlicedLinear(nn.Module):
         return y if bias is None else y + bias
 
     def sliced_weight(self) -> Tensor:
-        """(O, I) what the scheme slices: the weight as the transform of the input wants it."""
+        """Weight (O, I) that the scheme slices: multiplied by the scale of the input's transform, if there is one."""
         transform = self.routed.transform
         return self.weight if transform is None else transform.to_weight(self.weight)
 
     def prefixes_on_input(self) -> Tensor:
-        """(S, O, I) the weight at 1, 2, ... slices, as it acts on the input in front of the transform's scale."""
+        """Weight (S, O, I) read with 1, 2, ... slices, as it acts on the input before the transform scales it."""
         prefixes, transform = self.scheme.prefixes(self.sliced_weight()), self.routed.transform
         return prefixes if transform is None else prefixes / transform.channel_scale()
 
     def sliced_bias(self) -> Tensor | None:
-        """(O,) what is added to products with slices; None if nothing is."""
+        """Bias (O,) added to products with slices, with that of the transform's shift; None if there is none."""
         transform = self.routed.transform
         return self.bias if transform is None else transform.to_bias(self.weight, self.bias)
 
     def extra_repr(self) -> str:
-        """Shown by `print(module)`."""
+        """Sizes that `print(module)` shows of this layer."""
         return f"{self.out_features}x{self.in_features}, bias={self.bias is not None}"

@@ -4,9 +4,9 @@ A weight matrix (O, I) is stored as ONE code of B bits per weight. Plane p holds
 first, so the first p planes are a valid p-bit weight: reading fewer planes truncates the code.
 
 Here is the nested code, which has one scale and one bias per group and is the only one that the kernels read; the others
-are in `codes`. For a group with range ``[lo, hi]`` the weight read at depth p is the middle of the code's cell::
+are in `other_codes`. For a group with range ``[lo, hi]`` the weight read at depth p is the middle of the code's cell::
 
-    bias + scale * ((C >> (B - p)) + 1/2) / 2^p - 1/2),      scale = hi - lo,   bias = (hi + lo) / 2
+    bias + scale * (((C >> (B - p)) + 1/2) / 2^p - 1/2),      scale = hi - lo,   bias = (hi + lo) / 2
 
 Both are kept in bfloat16. A bfloat16 times a 9-bit number is exact in float32, so every implementation of this formula
 in float32, with or without fused multiply-add, gives the same bits.
@@ -27,17 +27,17 @@ from mobiq_lightning.packing.tensor_names import plane_name, value_name
 
 SCALE_DTYPE = torch.bfloat16
 WHOLE_ROW = 2**16
-"""A group size that no row exceeds: one group per row."""
+"""Group size that no row exceeds, for one group per row."""
 _BIT_WEIGHTS = (128, 64, 32, 16, 8, 4, 2, 1)
 
 
 def depths_of(slice_bits: tuple[int, ...]) -> tuple[int, ...]:
-    """Bits read by the first 1, 2, ... slices: ``(2, 1, 1) -> (2, 3, 4)``."""
+    """Gives the bits read by the first 1, 2, ... slices: ``(2, 1, 1) -> (2, 3, 4)``."""
     return tuple(accumulate(slice_bits))
 
 
 def n_groups(in_features: int, group_size: int) -> int:
-    """Groups along one row; the last one may be shorter than `group_size`."""
+    """Number of groups along one row, G; the last one may be shorter than `group_size`."""
     return -(-in_features // group_size)
 
 
@@ -46,10 +46,11 @@ def pack_planes(codes: Tensor, n_bits: int) -> Tensor:
 
     Args:
         codes: (O, I) uint8, each below ``2 ** n_bits``.
-        n_bits: Stored bits B, 1 to 8.
+        n_bits: Number of stored bits B, 1 to 8.
 
     Returns:
-        (B, O, ceil(I / 8)) uint8. Plane 0 is the most significant bit; within a byte the first column is the highest bit.
+        (B, O, ceil(I / 8)) uint8 planes. Plane 0 is the most significant bit; within a byte the first column is the
+        highest bit.
     """
     padded = F.pad(codes, (0, -codes.shape[1] % 8))
     weights = torch.tensor(_BIT_WEIGHTS, dtype=torch.uint8, device=codes.device)
@@ -65,7 +66,7 @@ def unpack_codes(planes: Tensor | list[Tensor], in_features: int) -> Tensor:
 
     Args:
         planes: (p, O, ceil(I / 8)) uint8 or a list of p planes, most significant first.
-        in_features: I.
+        in_features: Columns of the weight, I.
 
     Returns:
         (O, I) uint8 codes of p bits.
@@ -83,17 +84,17 @@ def unpack_codes(planes: Tensor | list[Tensor], in_features: int) -> Tensor:
 
 
 def dequantize(codes: Tensor, n_bits: int, scale: Tensor, bias: Tensor, group_size: int) -> Tensor:
-    """Weights of `n_bits`-bit codes, the middle of each cell.
+    """Computes the weights of codes of `n_bits` bits: the middle of each code's cell in the range of its group.
 
     Args:
         codes: (O, I) integer codes, or their float values, below ``2 ** n_bits``.
-        n_bits: Bits that were read, p.
+        n_bits: Number of bits that were read, p.
         scale: (O, G) width ``hi - lo`` of each group's range.
         bias: (O, G) centre of each group's range.
         group_size: Columns per group.
 
     Returns:
-        (O, I) float32.
+        (O, I) float32 weights.
     """
     position = (codes.float() + 0.5) * 2.0**-n_bits - 0.5
     columns = codes.shape[1]
@@ -101,21 +102,21 @@ def dequantize(codes: Tensor, n_bits: int, scale: Tensor, bias: Tensor, group_si
 
 
 def spread(per_group: Tensor, group_size: int, columns: int) -> Tensor:
-    """(O, G) values of groups as (O, columns) float32 values of columns."""
+    """Repeats values of groups (O, G) for every column of their group: (O, columns) float32."""
     return per_group.float().repeat_interleave(min(group_size, columns), dim=1)[:, :columns]
 
 
 @dataclass(frozen=True)
 class PackedWeight(ABC):
-    """A sliced weight as it is stored: bit planes, and the values that its code turns them into weights with.
+    """A sliced weight as it is stored: bit planes, and the values with which its code turns them into weights.
 
     Names of values that belong to some depths alone end in ``_p``, p being the last plane that they need: a part of a
     checkpoint without that plane does without them.
 
     Args:
-        planes: Tensors (O, ceil(I / 8)) uint8, most significant bit first.
-        values: The values of the code, bfloat16, in the order of `value_shapes`.
-        in_features: I.
+        planes: Bit planes, (O, ceil(I / 8)) uint8 each, most significant bit first.
+        values: Values of the code, bfloat16, in the order of `value_shapes`.
+        in_features: Columns of the weight, I.
         group_size: Columns per group; the last group may be shorter.
         slice_bits: Bits of each slice; they add up to at least the number of planes.
     """
@@ -138,7 +139,7 @@ class PackedWeight(ABC):
 
     @abstractmethod
     def weight_at(self, n_bits: int) -> Tensor:
-        """The weight read to a depth of `n_bits`, (O, I) float32.
+        """Gives the weight read to a depth of `n_bits`, (O, I) float32.
 
         Raises:
             ValueError: If that depth cannot be read.
@@ -146,28 +147,28 @@ class PackedWeight(ABC):
 
     @property
     def out_features(self) -> int:
-        """O."""
+        """Rows of the weight, O."""
         return self.planes[0].shape[0]
 
     @property
     def n_weights(self) -> int:
-        """Weights of the matrix, O x I."""
+        """Number of weights of the matrix, O x I."""
         return self.out_features * self.in_features
 
     @property
     def overhead_bits(self) -> float:
-        """Bits per weight spent on values."""
+        """Bits per weight spent on the values of the code, such as scales and biases."""
         return sum(value.numel() for value in self.values) * 16 / self.n_weights
 
     @property
     def named_values(self) -> dict[str, Tensor]:
-        """The values by the names under which they are stored."""
+        """Values of the code, by the names under which they are stored."""
         names = self.value_shapes(self.out_features, self.in_features, self.group_size, self.slice_bits)
         return dict(zip(names, self.values, strict=True))
 
     @property
     def named_tensors(self) -> dict[str, Tensor]:
-        """The planes, then the values, by the names under which they are stored."""
+        """Bit planes, then values of the code, by the names under which they are stored."""
         return {plane_name(number): plane for number, plane in enumerate(self.planes)} | self.named_values
 
 
@@ -180,7 +181,7 @@ class PackedSlices(PackedWeight):
     def value_shapes(
         cls, out_features: int, in_features: int, group_size: int, slice_bits: tuple[int, ...]
     ) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of scale and bias, (O, G) each."""
+        """Names and shapes of the scale and of the bias, (O, G) each."""
         shape = (out_features, n_groups(in_features, group_size))
         return dict.fromkeys((value_name("scale"), value_name("bias")), shape)
 
@@ -195,7 +196,7 @@ class PackedSlices(PackedWeight):
         return self.values[1]
 
     def weight_at(self, n_bits: int) -> Tensor:
-        """The weight read to a depth of `n_bits`, any number of stored planes: (O, I) float32.
+        """Gives the weight read to a depth of `n_bits`, any number of stored planes: (O, I) float32.
 
         Raises:
             ValueError: If there are fewer planes, or `n_bits` is below 1.

@@ -30,7 +30,7 @@ class PackedValues(PackedWeight):
     """
 
     def weight_at(self, n_bits: int) -> Tensor:
-        """The weight read to a depth of `n_bits`, which whole slices must reach: (O, I) float32.
+        """Gives the weight read to a depth of `n_bits`, which whole slices must reach: (O, I) float32.
 
         Raises:
             ValueError: If no number of slices has `n_bits` bits.
@@ -46,9 +46,10 @@ class PackedValues(PackedWeight):
 
 
 class PackedResiduals(PackedValues):
-    """Slices with a scale and a bias of their own, (O, G) each; the values of the slices take turns.
+    """A weight whose slices have a scale and a bias of their own, (O, G) each.
 
-    A slice of b bits with code c adds ``bias + scale * ((c + 1/2) / 2^b - 1/2)``.
+    Values are stored slice by slice: scale, bias, scale, bias, ... A slice of b bits with code c adds
+    ``bias + scale * ((c + 1/2) / 2^b - 1/2)``.
     """
 
     code = "per_slice"
@@ -74,7 +75,7 @@ class PackedResiduals(PackedValues):
 
 
 class PackedBinary(PackedValues):
-    """Planes with a scale of their own, (O, G) each, and one bias for all: ``bias + sum of scale_p * (+1 or -1)``."""
+    """A weight with a scale per plane and one bias, (O, G) each: ``bias + sum of scale_p * (+1 or -1)``."""
 
     code = "per_plane"
 
@@ -93,7 +94,7 @@ class PackedBinary(PackedValues):
 
 
 class PackedTables(PackedValues):
-    """A table of values for each group and depth, (O, G, 2^p): the code read to depth p is the index."""
+    """A weight with a table of values (O, G, 2^p) for each depth p; the code read to depth p is the index."""
 
     code = "codebook"
 
@@ -112,16 +113,16 @@ class PackedTables(PackedValues):
 CODES: dict[str, type[PackedWeight]] = {
     kind.code: kind for kind in (PackedSlices, PackedResiduals, PackedBinary, PackedTables)
 }
-"""By the name in config.json."""
+"""Class of the stored weight for each code, by the code's name in config.json."""
 
 
 def binary_prefixes(codes: Tensor, scales: Sequence[Tensor], bias: Tensor, group_size: int) -> Iterator[Tensor]:
-    """Weights (O, I) float32 read with 1, 2, ... planes.
+    """Yields the weights (O, I) float32 of a binary code read with 1, 2, ... planes.
 
     Args:
-        codes: (O, I) uint8 of as many bits as there are scales; a set bit is +1, another -1.
-        scales: (O, G) of each plane.
-        bias: (O, G).
+        codes: (O, I) uint8 codes of as many bits as there are scales; a set bit is +1, any other -1.
+        scales: (O, G) scales of each plane.
+        bias: (O, G) bias that all planes share.
         group_size: Columns per group.
     """
     columns = codes.shape[1]
@@ -133,6 +134,6 @@ def binary_prefixes(codes: Tensor, scales: Sequence[Tensor], bias: Tensor, group
 
 
 def look_up(codes: Tensor, table: Tensor, group_size: int) -> Tensor:
-    """Weights (O, I) float32 of codes (O, I), indices into the tables (O, G, K) of their groups."""
+    """Looks up the weights (O, I) float32 of codes (O, I), indices into the tables (O, G, K) of their groups."""
     group = torch.arange(codes.shape[1], device=codes.device) // group_size
     return table.float().flatten(1).gather(1, codes.long() + group * table.shape[2])

@@ -13,7 +13,7 @@ import re
 from typing import Literal
 
 TensorKind = Literal["plane", "scale", "bias", "table", "router", "transform", "thresholds", "budgets", "other"]
-"""What a stored tensor is: a bit plane; a scale, bias or table of a code; part of a router or of a transformed input;
+"""Kind of a stored tensor: a bit plane; a scale, bias or table of a code; part of a router or of a transformed input;
 thresholds, or the budgets that they are for; anything that is not sliced."""
 
 INPUT = "input"
@@ -38,16 +38,16 @@ _PATTERNS = [(kind, re.compile(f"{pattern}$")) for kind, pattern in _KINDS]
 
 
 def plane_name(plane: int) -> str:
-    """Name of bit plane `plane`, from 0, within its linear: ``plane_3``."""
+    """Gives the name of bit plane `plane`, from 0, within its linear, such as ``plane_3``."""
     return f"plane_{plane}"
 
 
 def value_name(kind: Literal["scale", "bias", "table"], plane: int | None = None) -> str:
-    """Name of a value of a code within its linear.
+    """Gives the name of a value of a code within its linear.
 
     Args:
-        kind: What the value is.
-        plane: The last plane that the value needs, from 0; None if it belongs to all depths.
+        kind: Kind of the value.
+        plane: Last plane that the value needs, from 0; None if it belongs to all depths.
 
     Returns:
         ``slice_scale``, or ``slice_scale_3`` for a scale that is of no use without plane 3.
@@ -56,7 +56,7 @@ def value_name(kind: Literal["scale", "bias", "table"], plane: int | None = None
 
 
 def input_tensor_name(linear: str, name: str) -> str:
-    """Name in a checkpoint of a tensor of a routed input.
+    """Gives the name that a tensor of a routed input has in a checkpoint.
 
     Args:
         linear: Dotted path of the linear that carries the input.
@@ -66,12 +66,12 @@ def input_tensor_name(linear: str, name: str) -> str:
 
 
 def kind_of(name: str) -> TensorKind:
-    """What the stored tensor `name` is; ``other`` if it is not part of a sliced linear or of its input."""
+    """Tells the kind of the stored tensor `name`; ``other`` if it is not part of a sliced linear or of its input."""
     return next((kind for kind, pattern in _PATTERNS if pattern.search(name)), "other")
 
 
 def plane_of(name: str) -> int | None:
-    """The last plane, from 0, without which a stored tensor is of no use, by its name; None if it belongs to all depths."""
+    """Last plane, from 0, that the stored tensor `name` needs to be of any use; None if it belongs to all depths."""
     found = next((match for _, pattern in _PATTERNS if (match := pattern.search(name))), None)
     plane = None if found is None else found.groupdict().get("plane")
     return None if plane is None else int(plane)
@@ -90,5 +90,5 @@ def carrier_of(name: str) -> str:
 
 
 def deeper_than(n_planes: int) -> str:
-    """Regular expression for the names of planes and values that need more than the first `n_planes` planes, 1 to 7."""
+    """Regular expression for names of planes and values that need more than the first `n_planes` (1 to 7) planes."""
     return rf"\.(plane|slice_(scale|bias|table))_[{n_planes}-7]$"

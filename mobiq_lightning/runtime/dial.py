@@ -19,12 +19,12 @@ Budget = float | Sequence[float] | Tensor
 
 @dataclass(frozen=True)
 class BitsUsed:
-    """What was read since counting began, measured.
+    """Measured number of bits that a model has read since counting began.
 
     Args:
         code_bits: Bits of codes read per weight, mean over tokens, weighted by parameters over inputs.
-        all_in_bits: That, with scales and biases and, where tokens are routed, the routers.
-        n_tokens: Tokens that were read; padding is not counted where the model is given a 2-D attention mask.
+        all_in_bits: Code bits with those of scales and biases and of the routers, per weight.
+        n_tokens: Number of tokens that were read; padding is not counted where the model is given a 2-D attention mask.
         per_row: Code bits of each row, if rows had budgets of their own.
         per_layer: Code bits of each input by name, if asked for.
     """
@@ -44,8 +44,8 @@ class Dial:
 
     Args:
         inputs: The routed inputs of the model, their tables filled.
-        scope: Which threshold table is used unless another is asked for.
-        overhead_bits: Bits per weight of scales and biases.
+        scope: Threshold table that is used unless another is asked for, ``layer`` or ``global``.
+        overhead_bits: Bits per weight of scales and biases, or of tables.
         router_bits: Bits per weight of the routers.
     """
 
@@ -71,22 +71,23 @@ class Dial:
         self._generating = False
         self._kept: list[tuple[Tensor, Tensor]] | None = None
         self.replaced = 0
-        """How often thresholds or counters were replaced by others, which whoever captured the old ones must know."""
+        """Number of times that tensors of thresholds or counts were replaced, which makes captured graphs void."""
         self.state = ReadState()
         for routed in self.inputs:
             routed.state = self.state
 
     @property
     def budget(self) -> float | Tensor | None:
-        """The bits asked for: one figure, or (B,) with one for each row; None if the dial was never turned."""
+        """Average bits asked for: one figure, or (B,) with one for each row; None if the dial was never turned."""
         return self._budget if self._budget is None or self.state.per_row else float(self._budget)
 
     def set_bits(self, bits: Budget, scope: Scope | None = None) -> None:
-        """Turns the dial. Outside of a generation, counting begins anew.
+        """Turns the dial to a budget. Outside of a generation, counting begins anew.
 
         Args:
-            bits: Average bits per weight, one for all rows or (B,), one for each row of the batches to come.
-            scope: Another threshold table than the default.
+            bits: Average bits per weight, one figure for all rows, or (B,) with one for each row of the batches to
+                come.
+            scope: Threshold table, ``layer`` or ``global``; by default that of the dial.
 
         Raises:
             BitsError: If a budget is outside of what the stored slices can give.
@@ -97,7 +98,16 @@ class Dial:
 
     @contextmanager
     def bits(self, bits: Budget, scope: Scope | None = None) -> Iterator[None]:
-        """Within it, the dial stands at `bits`; afterwards where it stood before. What was counted is kept."""
+        """Context in which the dial stands at `bits`; afterwards it stands where it did, and what was counted is kept.
+
+        Args:
+            bits: Average bits per weight, one figure for all rows, or (B,) with one for each row of the batches to
+                come.
+            scope: Threshold table, ``layer`` or ``global``; by default that of the dial.
+
+        Raises:
+            BitsError: If a budget is outside of what the stored slices can give.
+        """
         before, last_scope = self._budget, self._scope_now
         self.set_bits(bits, scope)
         try:
@@ -107,14 +117,15 @@ class Dial:
 
     @contextmanager
     def generation(self, bits: Budget | None, batch: int | None) -> Iterator[None]:
-        """Within it, a batch of `batch` rows is continued: counting goes on while the dial turns.
+        """Context in which a batch is continued token by token: counting goes on while the dial turns.
 
         Args:
-            bits: Budget of this generation, where the dial goes back from at its end; by default where it stands.
+            bits: Budget of this generation, after which the dial goes back to where it stood; by default where it
+                stands.
             batch: Rows of the batch, before beams or samples multiply them; None if unknown.
 
         Raises:
-            BitsError: If budgets for each row are not as many as rows.
+            BitsError: If a budget is out of range, or there are not as many budgets as rows.
         """
         before, last_scope = self._budget, self._scope_now
         asked = self._budget if bits is None else self._checked(bits)
@@ -131,19 +142,19 @@ class Dial:
             self._keep_count(before if bits is not None else None, last_scope)
 
     def reset(self) -> None:
-        """Begins counting anew."""
+        """Sets the counts of what was read to 0."""
         self._kept = None
         rows = len(self._budget) if self._budget is not None and self.state.per_row else 1
         self.replaced += sum(routed.reset_count(rows) for routed in self.inputs)
 
     def bits_used(self, names: Sequence[str] = ()) -> BitsUsed:
-        """What was read since counting began, or within the generation or `bits` context that ended last.
+        """Reports the bits that were read since counting began, or in the generation or `bits` context that ended last.
 
         Args:
-            names: Of the inputs, if their own averages are wanted.
+            names: Names of the inputs, in their order, if their own averages are wanted.
 
         Raises:
-            BitsError: If nothing was read.
+            BitsError: If no tokens were read.
         """
         counts = [(routed.bits_read, routed.tokens_read) for routed in self.inputs]
         tokens = torch.stack([count[1].cpu() for count in counts]).double()  # (inputs, R)
@@ -166,7 +177,7 @@ class Dial:
         )
 
     def thresholds(self, budgets: Tensor, scope: Scope) -> Tensor:
-        """Thresholds (inputs, R) on the host for budgets (R,), interpolated between the stored ones."""
+        """Interpolates the stored thresholds for R budgets (R,) in average bits: (inputs, R), on the host."""
         table = self._tables[scope]
         position = (budgets - self.lowest) / TABLE_STEP
         lower = position.floor().long().clamp(0, max(0, table.shape[1] - 2))
@@ -190,7 +201,7 @@ class Dial:
         self._kept = kept
 
     def _checked(self, bits: Budget) -> Tensor:
-        """Budgets () or (R,), float64, on the host."""
+        """Budgets as a tensor, () or (R,) float64, on the host; raises `BitsError` if one is out of range."""
         budgets = torch.as_tensor(bits, dtype=torch.float64).detach().cpu()
         if budgets.ndim > 1 or budgets.numel() == 0:
             raise BitsError(f"bits of shape {tuple(budgets.shape)}; give one figure, or one for each row of the batch")

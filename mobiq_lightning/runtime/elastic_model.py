@@ -1,4 +1,4 @@
-"""What an elastic model can do beside what transformers gives it: turn its dial, and tell what it used."""
+"""Abilities of an elastic model beside those of transformers: it can turn its dial, and tell the bits that it used."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class KernelState:
     """Whether the linears of a model are multiplied by the Triton kernels.
 
     Args:
-        wanted: Whether they are to be; None where a CUDA device is.
-        known_for: Device and dtype that was last looked at.
-        missing: Why they are not; None if they are.
+        wanted: Whether the kernels are to be used; None to use them on CUDA devices.
+        known_for: Device and dtype of the model for which `missing` was found out.
+        missing: Reason why the kernels are not used; None if they are.
     """
 
     wanted: bool | None = None
@@ -37,7 +37,10 @@ class KernelState:
 
 
 class ElasticModel:
-    """Mixed into the class of a causal language model when an elastic checkpoint is loaded into it."""
+    """A causal language model whose bits per weight can be set while it runs.
+
+    It is mixed into the class of a model of transformers when an elastic checkpoint is loaded.
+    """
 
     dial: Dial
     kept: KeptWeights
@@ -47,11 +50,11 @@ class ElasticModel:
     """The class of the model in transformers, in front of which this one is mixed."""
 
     def set_bits(self, bits: Budget, scope: Scope | None = None) -> None:
-        """Runs at `bits` bits per weight on average from now on; takes effect with the next token.
+        """Makes the model run at `bits` bits per weight on average from now on; takes effect with the next token.
 
         Args:
-            bits: One figure, or (B,), one for each row of the batches to come.
-            scope: ``layer`` or ``global``: another threshold table than the checkpoint's default.
+            bits: Average bits per weight, one figure, or (B,) with one for each row of the batches to come.
+            scope: Threshold table, ``layer`` or ``global``; by default that of the checkpoint.
 
         Raises:
             BitsError: If a budget is outside of what the loaded planes can give.
@@ -59,40 +62,48 @@ class ElasticModel:
         self.dial.set_bits(bits, scope)
 
     def bits(self, bits: Budget, scope: Scope | None = None) -> AbstractContextManager[None]:
-        """Within it, the model runs at `bits`; afterwards as before. See `set_bits`."""
+        """Context in which the model runs at `bits` bits per weight on average; afterwards it runs as before.
+
+        Args:
+            bits: Average bits per weight, one figure, or (B,) with one for each row of the batches to come.
+            scope: Threshold table, ``layer`` or ``global``; by default that of the checkpoint.
+
+        Raises:
+            BitsError: If a budget is outside of what the loaded planes can give.
+        """
         return self.dial.bits(bits, scope)
 
     @property
     def budget(self) -> float | Tensor | None:
-        """The bits that are asked for at present; what was used, `bits_used` tells."""
+        """Average bits per weight asked for at present, one figure or (B,); `bits_used` tells how many were read."""
         return self.dial.budget
 
     def bits_used(self, per_layer: bool = False) -> BitsUsed:
-        """What the model has read, measured: since `set_bits`, or by the last `generate` or `with model.bits(...)`.
+        """Measures the bits read since `set_bits`, or in the last `generate` or `with model.bits(...)`.
 
         Args:
-            per_layer: Also report every input, under the name of the first linear that reads it.
+            per_layer: Whether every input is reported too, under the name of the first linear that reads it.
 
         Raises:
-            BitsError: If it has read nothing since.
+            BitsError: If the model has read nothing since.
         """
         model: Any = self
         return self.dial.bits_used(input_names(model) if per_layer else ())
 
     @property
     def path(self) -> str:
-        """``kernels``, or ``reference: `` and why not the kernels."""
+        """Path that products take: ``kernels``, or ``reference:`` with the reason why not the kernels."""
         self.find_kernels()
         return "kernels" if self.kernels.missing is None else f"reference: {self.kernels.missing}"
 
     def use_kernels(self, wanted: bool = True) -> None:
-        """Multiplies by the Triton kernels from now on, where they run, or by the reference.
+        """Makes the model multiply by the Triton kernels from now on, or by the reference.
 
         Args:
-            wanted: False for the reference.
+            wanted: Whether the kernels are used; False for the reference.
 
         Raises:
-            KernelError: If they are wanted but cannot run here.
+            KernelError: If the kernels are wanted but cannot run here.
         """
         self.kernels = KernelState(wanted)
         if not wanted:
@@ -120,16 +131,16 @@ class ElasticModel:
             self.kernels.missing = missing_for_code(code) or missing_for_kernels(*here)
 
     def keep_weights(self, n_bytes: int) -> None:
-        """Sets how much memory the reference may keep dequantized weights in; they are unpacked for every call beyond it.
+        """Sets how much memory the reference may keep dequantized weights in; others are unpacked for every call.
 
         Args:
-            n_bytes: Of the whole model; 0 keeps none.
+            n_bytes: Limit in bytes for the whole model; 0 keeps none.
         """
         self.kept.clear()
         self.kept.limit_bytes = n_bytes
 
     def get_compiled_call(self, compile_config: Any) -> Any:
-        """What transformers decodes with if the cache is static: a CUDA graph of one step, unless a way to compile is given."""
+        """Gives transformers a CUDA graph to decode with a static cache, unless a way to compile is given."""
         if compile_config is not None and not getattr(compile_config, "_compile_all_devices", False):
             return super().get_compiled_call(compile_config)  # type: ignore[misc]
         model: Any = self
@@ -137,17 +148,17 @@ class ElasticModel:
         return model.__call__ if on_several else GraphedStep(model)  # a graph holds the work of one device
 
     def generate(self, *args: Any, bits: Budget | None = None, **kwargs: Any) -> Any:
-        """`generate` of transformers, at `bits` bits per weight.
+        """Generates text as `generate` of transformers does, at `bits` bits per weight on average.
 
         The dial may be turned between tokens, say by a logits processor that calls `set_bits`; the KV cache is kept.
 
         Args:
-            *args: As transformers takes them.
+            *args: Arguments of `generate` of transformers.
             bits: Budget of this call, one figure or one for each row of the batch; by default where the dial stands.
-            **kwargs: As transformers takes them.
+            **kwargs: Keyword arguments of `generate` of transformers.
 
         Raises:
-            BitsError: If a budget is out of range, or budgets are not as many as rows.
+            BitsError: If a budget is out of range, or there are not as many budgets as rows.
         """
         given = (args[0] if args else None, *(kwargs.get(k) for k in ("inputs", "input_ids", "inputs_embeds")))
         batch = next((len(value) for value in given if isinstance(value, Tensor)), 1)
@@ -165,12 +176,12 @@ class ElasticModel:
 
 
 def make_elastic(model: Any, scope: Scope, bits: float) -> None:
-    """Makes a model whose linears are elastic an `ElasticModel`, in place.
+    """Turns a model whose linears are elastic into an `ElasticModel`, in place.
 
     Args:
-        model: A causal language model of transformers, loaded.
-        scope: Its default threshold table.
-        bits: Where its dial stands; the nearest that it holds.
+        model: Loaded causal language model of transformers.
+        scope: Default threshold table of the model, ``layer`` or ``global``.
+        bits: Average bits per weight that the dial is set to; clamped to what the model holds.
     """
     inputs = routed_inputs(model)
     model.__class__ = elastic_class(type(model))  # type: ignore[arg-type]
@@ -187,13 +198,13 @@ def make_elastic(model: Any, scope: Scope, bits: float) -> None:
 
 @functools.cache
 def elastic_class(cls: Any) -> Any:
-    """`cls` with `ElasticModel` in front, under the same name, so that saved configs name what transformers knows."""
+    """Joins `ElasticModel` and `cls` in a class named like `cls`, so that saved configs name one that is known."""
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     return type(cls.__name__, (ElasticModel, cls), {**names, "plain_class": cls})
 
 
 def _before_forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Sees to it that the kernels are where the model is, and lets the counts leave out what a 2-D mask marks as padding."""
+    """Attaches the kernels where the model is now, and makes the counts leave out what a 2-D mask marks as padding."""
     if not torch.compiler.is_compiling():
         model.find_kernels()
     mask: Any = kwargs.get("attention_mask")

@@ -1,7 +1,7 @@
 """Norms and gated MLPs of LLaMA-family blocks that enter the kernels together with the router of what they feed.
 
 The modules keep their place, name and parameters; for a few tokens at a time, their class computes its output in the launch
-that routes and prepares it. For everything else they are what they were.
+that routes and prepares it. For all other inputs they compute what they did before.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ BLOCKS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen
 
 
 class FusedNorm:
-    """Mixed in front of an RMS norm's class."""
+    """Mixin for the class of an RMS norm: a few tokens are normalised in the kernel launch that routes them."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """(..., I) -> (..., I)."""
+        """Normalises tokens (..., I) to (..., I), in the launch that routes them where the kernels can."""
         kernel, norm = _current(self), _module(self)
         if kernel is not None and kernel.routes(hidden_states) and norm.weight.dtype == hidden_states.dtype:
             return kernel.enter(hidden_states, norm=(norm.weight, norm.variance_epsilon))
@@ -31,10 +31,10 @@ class FusedNorm:
 
 
 class FusedMLP:
-    """Mixed in front of a gated MLP's class."""
+    """Mixin for the class of a gated MLP: a few tokens are gated in the kernel launch that routes them."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., H) -> (..., H)."""
+        """Applies ``down(act(gate(x)) * up(x))`` to tokens (..., H), gated in the launch that routes them: (..., H)."""
         kernel, mlp = _current(self), _module(self)
         if kernel is None or not kernel.routes(x):
             return super().forward(x)  # type: ignore[misc,no-any-return]
@@ -46,7 +46,7 @@ def fuse_blocks(model: nn.Module) -> None:
     """Lets norms and MLPs enter the kernels, in blocks of the known kinds whose linears are elastic.
 
     Args:
-        model: With `KernelInput`s attached; without them the modules do as before.
+        model: Model whose norms and MLPs are changed in place; while no kernels are attached they compute as before.
     """
     for block in model.modules():
         if type(block).__name__ not in BLOCKS:
@@ -87,5 +87,5 @@ def _current(module: Any) -> KernelInput | None:
 
 
 def _module(module: Any) -> Any:
-    """The same, for the type checker: a mixin does not know what it is mixed into."""
+    """Gives `module` itself, of any type for the type checker: a mixin does not know what it is mixed into."""
     return module

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 CACHE_NAMES = ("cache", "past_key_values")
-"""What transformers calls the key-value cache: since 5.24, and before."""
+"""Names that transformers gives the key-value cache: since 5.24, and before."""
 
 
 class GraphedStep:
@@ -22,10 +22,10 @@ class GraphedStep:
 
     The first step with inputs of some shape runs as usual, so that everything is compiled and allocated; the second is
     captured; it and all later ones are replayed with their inputs copied to where the first ones were. A captured step holds
-    the cache that it was captured with: another cache, other shapes, or counters and thresholds that the dial has replaced,
-    and it starts anew.
+    the cache that it was captured with. It starts anew with another cache, with other shapes, and when the dial has
+    replaced counters or thresholds.
 
-    What it returns lies where the next step will write. On a device without graphs each step is run on the copied inputs.
+    The next step overwrites the output of the last. On a device without graphs each step is run on the copied inputs.
 
     Args:
         model: A causal language model of transformers, elastic or not.
@@ -43,10 +43,10 @@ class GraphedStep:
 
     @torch.no_grad()
     def __call__(self, **inputs: Any) -> Any:
-        """The model's output for one step.
+        """Computes the model's output for one step.
 
         Args:
-            **inputs: As the model's forward takes them; the cache, by whichever name, a static one.
+            **inputs: Keyword arguments of the model's forward, among them a static key-value cache.
         """
         name = next(name for name in CACHE_NAMES if name in inputs)
         cache = inputs.pop(name)
@@ -88,11 +88,11 @@ class GraphedStep:
 
 
 def cache_name(model: Any) -> str:
-    """What the forward of a model calls its key-value cache."""
+    """Gives the name of the argument of a model's forward that takes the key-value cache."""
     parameters = inspect.signature(model.forward).parameters
     return next(name for name in CACHE_NAMES if name in parameters)
 
 
 def _kind(leaf: Any) -> Any:
-    """What must not change between replays: shape, type and place of a tensor, the value of anything else."""
+    """Key that must not change between replays: shape, dtype and device of a tensor, the value of anything else."""
     return (leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf

@@ -28,8 +28,8 @@ class KernelInput:
     """One routed input and the linears that read it, in the kernels' order.
 
     Args:
-        routed: The input.
-        linears: Its linears, in the order of the model. They give up their planes.
+        routed: Routed input that the linears share.
+        linears: Linears that read the input, in the order of the model. They give up their planes.
     """
 
     def __init__(self, routed: RoutedInput, linears: list[ElasticLinear]) -> None:
@@ -55,23 +55,26 @@ class KernelInput:
             linear.take_planes(weights.planes)
 
     def forget(self) -> None:
-        """Drops what is kept for the last tensor, since tokens are read in another way from now on."""
+        """Drops what is kept for the last tensor, for when tokens are to be read in another way."""
         self._entered.forget()
         self._product.forget()
 
     def packed(self, linear: ElasticLinear) -> PackedSlices:
-        """The saved form of one of the linears."""
+        """Gives the saved form, bit planes with scales and biases, of one of the linears."""
         return restore(self.weights, self.linears.index(linear))
 
     def product(self, x: Tensor, linear: ElasticLinear) -> Tensor:
-        """What one of the linears makes of its input, without its bias.
+        """Multiplies tokens by the weight of one of the linears, without adding its bias.
 
         Args:
-            x: (..., I); the same tensor for all linears, which are multiplied when the first of them asks.
-            linear: Who asks.
+            x: (..., I) tokens; the same tensor for all linears, which are multiplied when the first of them asks.
+            linear: Linear whose product is asked for.
 
         Returns:
             (..., O), a view of the product of all linears.
+
+        Raises:
+            KernelError: If gradients are asked for, which the kernels do not give.
         """
         index = self.linears.index(linear)
         if torch.compiler.is_compiling():
@@ -89,10 +92,10 @@ class KernelInput:
         return mine
 
     def routes(self, x: Tensor) -> bool:
-        """Whether the launch that prepares these tokens (..., I) can decide their depths too.
+        """Tells whether the launch that prepares the tokens `x` (..., I) can decide their depths too.
 
-        It can if tokens are few, their router is one that the kernels know, they are read to its own threshold, and
-        nobody observes what it decides.
+        The launch can if tokens are few, their router is one that the kernels know, they are read to its own threshold,
+        and nobody observes what it decides.
         """
         if torch.compiler.is_compiling():  # first: the rest is no work for a compiler
             return False
@@ -105,15 +108,15 @@ class KernelInput:
         )
 
     def enter(self, x: Tensor, norm: tuple[Tensor, float] | None = None, up: Tensor | None = None) -> Tensor:
-        """Norm or gating, routing and preparation of an input that `routes`, before the linears ask for it.
+        """Applies norm or gating, routes and prepares tokens in one launch, before the linears ask for them.
 
         Args:
-            x: (..., I), in front of the norm or the gating.
-            norm: Weight and epsilon of an RMS norm.
-            up: (..., I): the input is ``silu(x) * up``.
+            x: (..., I) tokens in front of the norm or the gating, for which `routes` holds.
+            norm: Weight (I,) and epsilon of an RMS norm; None if there is none.
+            up: (..., I) second factor of the gating ``silu(x) * up``; None if there is none.
 
         Returns:
-            The input (..., I) of the linears, to be given to them as it is.
+            Input (..., I) of the linears, which must be given to them as this very tensor.
         """
         from mobiq_lightning.kernels.dispatch import route_and_prepare
 
@@ -158,7 +161,7 @@ class KernelInput:
         return Routing(router, threshold.reshape(-1), routed.bits_read, routed.tokens_read, valid)
 
     def _compiled(self, x: Tensor, index: int) -> Tensor:
-        """The compiler finds what linears have in common by itself, as far as it is not the kernel's."""
+        """Product (..., O) of one linear while a graph is compiled; the compiler merges what linears have in common."""
         from mobiq_lightning.kernels.dispatch import kernel_linear
 
         routed, weights = self.routed, self.weights
@@ -186,7 +189,10 @@ class KernelInput:
 
 
 def fusable_router(router: Router) -> TwoLayerWeights | None:
-    """The weights of a router that the kernels can run: one that says so, and whose scores and gates are nobody else's."""
+    """Gives the weights of a router that the kernels can run; None for any other.
+
+    The router's class must define `two_layers` together with the scores that it describes, and leave gates as they are.
+    """
     # `two_layers` describes the scores of the class that defines it. A subclass that overrides the scores alone inherits
     # a description that is not true of it.
     owner: Any = next(cls for cls in type(router).__mro__ if "two_layers" in vars(cls))
@@ -197,14 +203,14 @@ def fusable_router(router: Router) -> TwoLayerWeights | None:
 
 
 def attach_kernels(model: nn.Module, dtype: torch.dtype) -> str | None:
-    """Brings all elastic linears of a model into the kernels' order.
+    """Brings the weights of all elastic linears of a model into the kernels' order.
 
     Args:
-        model: On its device.
+        model: Model on the device that it will run on.
         dtype: dtype that the model computes in.
 
     Returns:
-        Why it cannot be done, in which case nothing was changed; None if it was.
+        Reason why the kernels cannot run, in which case nothing was changed; None if they are attached.
     """
     by_input: dict[int, list[ElasticLinear]] = {}
     for module in model.modules():
@@ -221,7 +227,7 @@ def attach_kernels(model: nn.Module, dtype: torch.dtype) -> str | None:
 
 
 def detach_kernels(model: nn.Module) -> None:
-    """Gives all elastic linears of a model their planes back."""
+    """Gives all elastic linears of a model their planes back, so that the reference multiplies them."""
     for module in model.modules():
         if isinstance(module, RoutedInput) and module.kernel is not None:
             module.kernel.release()

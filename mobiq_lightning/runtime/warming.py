@@ -1,4 +1,4 @@
-"""Before the first request: everything compiled that a model can need, so that no request waits for a compiler."""
+"""Compiles everything that a model can need before the first request, so that no request waits for a compiler."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ def warm_up(model: Any) -> dict[int, float]:
     """Runs a loaded elastic model once at every number of tokens that takes a kernel of its own.
 
     What is compiled stays in Triton's cache on disk (``TRITON_CACHE_DIR``) and serves later processes too. Where the
-    reference runs, weights are unpacked at every depth instead, as many as the model keeps. What was counted is forgotten.
+    reference runs, weights are unpacked at every depth instead, as many as the model keeps. Counts of bits are set to
+    0.
 
     Args:
-        model: On the device that it will run on.
+        model: Elastic model on the device that it will run on.
 
     Returns:
-        Seconds by number of tokens.
+        Seconds that the runs took, by number of tokens.
     """
     seconds: dict[int, float] = {}
     for tokens in token_counts(model):
@@ -45,7 +46,7 @@ def warm_up(model: Any) -> dict[int, float]:
 
 
 def token_counts(model: Any) -> tuple[int, ...]:
-    """Numbers of tokens that `warm_up` runs."""
+    """Gives the numbers of tokens at which `warm_up` runs an elastic model: those that take a kernel of their own."""
     if model.path != "kernels":
         return (1,)
     from mobiq_lightning.kernels.dispatch import path_for

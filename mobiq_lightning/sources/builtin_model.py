@@ -29,7 +29,7 @@ _FORMAT_VERSION = 1  # part of the cache key; raise it with any change here that
 
 @dataclass(frozen=True)
 class BuiltinModelSpec:
-    """Everything but the text and the seed that decides the built-in model.
+    """Sizes and training of the built-in model: everything that decides it but the text and the seed.
 
     Args:
         hidden_size: Width of the residual stream.
@@ -84,18 +84,18 @@ class BuiltinModelSpec:
 
 
 def ensure_builtin_model(cache_dir: Path | None = None, seed: int = 0, spec: BuiltinModelSpec | None = None) -> Path:
-    """Folder with the built-in model, which is trained on the CPU first if the cache does not have it.
+    """Gives the folder with the built-in model, which is trained on the CPU first if the cache does not have it.
 
-    An ordinary Hugging Face LLaMA in float32, with its tokenizer. The caller's random state, default dtype,
-    device and threads stay as they are. Same seed, spec and text give the same bits on the same machine.
+    The model is an ordinary Hugging Face LLaMA in float32, with its tokenizer. The caller's random state, default
+    dtype, device and threads stay as they are. Same seed, spec and text give the same bits on the same machine.
 
     Args:
         cache_dir: Base of the cache; by default the environment variable ``MOBIQ_CACHE`` or the user's cache.
-        seed: Decides the initial weights and the order of the text.
+        seed: Seed of the initial weights and of the order of the text.
         spec: Sizes and training; by default ``BuiltinModelSpec()``, one to two minutes on one core.
 
     Raises:
-        DataError: If there is no text, see `builtin_documents`.
+        DataError: If this Python has no standard library sources to read the text from.
         ModelError: If the cache cannot be written.
     """
     spec = spec or BuiltinModelSpec()
@@ -126,7 +126,7 @@ def _cache_key(seed: int, spec: BuiltinModelSpec) -> str:
 
 
 def _build(target: Path, seed: int, spec: BuiltinModelSpec) -> None:
-    """Trains into a sibling folder; the rename to `target` is what marks it as complete."""
+    """Trains the model into a sibling folder; the rename to `target` marks it as complete."""
     partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     partial.mkdir()
     try:
@@ -244,7 +244,7 @@ def _batches(streams: list[list[int]], seed: int, spec: BuiltinModelSpec) -> Ite
 
 @contextlib.contextmanager
 def _isolated(seed: int) -> Iterator[None]:
-    """CPU, one thread, float32, gradients, own seed, whatever the caller has set; all of it is put back."""
+    """Context with CPU, one thread, float32, gradients and the given seed; the caller's settings are put back."""
     import torch
 
     with contextlib.ExitStack() as stack:

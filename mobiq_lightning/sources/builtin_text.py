@@ -1,4 +1,4 @@
-"""The built-in text: what CPython documents of itself; nothing is downloaded. Reading it takes two to four seconds."""
+"""The built-in text: CPython's documentation of itself; nothing is downloaded. Reading it takes two to four seconds."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _LEAST_CHARACTERS = 200_000  # a stripped-down Python without sources has less
 
 
 def builtin_documents(split: Literal["train", "heldout"]) -> list[str]:
-    """English documents of at least 200 characters: standard library docstrings and the topics of `help()`.
+    """Gives English documents of at least 200 characters: standard library docstrings and the topics of `help()`.
 
-    Sorted, without duplicates, the same in every process of one Python installation; others have other text.
-    A hash decides each text's split; held-out ones that largely repeat training text are in neither.
+    They are sorted, without duplicates, and the same in every process of one Python installation; other installations
+    have other text. A hash decides each text's split; held-out texts that largely repeat training text are in neither.
 
     Args:
-        split: ``train`` (about 1.6 million characters) or ``heldout`` (about 0.1 million).
+        split: Part of the text: ``train`` (about 1.6 million characters) or ``heldout`` (about 0.1 million).
 
     Raises:
         DataError: If the split is unknown, or this Python has no standard library sources to read.
@@ -45,13 +45,13 @@ def _splits() -> dict[str, tuple[str, ...]]:
 
 
 def read_splits(library: Path) -> dict[str, tuple[str, ...]]:
-    """Documents of a folder of Python sources, by split; `builtin_documents` says what they are.
+    """Reads the docstrings and help topics of a folder of Python sources, by split: ``train`` and ``heldout``.
 
     Args:
-        library: folder whose sources are read, at any depth; tests and installed packages within it are left out.
+        library: Folder whose sources are read, at any depth; tests and installed packages within it are left out.
 
     Raises:
-        DataError: If the sources hold less than 200,000 characters of documents.
+        DataError: If the sources hold fewer than 200,000 characters of documents.
     """
     documents = sorted({text for text in _read(library) if len(text) >= _SHORTEST})
     if (found := sum(map(len, documents))) < _LEAST_CHARACTERS:

@@ -1,6 +1,6 @@
-"""Calibration text that the full-precision model writes itself: what it is to be matched on, without a data set.
+"""Calibration text that the full-precision model writes itself, which needs no data set.
 
-Distilling a model on text of its own: LLM-QAT, arXiv 2305.17888.
+LLM-QAT (arXiv 2305.17888) distils a model on text of its own.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mobiq_lightning.runs import SharedWork
 from mobiq_lightning.sources.model import Source
 
 _CPU_CACHE_BYTES = 2**30
-"""Keys and values of the documents that are written at a time, on a CPU; on a GPU, half of the memory that weights leave."""
+"""Bytes for keys and values of documents written at a time, on a CPU; a GPU gives half of what weights leave."""
 _SECONDS_BETWEEN_LINES = 20.0
 
 
@@ -34,8 +34,8 @@ class SourceWriter:
 
     Args:
         source: The full-precision model; it is moved to `device` while it writes.
-        device: Where it writes.
-        kept: Where batches are kept.
+        device: Device that the model writes on.
+        kept: Store of the batches that are done.
     """
 
     source: Source
@@ -43,12 +43,12 @@ class SourceWriter:
     kept: SharedWork
 
     def write(self, n_tokens: int, seq_len: int, seed: int) -> list[int]:
-        """Token ids of documents, one after the other, without EOS.
+        """Writes documents and gives their token ids, one document after the other, without EOS.
 
         Args:
-            n_tokens: So many at least.
-            seq_len: Tokens of a document at most; the model's own limit if that is lower.
-            seed: Decides the text.
+            n_tokens: Least number of tokens to write.
+            seq_len: Greatest number of tokens of a document; the model's own limit if that is lower.
+            seed: Seed that decides the text.
 
         Raises:
             DataError: If the tokenizer has neither BOS nor EOS to begin with, or the model ends its texts at once.
@@ -111,10 +111,10 @@ class SourceWriter:
         return [_until(document, eos) for document in ids.tolist()]
 
     def _rows_at_once(self, length: int) -> int:
-        """How many documents' keys and values fit, at least one.
+        """Number of documents whose keys and values fit into memory at a time, at least one.
 
         Raises:
-            ModelError: If not even the model does.
+            ModelError: If the model and the keys and values that it keeps do not fit on a GPU.
         """
         config, model = self.source.model.config, self.source.model
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -136,14 +136,14 @@ class SourceWriter:
 
 
 class _Progress(StoppingCriteria):
-    """Stops nothing: tells the user from time to time how much is written."""
+    """A stopping criterion that stops nothing, but tells the user from time to time how much is written."""
 
     def __init__(self, n_tokens: int) -> None:
         self.n_tokens = n_tokens
         self.begun = self.told = time.monotonic()
 
     def begin_batch(self, written: int, rows: float) -> None:
-        """Takes note of the tokens before a batch, and of how many documents of full length it amounts to."""
+        """Notes the tokens written before a batch, and how many documents of full length the batch amounts to."""
         self.written, self.rows = written, rows
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:

@@ -19,12 +19,12 @@ class Source:
     """A loaded source model.
 
     Args:
-        name: As the recipe names it.
-        model: The full-precision causal language model, frozen, in eval mode.
-        tokenizer: Its tokenizer.
-        tokenizer_hash: Identifies the tokenizer in results.
-        fingerprint: Identifies the weights, from sizes and the ends of the weight files.
-        folder: The local folder with its files.
+        name: Name of the model in the recipe.
+        model: Full-precision causal language model, frozen, in eval mode.
+        tokenizer: Tokenizer of the model.
+        tokenizer_hash: Hash that identifies the tokenizer in results.
+        fingerprint: Hash that identifies the weights, of sizes and ends of the weight files.
+        folder: Local folder with the files of the model.
         config_changes: Keys of config.json that have other values since a transform was folded into the weights; None if
             none was.
     """
@@ -43,10 +43,10 @@ def load_source(pretrained: str, dtype: str = "auto") -> Source:
 
     Args:
         pretrained: Hub id, local folder, or ``builtin``.
-        dtype: ``auto`` (as saved), ``float32``, ``bfloat16`` or ``float16``.
+        dtype: dtype of the weights: ``auto`` (as saved), ``float32``, ``bfloat16`` or ``float16``.
 
     Raises:
-        ModelError: If it cannot be reached, is quantized already, lacks weights, or does not fit its tokenizer.
+        ModelError: If the model cannot be reached, is quantized already, lacks weights, or does not fit its tokenizer.
     """
     from huggingface_hub import snapshot_download
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -111,7 +111,15 @@ def _check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
 
 
 def check_finite(model: nn.Module, linears: Sequence[str]) -> None:
-    """Raises `ModelError` naming the first of the named linears whose weights hold NaN or infinity."""
+    """Checks that the weights of linears hold neither NaN nor infinity.
+
+    Args:
+        model: Model that holds the linears.
+        linears: Dotted paths of the linears to check.
+
+    Raises:
+        ModelError: If one does; the message names the first.
+    """
     for name in linears:
         weight = model.get_submodule(name).weight
         if isinstance(weight, Tensor) and not bool(torch.isfinite(weight).all()):
@@ -122,7 +130,7 @@ def check_finite(model: nn.Module, linears: Sequence[str]) -> None:
 
 
 def hash_tokenizer(tokenizer: Any) -> str:
-    """SHA-256 (first 16 hex digits) of a tokenizer's vocabulary, merges and special tokens."""
+    """Computes the SHA-256 (first 16 hex digits) of a tokenizer's vocabulary, merges and special tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     text = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
     return hashlib.sha256((text + repr(tokenizer.special_tokens_map)).encode()).hexdigest()[:16]

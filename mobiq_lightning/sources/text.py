@@ -1,6 +1,6 @@
 """Text sources: what a recipe may name, and how it becomes documents and tokens.
 
-The only module that imports `datasets`.
+No other module imports `datasets`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,14 @@ _UNKNOWN_LIMIT = 0.01  # share of <unk> tokens above which the tokenizer is take
 
 @dataclass(frozen=True)
 class HubText:
-    """A data set on the Hugging Face hub."""
+    """Place of a data set on the Hugging Face hub.
+
+    Args:
+        path: Repository of the data set.
+        name: Configuration of the data set; None if it has none.
+        split: Split of the data set.
+        data_files: Files of the repository to read; None for all.
+    """
 
     path: str
     name: str | None
@@ -45,13 +52,14 @@ NAMES = ("builtin", *_HUB)
 
 
 def read_documents(source: str, split: Split, key: str) -> list[str]:
-    """Documents of a source.
+    """Reads the documents of a text source.
 
     Args:
-        source: ``builtin``, ``wikitext2``, ``c4``, or a path to a .txt, .jsonl or .parquet file. Documents are rows of
-            jsonl and parquet (their ``text``), or the parts of a .txt between lines ``<|endoftext|>``.
-        split: Which part of a named source; a path is read whole.
-        key: The recipe key that named it, for messages.
+        source: Source of the text: ``builtin``, ``wikitext2``, ``c4``, or a path to a .txt, .jsonl or .parquet file.
+            Documents are rows of jsonl and parquet (their ``text``), or the parts of a .txt between lines
+            ``<|endoftext|>``.
+        split: Part of a named source, ``train`` or ``eval``; a path is read whole.
+        key: Recipe key that names the source, for messages.
 
     Raises:
         DataError: If the source is unknown, cannot be reached or holds no text.
@@ -81,7 +89,7 @@ def read_documents(source: str, split: Split, key: str) -> list[str]:
 
 
 def describe_source(source: str, split: Split) -> dict[str, Any]:
-    """What the text of a source depends on, so far as can be told without reading it."""
+    """Describes what the text of a source depends on, as far as can be told without reading it, for use as a key."""
     described: dict[str, Any] = {"source": source, "split": split}
     path = Path(source).expanduser()
     if source == "builtin":
@@ -124,14 +132,14 @@ def _text_column(rows: Any, where: str) -> list[str]:
 
 
 def tokenize(documents: list[str], tokenizer: Any, protocol: Protocol, where: str) -> list[list[int]]:
-    """Token ids of documents.
+    """Turns documents into token ids.
 
     Args:
-        documents: The texts.
-        tokenizer: A Hugging Face tokenizer.
-        protocol: ``packed``: one stream, the documents joined by blank lines as the papers do, with whatever the
-            tokenizer itself puts in front. ``documents``: each for itself, with BOS in front.
-        where: The recipe key, for messages.
+        documents: Texts of the documents.
+        tokenizer: Hugging Face tokenizer.
+        protocol: Way of joining documents. ``packed``: one stream, the documents joined by blank lines as the papers
+            do, with whatever the tokenizer itself puts in front. ``documents``: each for itself, with BOS in front.
+        where: Recipe key that names the source, for messages.
 
     Returns:
         One list of ids per stream: one for ``packed``, one per document for ``documents``.
@@ -157,7 +165,7 @@ def tokenize(documents: list[str], tokenizer: Any, protocol: Protocol, where: st
 
 
 def digest(streams: list[list[int]]) -> str:
-    """SHA-256 (first 16 hex digits) of token ids, which identifies data and tokenizer together."""
+    """Computes the SHA-256 (first 16 hex digits) of token ids, which identifies data and tokenizer together."""
     sha = hashlib.sha256()
     for ids in streams:
         sha.update(",".join(map(str, ids)).encode() + b"\n")

@@ -20,7 +20,7 @@ IGNORED = -100
 
 
 Write = Callable[[int, int, int], list[int]]
-"""Writes text: `SourceWriter.write`."""
+"""Function that writes token ids from the least number of tokens, the tokens per document at most, and a seed."""
 
 
 class ComparisonPass(IntEnum):
@@ -36,7 +36,7 @@ class Windows(Dataset[dict[str, Tensor]]):
     """Token windows of equal or different length.
 
     Args:
-        windows: 1-D int64 tensors.
+        windows: Token ids of each window, (T,) int64.
     """
 
     def __init__(self, windows: list[Tensor]) -> None:
@@ -58,14 +58,15 @@ class TextWindows(LightningDataModule):
         n_samples: Calibration windows of the text.
         seq_len: Tokens per window.
         batch_size: Calibration windows per step.
-        eval_protocol: `packed`: the papers' windows, without overlap, the tail dropped. `documents`: every document for
-            itself, BOS in front, cut at the window. Calibration windows are cut from the same kind of stream.
+        eval_protocol: Way of cutting windows. `packed`: the papers' windows, without overlap, the tail dropped.
+            `documents`: every document for itself, BOS in front, cut at the window. Calibration windows are cut from
+            the same kind of stream.
         eval_seq_len: Tokens per evaluation window; by default `seq_len`.
         eval_batch_size: Evaluation windows per step; by default `batch_size`.
-        eval_max_windows: Evaluate on the first so many windows only; by default on all.
-        seed: Decides which windows of the text are taken for calibration, and what the model writes.
-        n_generated: Further calibration windows, which the full-precision model writes itself. Thresholds, guards and layer
-            gains look at the windows of the text first.
+        eval_max_windows: Number of evaluation windows to use, the first ones; by default all.
+        seed: Seed of the choice of calibration windows from the text, and of what the model writes.
+        n_generated: Number of further calibration windows, which the full-precision model writes itself. Thresholds,
+            guards and layer gains look at the windows of the text first.
     """
 
     def __init__(
@@ -103,7 +104,7 @@ class TextWindows(LightningDataModule):
 
     @property
     def protocol(self) -> EvalProtocol:
-        """How perplexity is measured on the evaluation text; known once the text is read."""
+        """Protocol by which perplexity is measured on the evaluation text; it is known once the text is read."""
         assert self._protocol is not None, "read() comes first"
         return self._protocol
 
@@ -118,11 +119,11 @@ class TextWindows(LightningDataModule):
         """Reads and tokenizes the text; the model's own tokenizer is needed, so the model calls this in its `setup`.
 
         Args:
-            tokenizer: A Hugging Face tokenizer.
-            tokenizer_hash: Identifies it in the results.
-            stage: ``fit`` reads both sources, anything else the evaluation source alone.
-            shared: Where runs on the same text leave its tokens for each other.
-            write: Writes the windows of `n_generated`.
+            tokenizer: Hugging Face tokenizer of the model.
+            tokenizer_hash: Hash that identifies the tokenizer in results.
+            stage: Stage of the trainer: ``fit`` reads both sources, any other the evaluation source alone.
+            shared: Store in which runs on the same text leave its tokens for each other.
+            write: Function that writes the windows of `n_generated`; not needed without them.
 
         Raises:
             DataError: If a source cannot be read, or gives fewer windows than asked for.
@@ -134,7 +135,7 @@ class TextWindows(LightningDataModule):
             self.evaluation = self._read_evaluation(tokenizer, tokenizer_hash)
 
     def calibration_ids(self) -> Tensor:
-        """(N, T) int64: all calibration windows, in the order of their index."""
+        """Gives the token ids (N, T) int64 of all N calibration windows, in the order of their index."""
         assert self.calibration is not None, "read() comes first"
         return torch.stack(self.calibration.windows)
 
@@ -202,7 +203,7 @@ class TextWindows(LightningDataModule):
         return Windows([torch.tensor(w) for w in sorted(cut, key=len)])
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Calibration windows ``{"input_ids": (B, T), "index": (B,)}``, shuffled anew each epoch by `seed`."""
+        """Loads calibration windows ``{"input_ids": (B, T), "index": (B,)}``, shuffled anew each epoch by `seed`."""
         assert self.calibration is not None, "read() comes first"
         world, rank = _world()
         sampler: DistributedSampler[Any] = DistributedSampler(
@@ -211,9 +212,9 @@ class TextWindows(LightningDataModule):
         return DataLoader(self.calibration, batch_size=self.batch_size, sampler=sampler)
 
     def val_dataloader(self) -> list[DataLoader[dict[str, Tensor]]]:
-        """The evaluation windows, once for each `ComparisonPass`.
+        """Makes one data loader of the evaluation windows for each `ComparisonPass`.
 
-        None during a fit: perplexity of a half-calibrated model means nothing.
+        During a fit there are no loaders: perplexity of a half-calibrated model means nothing.
         """
         if self.trainer is not None and self.trainer.state.fn == "fit":
             return []
@@ -225,10 +226,13 @@ class TextWindows(LightningDataModule):
 
 
 def pad_windows(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """One batch of windows, padded on the right, where a causal model cannot see it.
+    """Joins windows to one batch, padded on the right, where a causal model cannot see it.
+
+    Args:
+        items: Windows of ``input_ids`` (T,) each, of equal or different length.
 
     Returns:
-        ``input_ids`` (B, T) and ``labels`` (B, T), the latter `IGNORED` where padded.
+        ``input_ids`` (B, T) and ``labels`` (B, T) int64, the latter `IGNORED` where padded.
     """
     windows = [item["input_ids"] for item in items]
     length = max(len(w) for w in windows)

@@ -29,7 +29,7 @@ class TrainableCodes(SliceScheme):
 
     @abstractmethod
     def code_parameters(self) -> list[nn.Parameter]:
-        """Parameters that decide the codes, each (O, I) or empty before the first slice starts; all others are ranges."""
+        """Parameters that decide codes, each (O, I), or empty before the first slice starts; all others are ranges."""
 
     @abstractmethod
     def start_slice(self, weight: Tensor, n_bits: int) -> bool:
@@ -53,7 +53,7 @@ class TrainableCodes(SliceScheme):
 
     @abstractmethod
     def bound_rounding(self, weight: Tensor) -> None:
-        """Moves codes in training that are further than the neighbours of the weight's own code back to those.
+        """Moves codes in training back until they differ from the weight's own code by one step at most.
 
         Args:
             weight: (O, I) the full-precision weight.
@@ -62,13 +62,13 @@ class TrainableCodes(SliceScheme):
 
 @runtime_checkable
 class ObservesWeights(Protocol):
-    """A router that is shown what its slices make of the weights: one that needs no training, or more than that."""
+    """A router that is shown the weights and what the slices make of them, say to score tokens without training."""
 
     def observe_weights(self, weight: Tensor, prefixes: Tensor, slice_bits: Sequence[int]) -> None:
-        """Called before every epoch of the input's block, and when the block is done.
+        """Shows the router the weights: called before every epoch of the input's block, and when the block is done.
 
-        Whatever is kept of it belongs into buffers, so that it is saved; it must be a function of the arguments, the seed
-        and the place of the router alone.
+        What the router keeps belongs into buffers, so that it is saved; it must be a function of the arguments, the
+        seed and the place of the router alone.
 
         Args:
             weight: (O, I) the full-precision weights of all linears that read the input, as they act on it.
@@ -82,13 +82,15 @@ class ObservesGains(Protocol):
     """A router that is shown what the slices of its input gain the whole model."""
 
     gains_from: ClassVar[GainMethod]
-    """How the gains that it is shown are measured."""
+    """How the gains that the router is shown are measured."""
 
     def observe_gains(self, gains: Tensor, slice_bits: Sequence[int], n_weights: int) -> None:
-        """Called once, when everything is calibrated and before thresholds are tuned. What is kept belongs into buffers.
+        """Shows the router the gains: called once, after calibration and before thresholds are tuned.
+
+        What the router keeps belongs into buffers, so that it is saved.
 
         Args:
             gains: (S - 1,) nats per token that each slice after the first takes from the KL divergence to full precision.
             slice_bits: Bits of all S slices.
-            n_weights: Weights that read the input.
+            n_weights: Number of weights that read the input.
         """

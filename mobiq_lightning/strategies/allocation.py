@@ -17,14 +17,14 @@ _CELLS = 20_000
 
 
 def concave_rates(gains: Sequence[float], slice_bits: Sequence[int]) -> list[float]:
-    """Gain per bit of each slice after the first, such that it does not rise from slice to slice.
+    """Computes the gain per bit of each slice after the first, such that it does not rise from slice to slice.
 
     A slice can be read only after all coarser ones. Where a fine slice gains more per bit than those before it, they are
     worth reading only together: they are pooled, and all get the gain per bit of the pool. These are the slopes of the
     upper concave hull over the depths (pool adjacent violators).
 
     Args:
-        gains: Of slices 2 to S, in any unit.
+        gains: Gains of slices 2 to S, in any unit.
         slice_bits: Bits of all S slices.
 
     Returns:
@@ -48,22 +48,22 @@ def best_depths(
     allowed: Tensor | None = None,
     window: float = WINDOW,
 ) -> list[int]:
-    """The static depths of greatest worth at a budget: a knapsack with one choice for each input, solved exactly.
+    """Finds the static depths of greatest worth at a budget: a knapsack with one choice for each input, solved exactly.
 
     Worths of inputs add up. Budgets are met as nearly as whole inputs allow, or within `window`; among all allocations there
     the one of greatest worth is taken. Sizes are rounded only if their greatest common divisor is below 1 / `_CELLS` of the
     whole, and then by half of that.
 
     Args:
-        worth: (inputs, S) of reading each input with 1, 2, ... S slices.
+        worth: (inputs, S) worth of reading each input with 1, 2, ... S slices.
         sizes: Weights that each input feeds.
         slice_bits: Bits of each slice.
         target_bits: Average bits per weight over all inputs.
-        allowed: (inputs, S) which depths may be taken; by default all.
+        allowed: (inputs, S) bool, which depths may be taken; by default all.
         window: Bits by which the budget may be missed for the sake of worth.
 
     Returns:
-        For each input the slices after the base that it reads, 0 to S - 1.
+        For each input the number of slices after the base that it reads, 0 to S - 1.
     """
     extra = [depth - slice_bits[0] for depth in depths_of(slice_bits)]
     unit = max(math.gcd(*sizes), sum(sizes) * extra[-1] / _CELLS, 1)
@@ -103,20 +103,21 @@ def nested_depths(
     allowed: Tensor | None = None,
     window: float = WINDOW,
 ) -> list[list[int]]:
-    """`best_depths` at several budgets, such that no input reads less at a higher one.
+    """Finds the static depths of greatest worth at several budgets, such that no input reads less at a higher one.
 
     The lowest budget is settled first, and each starts from the depths of the one below it.
 
     Args:
-        worth: See `best_depths`.
-        sizes: See `best_depths`.
-        slice_bits: See `best_depths`.
-        budgets: Average bits per weight, in any order.
-        allowed: See `best_depths`.
-        window: See `best_depths`.
+        worth: (inputs, S) worth of reading each input with 1, 2, ... S slices.
+        sizes: Weights that each input feeds.
+        slice_bits: Bits of each slice.
+        budgets: Average bits per weight over all inputs, in any order.
+        allowed: (inputs, S) bool, which depths may be taken; by default all.
+        window: Bits by which a budget may be missed for the sake of worth.
 
     Returns:
-        The depths of each budget, in the order of `budgets`.
+        For each budget, in the order of `budgets`, the number of slices after the base that each input reads, 0 to S -
+        1.
     """
     possible = torch.ones_like(worth, dtype=torch.bool) if allowed is None else allowed.clone()
     found: dict[float, list[int]] = {}
@@ -128,19 +129,19 @@ def nested_depths(
 
 
 def level_scores(n_slices: int, device: torch.device) -> Tensor:
-    """Scores 0, -1, -2, ... (S - 1,) of slices that open one after the other, whatever the token."""
+    """Scores 0, -1, -2, ... (S - 1,) with which slices open one after the other, the same for every token."""
     return -torch.arange(n_slices - 1.0, device=device)
 
 
 def split_budget(slice_bits: tuple[int, ...], target_bits: float) -> tuple[int, float]:
-    """The two neighbouring depths that average to a budget.
+    """Finds the two neighbouring depths that average to a budget, and the share of each.
 
     Args:
         slice_bits: Bits of each slice.
         target_bits: Average bits per weight, clamped to what the slices can give.
 
     Returns:
-        Slices after the base that everyone reads, and the share in [0, 1) that reads one more.
+        The number of slices after the base that everyone reads, and the share in [0, 1) that reads one more.
     """
     depths = depths_of(slice_bits)
     target = min(max(target_bits, depths[0]), depths[-1])

@@ -25,13 +25,13 @@ class SliceScheme(nn.Module, ABC):
     """How one weight matrix is cut into slices. Its parameters are what is learned of that weight.
 
     Args:
-        out_features: O.
-        in_features: I.
+        out_features: Rows of the weight, O.
+        in_features: Columns of the weight, I.
         slice_bits: Bits of each slice, coarsest first.
     """
 
     code: ClassVar[str] = PackedSlices.code
-    """The code of what `pack` gives; see `packing` and `codes`."""
+    """Name of the code that `pack` stores the weight in, one of `packing.CODES`."""
 
     def __init__(self, out_features: int, in_features: int, slice_bits: Sequence[int]) -> None:
         super().__init__()
@@ -50,12 +50,14 @@ class SliceScheme(nn.Module, ABC):
 
     @abstractmethod
     def weight_at(self, weight: Tensor, n_slices: int) -> Tensor:
-        """The weight read with its first `n_slices` slices; differentiable in the parameters of the scheme, and straight
-        through in the weight, which a transform may change while it is learned.
+        """Gives the weight read with its first `n_slices` slices.
+
+        It is differentiable in the parameters of the scheme. The gradient for the weight, which a transform may change
+        while it is learned, passes straight through.
 
         Args:
             weight: (O, I) the full-precision weight.
-            n_slices: 1 to S.
+            n_slices: Number of slices to read, 1 to S.
 
         Returns:
             (O, I) float32.
@@ -63,14 +65,14 @@ class SliceScheme(nn.Module, ABC):
 
     @abstractmethod
     def pack(self, weight: Tensor) -> PackedWeight:
-        """What is stored: its first planes, read back, equal `weight_at` bit by bit.
+        """Packs the weight for storage; its first planes, read back, equal `weight_at` bit by bit.
 
         Args:
             weight: (O, I) the full-precision weight.
         """
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The slices: the sum of the first k is the weight at k slices.
+        """Cuts the weight into slices, of which the first k add up to the weight read with k slices.
 
         Args:
             weight: (O, I) the full-precision weight.
@@ -82,18 +84,18 @@ class SliceScheme(nn.Module, ABC):
         return torch.cat([prefixes[:1], prefixes[1:] - prefixes[:-1]])
 
     def prefixes(self, weight: Tensor) -> Tensor:
-        """The weight at 1, 2, ... S slices, (S, O, I) float32; a scheme may override it with something faster."""
+        """Gives the weight read with 1, 2, ... S slices, (S, O, I) float32; schemes may override it for speed."""
         return torch.stack([self.weight_at(weight, k + 1) for k in range(len(self.slice_bits))])
 
     def forget(self) -> None:
-        """Gives up what is kept of the weight between calls, and can be made again; called when a block is done."""
+        """Drops what is kept of the weight between calls and can be computed again; called when a block is done."""
 
     def resized_tensors(self) -> list[str]:
-        """Names of its parameters and buffers whose sizes change while they are trained."""
+        """Names of the scheme's parameters and buffers whose sizes change while they are trained."""
         return []
 
     def bound_clipping(self) -> None:
-        """Narrows ranges that are wider than the weights of their group."""
+        """Narrows ranges that are wider than the weights of their group, in place; does nothing without ranges."""
 
 
 class Router(nn.Module, ABC):
@@ -103,23 +105,23 @@ class Router(nn.Module, ABC):
     ones are (a residual without its predecessors means nothing).
 
     Args:
-        in_features: I.
-        n_slices: S.
+        in_features: Features of the routed input, I.
+        n_slices: Number of slices, S.
     """
 
     per_token = True
     """Whether tokens of one input may read different depths at one threshold."""
 
     deployable = True
-    """Whether it costs less than the weights that it routes. One that does not is an upper bound for others, and every table
-    says so."""
+    """Whether the router costs less than the weights that it routes. One that does not is an upper bound for others,
+    and every table says so."""
 
     needs_model_stage: ClassVar[bool] = False
-    """Whether it learns end to end only, so that a recipe must have a stage with `scope: model` that trains routers."""
+    """Whether it learns end to end only; a recipe then needs a stage with `scope: model` that trains routers."""
 
     threshold: Tensor
-    """Scalar, or (B, 1, 1) if every row of a batch has a budget of its own. Where the dial stands is no part of a
-    checkpoint, so it is not saved."""
+    """Threshold that scores must exceed: a scalar, or (B, 1, 1) if every row of a batch has a budget of its own. It is
+    not saved, since the position of the dial is no part of a checkpoint."""
 
     def __init__(self, in_features: int, n_slices: int) -> None:
         super().__init__()
@@ -130,41 +132,44 @@ class Router(nn.Module, ABC):
 
     @abstractmethod
     def scores(self, x: Tensor) -> Tensor:
-        """How much each token wants each slice after the first.
+        """Scores how much each token needs each slice after the first.
 
         Args:
             x: (..., I) the input of the linears that share this router.
 
         Returns:
-            (..., S - 1), any real numbers.
+            (..., S - 1) scores, any real numbers.
         """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Gates of every token.
+        """Decides which slices each token reads, at the router's own threshold.
 
         Args:
-            x: (..., I)
+            x: (..., I) the tokens.
 
         Returns:
-            (..., S): 1 where the slice is read, else 0. In training the backward pass sees a sigmoid of the score
+            (..., S) gates: 1 where the slice is read, else 0. In training the backward pass sees a sigmoid of the score
             over the threshold, of width `temperature`.
         """
         return self.gates(self.scores(x), self.threshold)
 
     def bounded(self, scores: Tensor) -> Tensor:
-        """Scores as soft gates see them while routers are trained: in (-S, S), in the same order.
+        """Squashes scores (..., S - 1) into (-S, S) by tanh, in the same order, as soft gates see them in training.
 
-        A gate that is open for good has no gradient any more, so that its score cannot grow without end.
+        The gradient vanishes near the bounds, so the score of a gate that is always open cannot grow without end.
         """
         return self.n_slices * torch.tanh(scores / self.n_slices)
 
     def gates(self, scores: Tensor, threshold: Tensor, opened: Tensor | None = None) -> Tensor:
-        """Gates (..., S) of scores (..., S - 1).
+        """Opens the gates of slices whose score, under the prefix rule, is above a threshold.
 
         Args:
-            scores: Of the tokens.
-            threshold: Broadcasts against them.
+            scores: (..., S - 1) scores of the tokens.
+            threshold: Threshold that broadcasts against the scores.
             opened: (..., S - 1) which gates are open, if that is decided already; by default those above the threshold.
+
+        Returns:
+            (..., S) gates, 1 where a slice is read, else 0; the base slice is always read.
         """
         above = prefix_scores(scores) - threshold
         hard = (above > 0 if opened is None else opened).to(scores.dtype)
@@ -174,8 +179,9 @@ class Router(nn.Module, ABC):
         return torch.cat([hard.new_ones(*hard.shape[:-1], 1), hard], dim=-1)
 
     def two_layers(self) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-        """For routers whose scores are ``score(silu(hidden([x / rms(x), log rms(x)])))``: the weights, which the kernels then
-        run in the launch that prepares the tokens. All others are run in front of it.
+        """Weights of a router of the form ``score(silu(hidden([x / rms(x), log rms(x)])))``; None for any other.
+
+        The kernels run such a router in the launch that prepares the tokens. Any other router runs in front of it.
 
         Returns:
             Weight (H, I + 1) and bias (H,) of the hidden layer, weight (S - 1, H) and bias (S - 1,) of the scores.
@@ -190,7 +196,7 @@ class Router(nn.Module, ABC):
 
     @classmethod
     def thresholds_for(cls, task: ThresholdTask) -> Tensor:
-        """Thresholds of all inputs of a model at which their average depth meets each budget.
+        """Computes the thresholds of all inputs of a model at which their average depth meets each budget.
 
         A router that knows its thresholds without looking at scores overrides this.
 
@@ -238,37 +244,38 @@ class BudgetSchedule(ABC):
 class BlockRun(Protocol):
     """What an objective sees of the block being calibrated, on one batch of calibration windows.
 
-    In stages of the whole model, "the block" is the model and outputs are logits (B, T, V); see `ModelBatch`.
+    In stages of the whole model, "the block" is the model and outputs are logits (B, T, V), V entries of the
+    vocabulary.
     """
 
     target: Tensor
     """(B, T, H) output of the full-precision block on full-precision inputs."""
 
     depths: dict[int, float] | None
-    """The fixed depths in the loss of the stage, in bits, with their weights; None: those of the objective."""
+    """Fixed depths in the loss of the stage, in bits, with their weights; None for those of the objective."""
 
     @property
     def input_ids(self) -> Tensor | None:
-        """(B, T) the tokens where outputs are logits; None in stages of blocks."""
+        """Token ids (B, T) in stages of the whole model, whose outputs are logits; None in stages of blocks."""
 
     def at_depth(self, bits: int) -> Tensor:
-        """(B, T, H) output of the sliced block with all weights read at `bits`, on the inputs of that depth."""
+        """Gives the output (B, T, H) of the sliced block with weights read at `bits`, on the inputs of that depth."""
 
     def routed(self, target_bits: float, meet_exactly: bool) -> tuple[Tensor, Tensor]:
-        """Output (B, T, H) of the routed block and the average bits (scalar) that its gates spent.
+        """Gives the output (B, T, H) of the routed block and the average bits (scalar) that its gates spent.
 
         Args:
-            target_bits: The budget.
-            meet_exactly: Take each input's threshold as the quantile of the current scores at which its average is
+            target_bits: Budget, in average bits per weight.
+            meet_exactly: Whether each input's threshold is the quantile of the current scores at which its average is
                 `target_bits`; otherwise the threshold is 0 and the average is whatever the scores give.
         """
 
     def auxiliary_target(self, bits: int) -> Tensor:
-        """(B, T, H) output of the full-precision block on the inputs of depth `bits`."""
+        """Gives the output (B, T, H) of the full-precision block on the inputs of depth `bits`."""
 
 
 class Objective(ABC):
-    """What a block is trained to match."""
+    """What a block, or the whole model, is trained to match."""
 
     @property
     @abstractmethod
@@ -277,13 +284,13 @@ class Objective(ABC):
 
     @abstractmethod
     def __call__(self, run: BlockRun, target_bits: float, train_routers: bool) -> dict[str, Tensor]:
-        """Terms of the loss on one batch.
+        """Computes the terms of the loss on one batch.
 
         Args:
             run: The block on this batch.
-            target_bits: The budget asked for at this step.
+            target_bits: Budget asked for at this step, in average bits per weight.
             train_routers: Whether this stage trains routers; if not, only the fixed depths count.
 
         Returns:
-            Scalars by name. ``"loss"`` is minimized; the others are logged.
+            Scalar tensors by name. ``"loss"`` is minimized; the others are logged.
         """

@@ -12,7 +12,7 @@ _FACE = "mobiq_lightning.strategies"
 
 
 def public_path(cls: type) -> str:
-    """Dotted path by which a class is imported.
+    """Gives the dotted path by which a class is imported.
 
     Returns:
         For a class that `mobiq_lightning.strategies` exports, its path there, which does not change when its file moves;
@@ -23,19 +23,19 @@ def public_path(cls: type) -> str:
 
 
 def describe_class(cls: type, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """``{"class_path", "init_args"}`` of a class and the keyword arguments that it is built with."""
+    """Describes a class and the keyword arguments that it is built with, by ``{"class_path", "init_args"}``."""
     return {"class_path": public_path(cls), "init_args": dict(arguments)}
 
 
 def describe_factory(factory: Callable[..., Any]) -> dict[str, Any]:
-    """``{"class_path", "init_args"}`` of what builds a plug-in.
+    """Describes what builds a plug-in, by ``{"class_path", "init_args"}``.
 
     Args:
         factory: A class, a `functools.partial` of one, or the partial that jsonargparse makes of a recipe's entry: of a
             function of its own, with the class among the positional arguments.
 
     Raises:
-        TypeError: If it is anything else, such as a lambda, whose arguments cannot be written down.
+        TypeError: If the factory is anything else, such as a lambda, whose arguments cannot be written down.
     """
     made: Any = factory if isinstance(factory, functools.partial) else functools.partial(factory)
     found = next((part for part in (made.func, *made.args) if inspect.isclass(part)), None)

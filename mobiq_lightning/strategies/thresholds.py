@@ -37,10 +37,10 @@ def prefix_scores(scores: Tensor) -> Tensor:
     """Scores under the prefix rule: that of a slice is the lowest of its own and of all coarser ones.
 
     Args:
-        scores: (..., S - 1)
+        scores: (..., S - 1) scores of the slices after the first.
 
     Returns:
-        (..., S - 1), not increasing along the last dimension.
+        (..., S - 1) scores, not increasing along the last dimension.
     """
     if scores.shape[-1] == 0:
         return scores
@@ -60,13 +60,13 @@ def threshold_for_budget(
     together or not at all, whichever comes nearer.
 
     Args:
-        scores: (N, S - 1) scores under the prefix rule, see `prefix_scores`.
-        slice_bits: Bits of the S slices.
+        scores: (N, S - 1) scores of N tokens under the prefix rule: none above that of a coarser slice.
+        slice_bits: Bits of the S slices, coarsest first.
         budgets: Average bits per weight; clamped to what the slices can give.
         weights: (N,) weight of each token in the average, by default all alike.
 
     Returns:
-        (len(budgets),) float32.
+        (len(budgets),) float32 thresholds.
     """
     n_tokens = scores.shape[0]
     if n_tokens == 0 or scores.shape[1] == 0:
@@ -90,7 +90,7 @@ def threshold_for_budget(
 def with_budget_gradient(
     threshold: Tensor, scores: Tensor, slice_bits: Sequence[int], temperature: float, weights: Tensor | None = None
 ) -> Tensor:
-    """The threshold with the gradient that it has because the budget stays met when scores move.
+    """Gives a threshold the gradient that it has because the budget stays met when scores move.
 
     Differentiating ``sum(bits * sigmoid((score - threshold) / temperature)) = const`` gives the threshold as a mean of the
     scores, weighted by how much each gate still moves. A score then rises only if its gate saves more error per bit than
@@ -98,11 +98,14 @@ def with_budget_gradient(
     its steps (Adam) raises the scores of useless fine slices as fast as those of coarse ones.
 
     Args:
-        threshold: Scalar that meets the budget.
+        threshold: Threshold that meets the budget, a scalar.
         scores: (N, S - 1) scores under the prefix rule, with their gradient.
         slice_bits: Bits of the S slices.
         temperature: Width of the gates' sigmoid.
         weights: (N,) weight of each token in the average, by default all alike.
+
+    Returns:
+        The threshold, a scalar with that gradient.
     """
     bits = torch.tensor(slice_bits[1:], dtype=scores.dtype, device=scores.device)
     soft = torch.sigmoid((scores.detach() - threshold) / temperature)
@@ -114,13 +117,14 @@ def with_budget_gradient(
 
 
 def falling(table: Tensor) -> Tensor:
-    """The nearest table, in the mean square, whose thresholds do not rise with the budget.
+    """Gives the nearest table, in the mean square, whose thresholds do not rise with the budget.
 
-    Thresholds tuned budget by budget may: each is measured on inputs that the layers before it made at that budget. A dial
-    must never close a slice when it is turned up. Neighbours that rise are pooled (pool adjacent violators).
+    Thresholds that are tuned budget by budget may rise, since each is measured on inputs that the layers before it made
+    at that budget; but a dial must never close a slice when it is turned up. Neighbours that rise are averaged (pool
+    adjacent violators).
 
     Args:
-        table: (..., budgets).
+        table: (..., budgets) thresholds by ascending budget.
     """
     rows = table.reshape(-1, table.shape[-1]).tolist()
     for row in rows:
@@ -136,6 +140,6 @@ def falling(table: Tensor) -> Tensor:
 
 
 def average_bits(scores: Tensor, slice_bits: Sequence[int], threshold: Tensor | float) -> Tensor:
-    """Average bits (scalar, float64) of tokens with prefix scores (N, S - 1) at a threshold."""
+    """Average bits (scalar, float64) that N tokens with scores (N, S - 1) under the prefix rule read at a threshold."""
     bits = torch.tensor(slice_bits[1:], dtype=torch.float64, device=scores.device)
     return slice_bits[0] + ((scores > threshold).double() * bits).sum(-1).mean()

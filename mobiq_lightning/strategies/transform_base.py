@@ -21,7 +21,7 @@ STORED = ("scale", "shift")
 
 
 class Transform:
-    """What is done to weights and inputs before weights are sliced. In full precision the model computes what it did.
+    """What is done to weights and inputs before weights are sliced; it does not change the model in full precision.
 
     A plug-in folds something into the weights of the source model (`change_model`), or gives inputs a transform that is
     learned and applied at run time (`for_input`), or both. It keeps the arguments of its ``__init__`` as attributes of the
@@ -49,18 +49,18 @@ class Transform:
         return type(self).change_model is not Transform.change_model
 
     def for_input(self, in_features: int) -> InputTransform | None:
-        """What is learned of an input of I channels; None if the linears read it as it is."""
+        """Makes the learned transform of an input of `in_features` channels; None if linears read it as it is."""
         return None
 
     def describe(self) -> dict[str, Any]:
-        """``{"class_path", "init_args"}`` of this transform, as recipes have them; see `describe_class`."""
+        """Describes this transform as recipes and checkpoints do, by ``{"class_path", "init_args"}``."""
         cls = type(self)
         arguments = list(signature(cls.__init__).parameters)[1:] if cls.__init__ is not object.__init__ else []
         return describe_class(cls, {name: getattr(self, name) for name in arguments})
 
 
 class InputTransform(nn.Module, ABC):
-    """Per channel of one input a scale s and a shift d, such that in full precision nothing changes::
+    """A scale s and a shift d for each channel of one input, which change no product in full precision::
 
         W x + b = (W diag(s)) ((x - d) / s) + (b + W d)
 
@@ -68,7 +68,7 @@ class InputTransform(nn.Module, ABC):
     scores would drift while s and d are learned.
 
     Args:
-        in_features: I.
+        in_features: Channels of the input, I.
     """
 
     def __init__(self, in_features: int) -> None:
@@ -77,14 +77,14 @@ class InputTransform(nn.Module, ABC):
 
     @abstractmethod
     def channel_scale(self) -> Tensor:
-        """s, (I,) float32, above 0."""
+        """Scale s of each channel, (I,) float32, above 0."""
 
     @abstractmethod
     def channel_shift(self) -> Tensor | None:
-        """d, (I,) float32; None if channels are not shifted."""
+        """Shift d of each channel, (I,) float32; None if channels are not shifted."""
 
     def initialize(self, x: Tensor, weights: Sequence[Tensor]) -> None:
-        """Sets what is learned to where it begins, as a function of the arguments alone.
+        """Sets what is learned to its initial values, as a function of the arguments alone.
 
         Args:
             x: (N, I) tokens of this input in the full-precision block.
@@ -92,22 +92,22 @@ class InputTransform(nn.Module, ABC):
         """
 
     def to_input(self, x: Tensor) -> Tensor:
-        """(x - d) / s of tokens (..., I), computed in float32 and rounded to the dtype of `x`."""
+        """Transforms tokens (..., I) to ``(x - d) / s``, computed in float32 and rounded to the dtype of `x`."""
         shift = self.channel_shift()
         centred = x.float() if shift is None else x.float() - shift
         return (centred / self.channel_scale()).to(x.dtype)
 
     def to_weight(self, weight: Tensor) -> Tensor:
-        """W diag(s) of a weight (O, I), float32, on the device of the transform."""
+        """Transforms a weight (O, I) to ``W diag(s)``, float32, on the device of the transform."""
         scale = self.channel_scale()
         return weight.to(scale.device, torch.float32) * scale
 
     def to_bias(self, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-        """b + W d.
+        """Transforms the bias of a linear to ``b + W d``, which makes up for the shift of its input.
 
         Args:
             weight: (O, I) the full-precision weight, without the scale.
-            bias: (O,) or None.
+            bias: (O,) the bias of the linear; None if it has none.
 
         Returns:
             (O,) in the dtype of the weight, computed in float32; None if there is neither a bias nor a shift.
@@ -121,7 +121,7 @@ class InputTransform(nn.Module, ABC):
         return added.to(weight.dtype)
 
     def stored(self) -> dict[str, Tensor]:
-        """What a checkpoint holds: ``scale`` and, if there is one, ``shift``."""
+        """Tensors that a checkpoint holds of this transform: ``scale`` (I,) and, if there is one, ``shift`` (I,)."""
         shift = self.channel_shift()
         return {"scale": self.channel_scale()} | ({} if shift is None else {"shift": shift})
 
@@ -130,8 +130,11 @@ class StoredTransform(InputTransform):
     """An input's transform as it is saved and run, whatever it was learned by.
 
     Args:
-        in_features: I.
-        names: Of the tensors that are held, from `STORED`.
+        in_features: Channels of the input, I.
+        names: Names of the tensors that are held: ``scale``, or ``scale`` and ``shift``.
+
+    Raises:
+        ValueError: If the names are any others.
     """
 
     def __init__(self, in_features: int, names: Sequence[str]) -> None:
@@ -142,9 +145,9 @@ class StoredTransform(InputTransform):
             self.register_buffer(name, torch.ones(in_features) if name == "scale" else torch.zeros(in_features))
 
     def channel_scale(self) -> Tensor:
-        """See `InputTransform.channel_scale`."""
+        """Stored scale s of each channel, (I,) float32, above 0."""
         return self.get_buffer("scale")
 
     def channel_shift(self) -> Tensor | None:
-        """See `InputTransform.channel_shift`."""
+        """Stored shift d of each channel, (I,) float32; None if channels are not shifted."""
         return self._buffers.get("shift")

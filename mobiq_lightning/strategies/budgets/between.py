@@ -10,7 +10,7 @@ class BetweenBudgets(BudgetSchedule):
 
     Args:
         start_bits: Average bits per weight at the start of a block.
-        end_bits: Average bits per weight at its end.
+        end_bits: Average bits per weight at the end of a block.
     """
 
     def __init__(self, start_bits: float = 6.0, end_bits: float = 3.0) -> None:
@@ -19,5 +19,5 @@ class BetweenBudgets(BudgetSchedule):
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """Lowest and highest bits."""
+        """Lowest and highest average bits per weight that the schedule can ask for."""
         return min(self.start_bits, self.end_bits), max(self.start_bits, self.end_bits)

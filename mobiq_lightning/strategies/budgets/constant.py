@@ -8,6 +8,9 @@ class ConstantBudget(BudgetSchedule):
 
     Args:
         bits: Average bits per weight.
+
+    Example:
+        ``budget: {class_path: ConstantBudget, init_args: {bits: 3.0}}``
     """
 
     def __init__(self, bits: float = 3.0) -> None:
@@ -19,5 +22,5 @@ class ConstantBudget(BudgetSchedule):
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """Lowest and highest bits."""
+        """Lowest and highest average bits per weight that the schedule can ask for."""
         return self.bits, self.bits

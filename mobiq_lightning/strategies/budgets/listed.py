@@ -15,6 +15,12 @@ class ListedBudget(BudgetSchedule):
     Args:
         points: ``[progress, bits]`` pairs, progress from 0 to 1 and rising. Two points at one progress make a step: from
             there on the second counts.
+
+    Raises:
+        ValueError: If there is no point, progress does not rise from 0 to 1, or bits are not finite.
+
+    Example:
+        ``budget: {class_path: ListedBudget, init_args: {points: [[0.0, 6.0], [0.5, 4.0], [1.0, 3.0]]}}``
     """
 
     def __init__(self, points: Sequence[tuple[float, float]] = ((0.0, 6.0), (0.5, 4.0), (1.0, 3.0))) -> None:
@@ -28,7 +34,7 @@ class ListedBudget(BudgetSchedule):
             raise ValueError(f"points: bits {[bits for _, bits in self.points]} must be numbers")
 
     def bits_at(self, progress: float) -> float:
-        """Average bits per weight at `progress`."""
+        """Average bits per weight at `progress` in [0, 1] through the block, between the listed points."""
         after = bisect.bisect_right(self.points, progress, key=lambda point: point[0])
         if after in (0, len(self.points)):
             return self.points[max(0, after - 1)][1]
@@ -37,6 +43,6 @@ class ListedBudget(BudgetSchedule):
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """Lowest and highest bits."""
+        """Lowest and highest average bits per weight that the schedule can ask for."""
         bits = [bits for _, bits in self.points]
         return min(bits), max(bits)

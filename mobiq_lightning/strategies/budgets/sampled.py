@@ -13,7 +13,10 @@ class SampledBudget(BudgetSchedule):
     Args:
         low_bits: Lowest average bits per weight.
         high_bits: Highest average bits per weight.
-        seed: Of the draws.
+        seed: Seed of the draws.
+
+    Example:
+        ``budget: {class_path: SampledBudget, init_args: {low_bits: 2.0, high_bits: 6.0, seed: 0}}``
     """
 
     def __init__(self, low_bits: float = 2.0, high_bits: float = 6.0, seed: int = 0) -> None:
@@ -24,15 +27,15 @@ class SampledBudget(BudgetSchedule):
         self.seed = seed
 
     def bits_at(self, progress: float) -> float:
-        """Average bits per weight drawn for `progress`."""
+        """Average bits per weight drawn for `progress` in [0, 1] through the block."""
         return random.Random(f"{self.seed}/{progress!r}").uniform(self.low_bits, self.high_bits)
 
     @property
     def final_bits(self) -> float:
-        """The middle of the interval: no draw is the final one."""
+        """Average bits at which a calibrated block feeds the next: the middle of the interval, not a draw."""
         return (self.low_bits + self.high_bits) / 2
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """Lowest and highest bits."""
+        """Lowest and highest average bits per weight that the schedule can ask for."""
         return self.low_bits, self.high_bits

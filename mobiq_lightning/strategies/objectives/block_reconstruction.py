@@ -13,12 +13,12 @@ from mobiq_lightning.strategies.base import BlockRun, Objective
 class BlockReconstruction(Objective):
     """Relative squared error of the block's output, at fixed depths and with the gates of the routers.
 
-    The fixed depths keep every precision usable: what the base slice's range clips no finer slice brings back, so a range
-    trained for the base alone ruins the depths above it.
+    The fixed depths keep every precision usable: no finer slice brings back what the base slice's range clips, so a
+    range that is trained for the base alone ruins the depths above it.
 
     Args:
-        depth_weights: Weight of the error at each fixed depth, by its bits. A stage that names a depth trains that alone, one of
-            routers alone none.
+        depth_weights: Weight of the error at each fixed depth, by its bits. A stage that names a depth trains that
+            depth alone; a stage that trains routers alone trains no fixed depth.
         routed_weight: Weight of the routed block's error.
         budget_rule: How the routed block meets its budget. ``quantile`` takes each step's thresholds from the scores, so
             that the average is the budget exactly. ``penalty`` keeps the thresholds at 0 and adds the squared distance of
@@ -26,6 +26,9 @@ class BlockReconstruction(Objective):
         penalty_weight: Weight of that squared distance, in loss per squared bit.
         auxiliary_weight: Weight of a second target for every fixed depth: the full-precision block on the quantized
             inputs (OmniQuant's auxiliary loss, which its 2-bit settings need).
+
+    Example:
+        ``objective: {class_path: BlockReconstruction, init_args: {depth_weights: {2: 1.0, 4: 0.3, 8: 0.1}}}``
     """
 
     def __init__(
@@ -48,7 +51,16 @@ class BlockReconstruction(Objective):
         return tuple(sorted(depth for depth, weight in self.depth_weights.items() if weight > 0))
 
     def __call__(self, run: BlockRun, target_bits: float, train_routers: bool) -> dict[str, Tensor]:
-        """See `Objective.__call__`."""
+        """Computes the loss on one batch, with relative errors at fixed depths and, if routers are trained, routed.
+
+        Args:
+            run: The block on this batch.
+            target_bits: Budget asked for at this step, in average bits per weight.
+            train_routers: Whether this stage trains routers; if not, only the fixed depths count.
+
+        Returns:
+            Scalar tensors by name: ``loss``, ``error_<depth>_bits``, ``error_routed`` and ``routed_bits``.
+        """
         terms: dict[str, Tensor] = {}
         loss = run.target.new_zeros((), dtype=torch.float32)
         weights = {depth: self.depth_weights[depth] for depth in self.depths} if run.depths is None else run.depths
@@ -73,8 +85,13 @@ class BlockReconstruction(Objective):
 def relative_error(output: Tensor, target: Tensor) -> Tensor:
     """Mean over tokens of ``|output - target|^2 / |target|^2``, a float32 scalar.
 
-    Per token, since the norm in front of whatever reads the output takes the token's scale away: relative to the whole
-    batch, a few tokens with huge norms (attention sinks) would be all that counts, and routers would serve them alone.
+    The error is relative to each token, since the norm in front of whatever reads the output takes the token's scale
+    away. Relative to the whole batch, a few tokens with huge norms (attention sinks) would be all that counts, and
+    routers would serve them alone.
+
+    Args:
+        output: (..., H) output of the block.
+        target: (..., H) output that it is to match.
     """
     target = target.float()
     return ((output.float() - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-12)).mean()

@@ -14,9 +14,13 @@ class LogitDistillation(Objective):
     Args:
         depth_weights: Weight of the divergence at each fixed depth, by its bits, in stages that name no depth.
         routed_weight: Weight of the routed model's divergence. Its budget is met by one threshold for all inputs.
-        label_weight: Weight of the text itself beside the model, in [0, 1): what is matched is the model's distribution times
-            ``1 - label_weight`` plus the token that follows times ``label_weight``. Above 0 this fine-tunes on the calibration
+        label_weight: Weight of the text itself beside the model, in [0, 1): the target is the model's distribution
+            times ``1 - label_weight`` plus the token that follows times ``label_weight``. Above 0 this fine-tunes on
+            the calibration
             text: perplexity on such text may fall below that of full precision, while the divergence from it grows.
+
+    Example:
+        ``model_objective: {class_path: LogitDistillation, init_args: {label_weight: 0.0}}``
     """
 
     def __init__(
@@ -31,7 +35,16 @@ class LogitDistillation(Objective):
         return tuple(sorted(depth for depth, weight in self.depth_weights.items() if weight > 0))
 
     def __call__(self, run: BlockRun, target_bits: float, train_routers: bool) -> dict[str, Tensor]:
-        """See `Objective.__call__`; `run` gives logits (B, T, V)."""
+        """Computes the loss on one batch, with divergences at fixed depths and, if routers are trained, routed.
+
+        Args:
+            run: The whole model on this batch; its outputs are logits (B, T, V).
+            target_bits: Budget asked for at this step, in average bits per weight.
+            train_routers: Whether this stage trains routers; if not, only the fixed depths count.
+
+        Returns:
+            Scalar tensors by name: ``loss``, ``kl_<depth>_bits``, ``kl_routed`` and ``routed_bits``.
+        """
         reference = F.log_softmax(run.target.float(), dim=-1)
         terms: dict[str, Tensor] = {}
         loss = reference.new_zeros(())
@@ -54,7 +67,12 @@ class LogitDistillation(Objective):
 
 
 def divergence(logits: Tensor, reference: Tensor) -> Tensor:
-    """Mean over tokens of `divergences_of_tokens`, a float32 scalar."""
+    """Mean over tokens of ``KL(reference || model)`` in nats, a float32 scalar.
+
+    Args:
+        logits: (B, T, V) logits of the model, any dtype.
+        reference: (B, T, V) log-probabilities of the reference, float32.
+    """
     return divergences_of_tokens(logits, reference).mean()
 
 
@@ -62,8 +80,8 @@ def divergences_of_tokens(logits: Tensor, reference: Tensor) -> Tensor:
     """``KL(reference || model)`` of each token (B, T) in nats, float32.
 
     Args:
-        logits: (B, T, V) of the model, any dtype.
-        reference: (B, T, V) log-probabilities, float32.
+        logits: (B, T, V) logits of the model, any dtype.
+        reference: (B, T, V) log-probabilities of the reference, float32.
     """
     log_probs = F.log_softmax(logits.float(), dim=-1)
     return (reference.exp() * (reference - log_probs)).sum(-1)

@@ -5,16 +5,16 @@ from torch import Tensor
 
 
 def token_features(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The token RMS-normalised, with the logarithm of its RMS appended.
+    """Features that trained routers see of tokens: each RMS-normalised, with the logarithm of its RMS appended.
 
     The error that a slice leaves grows with the norm of the token, so a router that loses the norm loses its best feature.
 
     Args:
-        x: (..., I).
-        dtype: Of the router's weights.
+        x: (..., I) tokens.
+        dtype: dtype of the router's weights.
 
     Returns:
-        (..., I + 1).
+        (..., I + 1) features in that dtype.
     """
     x = x.to(dtype)
     rms = root_mean_square(x)
@@ -22,5 +22,5 @@ def token_features(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def root_mean_square(x: Tensor) -> Tensor:
-    """(..., I) -> (..., 1), above zero."""
+    """Root mean square (..., 1) of each token (..., I), above zero."""
     return x.square().mean(-1, keepdim=True).add(1e-12).sqrt()

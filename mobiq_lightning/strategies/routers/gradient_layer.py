@@ -14,15 +14,18 @@ class GradientLayerRouter(GainRouter):
     """Layers read deeper where weights that slices change have large squared gradients (an empirical Fisher diagonal).
 
     The gain of a slice is second order: half the sum over weights of the squared gradient times what the slice takes from
-    the squared error of the weight. See `layer_gains.gradient_gains`.
+    the squared error of the weight.
 
     Args:
-        in_features: I.
-        n_slices: S.
+        in_features: Features of the routed input, I.
+        n_slices: Number of slices, S.
+
+    Example:
+        ``router: {class_path: GradientLayerRouter}``
     """
 
     gains_from: ClassVar[GainMethod] = "gradients"
 
     def layer_scores(self) -> Tensor:
-        """See `LayerRouter.layer_scores`."""
+        """Scores (S - 1,) float32 of the slices: logarithms of their gains in nats per token, bit and weight."""
         return self.log_rates()

@@ -19,36 +19,37 @@ _INSIDE = 0.25  # share of the distance between two scores by which a threshold 
 
 
 class LayerRouter(Router):
-    """Scores that are the same for all tokens of an input: what is allocated are layers, not tokens.
+    """A router whose scores are the same for all tokens of an input: it allocates bits to layers, not to tokens.
 
     Budgets are met over all inputs together, whatever the scope of thresholds, as nearly as whole inputs allow.
 
     Args:
-        in_features: I.
-        n_slices: S.
+        in_features: Features of the routed input, I.
+        n_slices: Number of slices, S.
     """
 
     per_token = False
 
     @abstractmethod
     def layer_scores(self) -> Tensor:
-        """(S - 1,) float32: what each slice of this input is worth per bit, comparable between inputs."""
+        """Scores (S - 1,) float32: what each slice of this input is worth per bit, comparable between inputs."""
 
     @staticmethod
     def worth_per_bit(scores: Tensor) -> Tensor:
-        """What scores say of the worth of a bit, in a unit that adds up over inputs; same shape."""
+        """Turns scores, of any shape, into the worth of a bit, which adds up over inputs; by default the scores."""
         return scores
 
     def scores(self, x: Tensor) -> Tensor:
-        """(..., I) -> (..., S - 1): the same for every token."""
+        """Repeats the scores of this input for every token: (..., S - 1) for tokens `x` (..., I)."""
         return self.layer_scores().float().expand(*x.shape[:-1], -1)
 
     @classmethod
     def thresholds_for(cls, task: ThresholdTask) -> Tensor:
-        """Thresholds at which the average over the weights of all inputs meets each budget; they fall with the budget.
+        """Computes thresholds at which the average over the weights of all inputs meets each budget.
 
-        They lie as near to the one threshold for all inputs as the depths allow. Between two stored budgets, where thresholds
-        are interpolated, inputs so open in about the order of their scores.
+        Thresholds fall with the budget, and lie as near to the one threshold for all inputs as the depths allow.
+        Between two stored budgets, where thresholds are interpolated, inputs therefore open in about the order of their
+        scores.
 
         Args:
             task: Scores and sizes of the inputs, and the budgets to meet.
@@ -79,11 +80,11 @@ class LayerRouter(Router):
 class GainRouter(LayerRouter):
     """Scores slices by the logarithm of what they gain per bit and weight, as measured on the calibrated model.
 
-    Gains are pooled where a fine slice gains more per bit than a coarser one, see `concave_rates`.
+    Where a fine slice gains more per bit than a coarser one, both get the gain per bit of the two together.
 
     Args:
-        in_features: I.
-        n_slices: S.
+        in_features: Features of the routed input, I.
+        n_slices: Number of slices, S.
     """
 
     rates: Tensor
@@ -95,15 +96,15 @@ class GainRouter(LayerRouter):
 
     @staticmethod
     def worth_per_bit(scores: Tensor) -> Tensor:
-        """See `LayerRouter.worth_per_bit`: the rates themselves."""
+        """Turns scores of any shape, which are logarithms, back into rates: nats per token, bit and weight."""
         return scores.exp()
 
     @torch.no_grad()
     def observe_gains(self, gains: Tensor, slice_bits: Sequence[int], n_weights: int) -> None:
-        """Turns the gains (S - 1,) of the slices, in nats per token, into rates per bit and weight."""
+        """Keeps the gains (S - 1,) of the slices, in nats per token, as rates (S - 1,) per bit and weight."""
         rates = concave_rates(gains.tolist(), slice_bits)
         self.rates.copy_(torch.tensor(rates) / n_weights)
 
     def log_rates(self) -> Tensor:
-        """(S - 1,) logarithms of nats per token, bit and weight."""
+        """Logarithms (S - 1,) of the rates of the slices after the first, in nats per token, bit and weight."""
         return self.rates.clamp_min(_LEAST_RATE).log()

@@ -15,9 +15,12 @@ class LearnedLayerRouter(LayerRouter):
     learn: with a threshold of its own an input reads the depth that the budget says, whatever its scores.
 
     Args:
-        in_features: I.
-        n_slices: S.
+        in_features: Features of the routed input, I.
+        n_slices: Number of slices, S.
         first: Score with which the first slice after the base starts; the last one starts at its negative.
+
+    Example:
+        ``router: {class_path: LearnedLayerRouter, init_args: {first: 0.5}}``
     """
 
     needs_model_stage = True
@@ -30,5 +33,5 @@ class LearnedLayerRouter(LayerRouter):
         self.raw = nn.Parameter(torch.atanh(start))
 
     def layer_scores(self) -> Tensor:
-        """See `LayerRouter.layer_scores`."""
+        """Trained scores (S - 1,) float32 of the slices, bounded to (-1, 1) by tanh."""
         return torch.tanh(self.raw)

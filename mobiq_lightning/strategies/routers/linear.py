@@ -10,13 +10,17 @@ from mobiq_lightning.strategies.routers.features import token_features
 
 
 class LinearRouter(Router):
-    """``Linear(I + 1 -> S - 1)`` on the features that `MLPRouter` sees: what of routing is a direction of the input.
+    """A trained router of one layer, ``Linear(I + 1 -> S - 1)``, on the RMS-normalised input and its log RMS.
 
-    The ablation of MoBiRoute's hidden layer (arXiv 2602.20191, section 3).
+    It is MoBiRoute (arXiv 2602.20191, section 3) without the hidden layer: it shows how far a direction of the input is
+    enough to route by.
 
     Args:
-        in_features: I.
-        n_slices: S.
+        in_features: Features of the routed input, I.
+        n_slices: Number of slices, S.
+
+    Example:
+        ``router: {class_path: LinearRouter}``
     """
 
     def __init__(self, in_features: int, n_slices: int) -> None:
@@ -28,6 +32,6 @@ class LinearRouter(Router):
             self.score.bias.copy_(-torch.arange(n_slices - 1.0))
 
     def scores(self, x: Tensor) -> Tensor:
-        """(..., I) -> (..., S - 1)."""
+        """Scores (..., S - 1) of the slices after the first, from one linear layer, for tokens `x` (..., I)."""
         scores: Tensor = self.score(token_features(x, self.score.weight.dtype))
         return scores

@@ -18,15 +18,15 @@ class LocalErrorRouter(Router):
 
     For the weight ``W_k`` read with k slices there is a factor ``F_k`` (R, I) with ``|F_k x|^2`` the squared error
     ``|(W - W_k) x|^2`` of a token, exactly or nearly. The error is absolute, over all linears that read the input, and is
-    not divided by ``|W x|^2``: a token is ranked by what its error adds to the block. Relative errors make tokens and
-    inputs alike that are not, and measured worse on the built-in model: a little with thresholds per layer, much with a
-    global one. Under a global threshold absolute errors also say which inputs need bits. That takes an error to do the
-    same harm wherever it is made, which is rough: it paid at few bits and not at 3.5.
+    not divided by ``|W x|^2``: a token is ranked by what its error adds to the block. Relative errors hide differences
+    between tokens and between inputs, and measured worse on the built-in model: a little with thresholds per layer,
+    much with a global one. Under a global threshold absolute errors also say which inputs need bits. This assumes that
+    an error does the same harm wherever it is made, which is rough: it paid at few bits and not at 3.5.
 
     Args:
-        in_features: I.
-        n_slices: S.
-        n_rows: R, rows of each factor.
+        in_features: Features of the routed input, I.
+        n_slices: Number of slices, S.
+        n_rows: Rows of each factor, R.
     """
 
     factors: Tensor
@@ -39,23 +39,29 @@ class LocalErrorRouter(Router):
 
     @abstractmethod
     def factor(self, errors: Tensor) -> Tensor:
-        """Factors of the errors ``W - W_k``.
+        """Computes the factors ``F_k`` of the errors ``W - W_k`` that weights read with k slices have.
 
         Args:
-            errors: (S, O, I) float32, on the device of the weights.
+            errors: (S, O, I) float32 errors, on the device of the weights.
 
         Returns:
-            (S, R, I).
+            (S, R, I) factors.
         """
 
     @torch.no_grad()
     def observe_weights(self, weight: Tensor, prefixes: Tensor, slice_bits: Sequence[int]) -> None:
-        """Stores the factors of the errors that the slices leave; see `ObservesWeights` for the arguments."""
+        """Stores the factors of the errors that the slices leave.
+
+        Args:
+            weight: (O, I) the full-precision weights of all linears that read the input.
+            prefixes: (S, O, I) the same weights read with 1, 2, ... S slices.
+            slice_bits: Bits of each slice.
+        """
         self.factors.copy_(self.factor(weight.float() - prefixes.float()))
         self.slice_sizes.copy_(torch.tensor(slice_bits))
 
     def scores(self, x: Tensor) -> Tensor:
-        """(..., I) -> (..., S - 1): logarithms of squared error per bit."""
+        """Scores (..., S - 1) of tokens `x` (..., I): logarithms of the squared error per bit that slices remove."""
         x = x.to(self.factors.dtype)
         products = x @ self.factors.flatten(0, 1).T
         errors = products.unflatten(-1, self.factors.shape[:2]).square().sum(-1)

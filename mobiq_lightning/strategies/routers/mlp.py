@@ -11,14 +11,17 @@ from mobiq_lightning.strategies.routers.features import token_features
 
 
 class MLPRouter(Router):
-    """``Linear(I + 1 -> hidden) - SiLU - Linear(hidden -> S - 1)`` (MoBiRoute, arXiv 2602.20191, section 3).
+    """MoBiRoute (arXiv 2602.20191, section 3): a trained router, ``Linear(I + 1 -> H) - SiLU - Linear(H -> S - 1)``.
 
-    It sees `token_features`: the input RMS-normalised, with the logarithm of its RMS appended.
+    It sees the input RMS-normalised, with the logarithm of its RMS appended.
 
     Args:
-        in_features: I.
-        n_slices: S.
-        hidden_features: Width of the hidden layer.
+        in_features: Features of the routed input, I.
+        n_slices: Number of slices, S.
+        hidden_features: Width of the hidden layer, H.
+
+    Example:
+        ``router: {class_path: MLPRouter, init_args: {hidden_features: 16}}``
     """
 
     def __init__(self, in_features: int, n_slices: int, hidden_features: int = 16) -> None:
@@ -31,10 +34,10 @@ class MLPRouter(Router):
             self.score.bias.copy_(-torch.arange(n_slices - 1.0))
 
     def scores(self, x: Tensor) -> Tensor:
-        """(..., I) -> (..., S - 1)."""
+        """Scores (..., S - 1) of the slices after the first, from the two layers, for tokens `x` (..., I)."""
         scores: Tensor = self.score(F.silu(self.hidden(token_features(x, self.hidden.weight.dtype))))
         return scores
 
     def two_layers(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """See `Router.two_layers`."""
+        """Weights (H, I + 1), (S - 1, H) and biases (H,), (S - 1,) of both layers: hidden weight and bias first."""
         return self.hidden.weight, self.hidden.bias, self.score.weight, self.score.bias

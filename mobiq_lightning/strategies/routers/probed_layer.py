@@ -14,15 +14,18 @@ class ProbedLayerRouter(GainRouter):
     """Layers read deeper where that brings the model nearer to full precision, measured input by input.
 
     The gain of a slice is what it takes from the model's KL divergence to full precision when this input alone is read with
-    it and all others at one reference depth. See `layer_gains.token_gains`.
+    it and all others at one reference depth.
 
     Args:
-        in_features: I.
-        n_slices: S.
+        in_features: Features of the routed input, I.
+        n_slices: Number of slices, S.
+
+    Example:
+        ``router: {class_path: ProbedLayerRouter}``
     """
 
     gains_from: ClassVar[GainMethod] = "probes"
 
     def layer_scores(self) -> Tensor:
-        """See `LayerRouter.layer_scores`."""
+        """Scores (S - 1,) float32 of the slices: logarithms of their gains in nats per token, bit and weight."""
         return self.log_rates()

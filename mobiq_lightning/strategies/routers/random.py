@@ -17,9 +17,12 @@ class RandomRouter(Router):
     random state.
 
     Args:
-        in_features: I.
-        n_slices: S.
-        seed: Of the draws.
+        in_features: Features of the routed input, I.
+        n_slices: Number of slices, S.
+        seed: Seed of the draws.
+
+    Example:
+        ``router: {class_path: RandomRouter, init_args: {seed: 0}}``
     """
 
     def __init__(self, in_features: int, n_slices: int, seed: int = 0) -> None:
@@ -30,23 +33,23 @@ class RandomRouter(Router):
         self.reseed(0)
 
     def place(self, position: int, count: int) -> None:
-        """See `Router.place`."""
+        """Remembers the position of the input in the model, which seeds draws of its own, and begins them anew."""
         self.position = position
         self.reseed(0)
 
     def reseed(self, key: int) -> None:
-        """See `Router.reseed`."""
+        """Makes the draws to come a function of `key`, the seed and the position of the input."""
         mixed = hash((self.seed, self.position, key))  # of integers only: the same in every process
         self.generator.manual_seed(mixed & 0x7FFF_FFFF_FFFF_FFFF)
 
     def scores(self, x: Tensor) -> Tensor:
-        """(..., I) -> (..., S - 1): 0, -1, -2, ... plus one number in [0, 1) per token."""
+        """Scores (..., S - 1) for tokens `x` (..., I): 0, -1, -2, ... plus one random number in [0, 1) per token."""
         draw = torch.rand(x.shape[:-1], generator=self.generator).to(x.device)
         return level_scores(self.n_slices, x.device) + draw.unsqueeze(-1)
 
     @classmethod
     def thresholds_for(cls, task: ThresholdTask) -> Tensor:
-        """Thresholds at which each budget is met on average, known without looking at scores as draws are uniform.
+        """Computes thresholds that meet each budget on average, without looking at scores, since draws are uniform.
 
         Args:
             task: The number of inputs and the budgets to meet.

@@ -20,25 +20,28 @@ class StaticRouter(Router):
     two depths are spread over the whole model and the small inputs settle what the large ones leave.
 
     Args:
-        in_features: I.
-        n_slices: S.
+        in_features: Features of the routed input, I.
+        n_slices: Number of slices, S.
+
+    Example:
+        ``router: {class_path: StaticRouter}``
     """
 
     per_token = False
 
     def scores(self, x: Tensor) -> Tensor:
-        """(..., I) -> (..., S - 1): 0, -1, -2, ... for every token."""
+        """Scores (..., S - 1) for tokens `x` (..., I): 0, -1, -2, ... for every token."""
         return level_scores(self.n_slices, x.device).expand(*x.shape[:-1], -1)
 
     @classmethod
     def thresholds_for(cls, task: ThresholdTask, seed: int = 0) -> Tensor:
-        """Thresholds at which the mean over weights meets each budget, though the inputs' own averages differ.
+        """Computes thresholds at which the mean over weights meets each budget, though the inputs' own averages differ.
 
         Which inputs get the upper depth is one draw of many, and on small models it matters.
 
         Args:
             task: The sizes of the inputs and the budgets to meet; scores and scope are not looked at.
-            seed: Of the draw; 0 takes inputs of one size in the order of the model.
+            seed: Seed of the draw; 0 takes inputs of one size in the order of the model.
 
         Returns:
             (inputs, budgets) float32 thresholds.
@@ -50,13 +53,16 @@ class StaticRouter(Router):
 
     @staticmethod
     def allocate(sizes: Sequence[int], slice_bits: tuple[int, ...], target_bits: float, seed: int = 0) -> list[int]:
-        """Slices after the base that each input reads, 0 to S - 1.
+        """Decides how many slices after the base each input reads, 0 to S - 1.
 
         Args:
             sizes: Weights that each input feeds.
             slice_bits: Bits of each slice.
             target_bits: Average bits per weight over all inputs.
-            seed: Of the order in which inputs of one size are considered; with 0 it is that of the model.
+            seed: Seed of the order in which inputs of one size are considered; with 0 it is that of the model.
+
+        Returns:
+            One number for each input, in the order of `sizes`.
         """
         lower, share = split_budget(slice_bits, target_bits)
         n_open = [lower] * len(sizes)

@@ -26,15 +26,18 @@ class BinaryCodedSlices(FixedCodeSlices):
     all depths. That costs B scales per group instead of the sum of the depths, and accuracy above 4 bits: with slices of one
     bit, weights far from the mean are never reached, and the error falls slowly. Slices of two bits are better there.
 
-    Learned are a factor of each scale, kept as its logarithm, and a shift of the bias in units of the first scale. The
+    A factor of each scale, kept as its logarithm, and a shift of the bias in units of the first scale are learned. The
     codes stay as they were found: a gradient of the scales is then exact, and none goes through a rounding.
 
     Args:
-        out_features: O.
-        in_features: I; the last group may be shorter than `group_size`.
+        out_features: Rows of the weight, O.
+        in_features: Columns of the weight, I; the last group may be shorter than `group_size`.
         slice_bits: Bits of each slice, coarsest first; any positive integers with a sum of at most 8.
         group_size: Columns that share scales and bias.
         rounds: How often codes and scales take turns in each slice.
+
+    Example:
+        ``slices: {class_path: BinaryCodedSlices, init_args: {slice_bits: [2, 2, 2, 2], group_size: 64, rounds: 8}}``
     """
 
     code = PackedBinary.code
@@ -55,23 +58,23 @@ class BinaryCodedSlices(FixedCodeSlices):
         self.bias_shift = nn.Parameter(torch.zeros(self.group_shape))
 
     def weight_at(self, weight: Tensor, n_slices: int) -> Tensor:
-        """See `SliceScheme.weight_at`."""
+        """Gives the weight (O, I) float32 read with its first `n_slices` slices, differentiable in scales and bias."""
         return self._prefixes(weight, n_slices)[-1]
 
     def prefixes(self, weight: Tensor) -> Tensor:
-        """See `SliceScheme.prefixes`."""
+        """Gives the weight read with 1, 2, ... S slices, (S, O, I) float32, differentiable in scales and bias."""
         return torch.stack(self._prefixes(weight, len(self.slice_bits)))
 
     @torch.no_grad()
     def pack(self, weight: Tensor) -> PackedBinary:
-        """See `SliceScheme.pack`."""
+        """Packs the weight (O, I): one plane per bit, one bias per group, and one scale per group and plane."""
         codes, scales, bias = self._learned(weight)
         planes = tuple(pack_planes(codes, self.depths[-1]))
         values = tuple(value.to(SCALE_DTYPE) for value in (bias, *scales))
         return PackedBinary(planes, values, self.in_features, self.group_size, self.slice_bits)
 
     def find(self, weight: Tensor) -> tuple[Tensor, ...]:
-        """See `FixedCodeSlices.find`: codes (O, I), scales (O, G, B), bias (O, G)."""
+        """Finds codes (O, I) uint8, scales (O, G, B) of all B planes and bias (O, G) of some rows (O, I)."""
         return fit_binary(weight, self.slice_bits, self.group_size, self.rounds)
 
     def _prefixes(self, weight: Tensor, n_slices: int) -> list[Tensor]:

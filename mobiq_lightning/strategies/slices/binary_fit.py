@@ -18,10 +18,10 @@ singular."""
 def fit_binary(
     weight: Tensor, slice_bits: tuple[int, ...], group_size: int, rounds: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Planes of +1 and -1 with their scales, slice by slice.
+    """Fits planes of +1 and -1 with their scales to a weight, slice by slice.
 
     Args:
-        weight: (O, I) float32.
+        weight: (O, I) float32, the weight or some of its rows.
         slice_bits: Bits of each slice.
         group_size: Columns per group.
         rounds: How often codes and scales take turns in each slice.
@@ -50,7 +50,7 @@ def fit_binary(
 
 
 def _greedy(x: Tensor, inside: Tensor, counts: Tensor, bits: int, with_bias: bool) -> tuple[Tensor, Tensor]:
-    """Bias (O, G) and scales (O, G, bits) of planes that are the signs of what those before leave over of x (O, G, N)."""
+    """Bias (O, G) and scales (O, G, bits) of planes, each the sign of what those before leave of x (O, G, N)."""
     bias = x.sum(-1) / counts if with_bias else torch.zeros_like(x[..., 0])
     left = (x - bias.unsqueeze(-1)) * inside
     scales = []
@@ -74,9 +74,9 @@ def _least_squares(x: Tensor, signs: Tensor, constant: Tensor | None) -> tuple[T
     """Bias (O, G) and scales (O, G, bits) that bring planes closest to x (O, G, N).
 
     Args:
-        x: 0 outside of the group.
+        x: (O, G, N) values by group, 0 outside of the group.
         signs: (O, G, N, bits) planes, 0 outside of the group.
-        constant: (G, N) whether inside; None for no bias.
+        constant: (G, N) bool, which places are inside of the group; None to fit no bias.
     """
     basis = signs.double()
     if constant is not None:

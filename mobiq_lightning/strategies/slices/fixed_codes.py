@@ -16,15 +16,15 @@ CHUNK = 2**22
 
 
 class FixedCodeSlices(GroupedSlices, ABC):
-    """Codes and initial values are a function of the weight, found at the first call and kept until `forget`.
+    """A scheme whose codes and initial values depend on the weight alone, found at the first call, kept until `forget`.
 
-    They are no part of the state: whoever resumes or packs finds them again, the same on the same device. A weight that is
-    another tensor, or was changed, has its codes found anew, so that a transform that trains gets codes for what it makes,
-    at the price of the search in each call. Towards the weight the gradient is that of no rounding.
+    They are not saved: whoever resumes or packs finds them again, the same on the same device. Codes are found anew for
+    a weight that is another tensor or was changed, so that a transform that trains gets codes for what it makes, at the
+    price of a search in each call. The gradient for the weight is that of no rounding.
 
     Args:
-        out_features: O.
-        in_features: I; the last group may be shorter than `group_size`.
+        out_features: Rows of the weight, O.
+        in_features: Columns of the weight, I; the last group may be shorter than `group_size`.
         slice_bits: Bits of each slice, coarsest first; any positive integers with a sum of at most 8.
         group_size: Columns per group; `packing.WHOLE_ROW` or any number above I for one group per row.
     """
@@ -36,14 +36,14 @@ class FixedCodeSlices(GroupedSlices, ABC):
 
     @abstractmethod
     def find(self, weight: Tensor) -> tuple[Tensor, ...]:
-        """Codes and initial values of some rows (O, I) float32: tensors whose first dimension is O."""
+        """Finds codes and initial values of some rows (O, I) float32 of a weight, as tensors with O rows."""
 
     def found(self, weight: Tensor) -> tuple[Tensor, ...]:
-        """What `find` gives for all rows of a weight (O, I)."""
+        """Codes and initial values of all rows of a weight (O, I), kept from the last call for the same weight."""
         return self._found.get(weight, lambda: self._find_all(weight))
 
     def forget(self) -> None:
-        """Gives up the codes that were found, which the next call finds again; called when a block is done."""
+        """Drops the codes that were found, which the next call finds again; called when a block is done."""
         self._found.forget()
 
     def _find_all(self, weight: Tensor) -> tuple[Tensor, ...]:
@@ -55,20 +55,20 @@ class FixedCodeSlices(GroupedSlices, ABC):
 
 
 def follow(read: Tensor, weight: Tensor) -> Tensor:
-    """What was read, (..., O, I), with the gradient of the weight (O, I) itself, if that has one."""
+    """Gives what was read, (..., O, I), the gradient of the weight (O, I) itself, if that has one."""
     return read + (weight.float() - weight.float().detach()) if weight.requires_grad else read
 
 
 def in_groups(values: Tensor, group_size: int, fill: float) -> tuple[Tensor, Tensor]:
-    """Values by group, and how many each group has.
+    """Arranges values by group, and counts how many each group has.
 
     Args:
-        values: (O, I).
+        values: (O, I) values, such as a weight.
         group_size: Columns per group.
-        fill: What fills up the last group.
+        fill: Value that fills up the last group.
 
     Returns:
-        (O, G, N) and (G,) int64, N being the size of all groups but perhaps the last.
+        Values (O, G, N) and counts (G,) int64, N being the size of all groups but perhaps the last.
     """
     columns = values.shape[1]
     size = min(group_size, columns)

@@ -13,8 +13,8 @@ class GroupedSlices(SliceScheme, ABC):
     """A scheme that treats each group of columns of each row by itself.
 
     Args:
-        out_features: O.
-        in_features: I; the last group may be shorter than `group_size`.
+        out_features: Rows of the weight, O.
+        in_features: Columns of the weight, I; the last group may be shorter than `group_size`.
         slice_bits: Bits of each slice, coarsest first; any positive integers with a sum of at most 8.
         group_size: Columns per group; `packing.WHOLE_ROW` or any number above I for one group per row.
     """
@@ -27,9 +27,9 @@ class GroupedSlices(SliceScheme, ABC):
 
     @property
     def group_shape(self) -> tuple[int, int]:
-        """(O, G)."""
+        """Shape (O, G) of tensors with one entry per group: rows of the weight, groups along a row."""
         return self.out_features, n_groups(self.in_features, self.group_size)
 
     def extra_repr(self) -> str:
-        """Shown by `print(module)`."""
+        """Sizes that `print(module)` shows of the scheme."""
         return f"{self.out_features}x{self.in_features}, {list(self.slice_bits)} bits, groups of {self.group_size}"

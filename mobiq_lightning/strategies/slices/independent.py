@@ -15,19 +15,21 @@ from mobiq_lightning.strategies.slices.ranges import learned_range
 
 
 class IndependentResidualSlices(GroupedSlices):
-    """Every slice rounds what the coarser ones left over, within a range of its own (residual quantization, as AutoRound
-    has it; the rounding itself is not learned here).
+    """Residual quantization: every slice rounds what the coarser ones left over, within a range of its own.
 
-    The residual of a group, given the slices before as they are at present, has a smallest and a largest value; between
-    them lie ``2^b`` equal cells. The ends are learned per slice as factors of the half-width, as in `ResidualSlices`. So
-    what the base clips, later slices still reach, since their ranges grow with it; the price is a scale and a bias per
-    group and slice instead of per group.
+    It follows AutoRound, but the rounding itself is not learned. The residual of a group, given the slices before as
+    they are at present, has a smallest and a largest value; between them lie ``2^b`` equal cells, b being the bits of
+    the slice. The ends are learned per slice, as factors of the half-width. Later slices still reach what the base
+    clips, since their ranges grow with it; the price is a scale and a bias per group and slice instead of per group.
 
     Args:
-        out_features: O.
-        in_features: I; the last group may be shorter than `group_size`.
+        out_features: Rows of the weight, O.
+        in_features: Columns of the weight, I; the last group may be shorter than `group_size`.
         slice_bits: Bits of each slice, coarsest first; any positive integers with a sum of at most 8.
         group_size: Columns that share a range in each slice.
+
+    Example:
+        ``slices: {class_path: IndependentResidualSlices, init_args: {slice_bits: [2, 2, 2, 2], group_size: 64}}``
     """
 
     code = PackedResiduals.code
@@ -45,17 +47,17 @@ class IndependentResidualSlices(GroupedSlices):
         self.high_clip = nn.Parameter(torch.zeros(shape))
 
     def weight_at(self, weight: Tensor, n_slices: int) -> Tensor:
-        """See `SliceScheme.weight_at`."""
+        """Gives the weight (O, I) float32 read with its first `n_slices` slices, differentiable in the ranges."""
         *_, read = self._prefixes(weight, n_slices)
         return read
 
     def prefixes(self, weight: Tensor) -> Tensor:
-        """See `SliceScheme.prefixes`."""
+        """Gives the weight read with 1, 2, ... S slices, (S, O, I) float32, differentiable in the ranges."""
         return torch.stack(list(self._prefixes(weight, len(self.slice_bits))))
 
     @torch.no_grad()
     def pack(self, weight: Tensor) -> PackedResiduals:
-        """See `SliceScheme.pack`."""
+        """Packs the weight (O, I): one plane per bit, and one scale and one bias per group and slice."""
         codes = torch.zeros_like(weight, dtype=torch.uint8)
         values: list[Tensor] = []
         residual = weight.float()
@@ -71,7 +73,7 @@ class IndependentResidualSlices(GroupedSlices):
 
     @torch.no_grad()
     def bound_clipping(self) -> None:
-        """See `SliceScheme.bound_clipping`."""
+        """Narrows ranges that are wider than the weights of their group to those weights, in place."""
         self.low_clip.clamp_(max=0.0)
         self.high_clip.clamp_(max=0.0)
 

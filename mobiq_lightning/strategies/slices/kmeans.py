@@ -17,21 +17,24 @@ class KMeansSlices(FixedCodeSlices):
     """Nested non-uniform codes by incremental upscaling (Any-Precision LLM, arXiv 2402.10517, section 3).
 
     The weights of each group are cut into ``2^b`` clusters by one-dimensional k-means, b being the bits of the base slice;
-    each further bit cuts every cluster in two. A code names its cluster, its first p bits the cluster of depth p that this
-    one came from. At each depth that the slices can be read at, a table holds a value per cluster, at first the mean of
-    its weights (all weights count alike here; the paper weighs them by sensitivity). Learned are the values, in units of
-    the mean width of a cluster; the codes stay as they were found. A depth that neither the objective nor routed tokens read
-    keeps its means, as depths share no values.
+    each further bit cuts every cluster in two. A code names its cluster, and its first p bits name the cluster of depth
+    p that this one came from. At each depth that the slices can be read at, a table holds a value per cluster, at first
+    the mean of its weights (all weights count alike here; the paper weighs them by sensitivity). The values are
+    learned, in units of the mean width of a cluster; the codes stay as they were found. A depth that neither the
+    objective nor routed tokens read keeps its means, as depths share no values.
 
     Tables are large: at depths of 2, 3, 4, 6 and 8 bits they hold 348 values, which is 87 bits per weight for a group of 64,
     and 1.4 bits for a row of 4096. Hence the default of one group per row, as in the paper, and of no depth beyond 4 bits.
 
     Args:
-        out_features: O.
-        in_features: I; the last group may be shorter than `group_size`.
+        out_features: Rows of the weight, O.
+        in_features: Columns of the weight, I; the last group may be shorter than `group_size`.
         slice_bits: Bits of each slice, coarsest first; any positive integers with a sum of at most 8. By default they reach 4
             bits, not 8 as in other schemes, since a table has 2^bits entries.
         group_size: Columns that share tables; by default a whole row.
+
+    Example:
+        ``slices: {class_path: KMeansSlices, init_args: {slice_bits: [2, 1, 1]}}``
     """
 
     code = PackedTables.code
@@ -47,19 +50,19 @@ class KMeansSlices(FixedCodeSlices):
         self.shifts = nn.ParameterList(torch.zeros(*self.group_shape, 2**depth) for depth in self.depths)
 
     def weight_at(self, weight: Tensor, n_slices: int) -> Tensor:
-        """See `SliceScheme.weight_at`."""
+        """Gives the weight (O, I) float32 read with its first `n_slices` slices, differentiable in the tables."""
         codes = self.found(weight)[0] >> (self.depths[-1] - self.depths[n_slices - 1])
         return follow(look_up(codes, self._table(weight, n_slices - 1), self.group_size), weight)
 
     @torch.no_grad()
     def pack(self, weight: Tensor) -> PackedTables:
-        """See `SliceScheme.pack`."""
+        """Packs the weight (O, I): one plane per bit, and a table (O, G, 2^p) for each depth p of the slices."""
         planes = tuple(pack_planes(self.found(weight)[0], self.depths[-1]))
         tables = tuple(self._table(weight, number).to(SCALE_DTYPE) for number in range(len(self.depths)))
         return PackedTables(planes, tables, self.in_features, self.group_size, self.slice_bits)
 
     def find(self, weight: Tensor) -> tuple[Tensor, ...]:
-        """See `FixedCodeSlices.find`: codes (O, I), spread (O, G), and a table (O, G, 2^p) of means for each depth."""
+        """Finds codes (O, I), spread (O, G), and a table (O, G, 2^p) of means for each depth p, of some rows (O, I)."""
         low, high = extremes(weight, self.group_size)
         codes, tables = fit_clusters(weight, self.depths, self.group_size)
         return codes, high - low, *tables

@@ -25,8 +25,8 @@ class _Sorted(NamedTuple):
 
     Args:
         values: (O, G, N) int64, ascending, `_BEYOND` after the last of a group.
-        sums: (O, G, N + 1) int64, of the values before each place.
-        counts: (G, 1) values of each group.
+        sums: (O, G, N + 1) int64 sums of the values before each place.
+        counts: (G, 1) numbers of values of each group.
     """
 
     values: Tensor
@@ -36,7 +36,7 @@ class _Sorted(NamedTuple):
     def means(self, starts: Tensor, ends: Tensor) -> Tensor:
         """Mean (O, G, K) float64 of the values from `starts` to before `ends`; where there are none, the next value.
 
-        That keeps means in ascending order, and lets clusters without weights receive some.
+        The next value keeps means in ascending order, and lets clusters without weights receive some.
         """
         number = ends - starts
         total = self.sums.gather(-1, ends) - self.sums.gather(-1, starts)
@@ -49,10 +49,10 @@ class _Sorted(NamedTuple):
 
 
 def fit_clusters(weight: Tensor, depths: tuple[int, ...], group_size: int) -> tuple[Tensor, list[Tensor]]:
-    """Nested clusters of the weights of each group.
+    """Finds nested clusters of the weights of each group.
 
     Args:
-        weight: (O, I) float32.
+        weight: (O, I) float32, the weight or some of its rows.
         depths: Bits at which clusters are wanted; the first is found as a whole, the others by cutting clusters in two.
         group_size: Columns per group.
 
@@ -78,7 +78,7 @@ def fit_clusters(weight: Tensor, depths: tuple[int, ...], group_size: int) -> tu
 
 
 def _cluster(ordered: _Sorted, number: int) -> Tensor:
-    """Edges (O, G, number + 1) of the clusters that Lloyd's rounds find from as many values in each."""
+    """Edges (O, G, number + 1) of the clusters that Lloyd's rounds find, starting with equally many values in each."""
     shares = torch.arange(number + 1, device=ordered.values.device)
     edges = (shares * ordered.counts // number).expand(*ordered.values.shape[:-1], -1)
     for _ in range(_BASE_ROUNDS):

@@ -25,18 +25,18 @@ class NestedCode(Function):
     def forward(
         ctx: Any, weight: Tensor, scale: Tensor, bias: Tensor, group_size: int, depths: tuple[int, ...]
     ) -> Tensor:
-        """Weights at each depth.
+        """Computes the weight read at each depth.
 
         Args:
-            ctx: Kept for the backward pass.
-            weight: (O, I).
+            ctx: Context of autograd, which keeps tensors for the backward pass.
+            weight: (O, I) the full-precision weight.
             scale: (O, G) widths of the ranges, as stored.
             bias: (O, G) centres of the ranges, as stored.
             group_size: Columns per group.
-            depths: Bits to read.
+            depths: Depths to read, in bits.
 
         Returns:
-            (len(depths), O, I) float32.
+            (len(depths), O, I) float32 weights.
         """
         ctx.save_for_backward(weight, scale, bias)
         ctx.group_size, ctx.depths = group_size, depths
@@ -45,7 +45,7 @@ class NestedCode(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None]:
-        """Gradients of weight, scale and bias."""
+        """Computes the gradients of weight (O, I), scale (O, G) and bias (O, G); None for a weight that needs none."""
         weight, scale, bias = ctx.saved_tensors
         unit = unit_position(weight, scale, bias, ctx.group_size)
         inside = ((unit >= 0) & (unit < 1)).float()
@@ -59,21 +59,22 @@ class NestedCode(Function):
 
 
 def unit_position(weight: Tensor, scale: Tensor, bias: Tensor, group_size: int) -> Tensor:
-    """Where each weight (O, I) lies in the range of its group: 0 at the low end, 1 at the high end."""
+    """Position (O, I) of each weight (O, I) in the range of its group: 0 at the low end, 1 at the high end."""
     columns = weight.shape[1]
     return (weight.float() - spread(bias, group_size, columns)).div_(spread(scale, group_size, columns)).add_(0.5)
 
 
 def cells(unit: Tensor, n_bits: int) -> Tensor:
-    """Index of the cell among ``2 ** n_bits``, as a float; positions outside of [0, 1) get the nearest cell.
+    """Index (O, I), as a float, of the nearest cell to each position (O, I) among ``2 ** n_bits`` cells of [0, 1).
 
-    Scaling by a power of two is exact, so the cell among ``2^p`` is the leading p bits of that among ``2^B``.
+    Scaling by a power of two is exact, so the cell among ``2^p`` is the leading p bits of that
+    among ``2^B``.
     """
     return (unit * 2.0**n_bits).floor_().clamp_(0, 2**n_bits - 1)
 
 
 def group_sum(per_weight: Tensor, group_size: int) -> Tensor:
-    """Sums (O, I) over groups to (O, G)."""
+    """Sums values of weights (O, I) over the columns of each group: (O, G)."""
     padded = F.pad(per_weight, (0, -per_weight.shape[1] % group_size))
     sums: Tensor = padded.unflatten(1, (-1, group_size)).sum(-1)
     return sums

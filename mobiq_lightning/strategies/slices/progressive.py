@@ -16,27 +16,30 @@ from mobiq_lightning.strategies.slices.nested_code import cells, group_sum, unit
 from mobiq_lightning.strategies.slices.residual import ResidualSlices
 
 _INSIDE = 1e-4
-"""How far within its cell a target begins, of the cell's width in units of the range: at the border, rounding could leave it."""
+"""Share of the range that a target keeps from the borders of its cell at first, so that rounding cannot cross one."""
 
 
 class ProgressiveSlices(ResidualSlices, TrainableCodes):
     """The nested code of `ResidualSlices`, whose slices are trained one after the other, each for its own depth.
 
-    All depths trained at once are in each other's way: to move a weight across a border of the 2-bit code for the sake of
-    depth 2 costs every finer depth. Here the code is trained depth by depth. A slice has a target of its own, (O, I), that
-    starts at the weight and is trained through the quantizer, straight through, at the depth that the slice reaches; when
-    the next slice begins, the codes so far are frozen, and its target starts at the weight again, moved into the cell that
-    the frozen code leaves it. So no depth is sacrificed to another, and what is stored stays one code with one range.
-    Training weights through the quantizer, block by block: EfficientQAT, arXiv 2407.11062.
+    Depths that are trained at once get in each other's way: to move a weight across a border of the 2-bit code for the
+    sake of depth 2 costs every finer depth. Here the code is trained depth by depth. A slice has a target of its own,
+    (O, I), that starts at the weight and is trained through the quantizer, straight through, at the depth that the
+    slice reaches; when the next slice begins, the codes so far are frozen, and its target starts at the weight again,
+    moved into the cell that the frozen code leaves it. So no depth is sacrificed to another, and what is stored stays
+    one code with one range. Training weights through the quantizer, block by block: EfficientQAT, arXiv 2407.11062.
 
-    Depths that are not trained yet, or are never, take the weight itself, moved into the cell of the code before. Without
-    stages that train `codes` it is `ResidualSlices`.
+    Depths that are not trained yet, or never are, code the weight itself, moved into the cell of the code before.
+    Without stages that train `codes` this scheme equals `ResidualSlices`.
 
     Args:
-        out_features: O.
-        in_features: I; the last group may be shorter than `group_size`.
+        out_features: Rows of the weight, O.
+        in_features: Columns of the weight, I; the last group may be shorter than `group_size`.
         slice_bits: Bits of each slice, coarsest first; any positive integers with a sum of at most 8.
         group_size: Columns that share one range.
+
+    Example:
+        ``slices: {class_path: ProgressiveSlices, init_args: {slice_bits: [2, 1, 1, 2, 2], group_size: 64}}``
     """
 
     target: nn.Parameter
@@ -57,11 +60,11 @@ class ProgressiveSlices(ResidualSlices, TrainableCodes):
         self.bits_frozen = self.bits_trained = 0
 
     def code_parameters(self) -> list[nn.Parameter]:
-        """The target of the slice in training, (O, I); empty before the first slice starts and after `freeze`."""
+        """The target (O, I) of the slice in training; it is empty before the first slice starts and after `freeze`."""
         return [self.target]
 
     def resized_tensors(self) -> list[str]:
-        """The trained target and the frozen codes, which exist only while they are needed."""
+        """Names of the trained target and of the frozen codes, which have a size only while they are needed."""
         return ["target", "codes"]
 
     @torch.no_grad()
@@ -79,7 +82,7 @@ class ProgressiveSlices(ResidualSlices, TrainableCodes):
 
     @torch.no_grad()
     def freeze(self, weight: Tensor) -> None:
-        """Fixes the codes of all slices and gives up the target."""
+        """Fixes the codes of all slices of the weight (O, I) and drops the target."""
         self._freeze_at(weight, self.depths[-1])
         self.bits_trained = self.depths[-1]
         self.target.data = self.target.new_empty(0, 0)
@@ -87,7 +90,7 @@ class ProgressiveSlices(ResidualSlices, TrainableCodes):
 
     @torch.no_grad()
     def bound_rounding(self, weight: Tensor) -> None:
-        """Moves the target back to within half a step of where it started, so that a code reaches a neighbour at most."""
+        """Moves the target back to within half a step of its start, so that codes (O, I) move by 1 at most."""
         frozen, trained = self._bits()
         if trained > frozen:
             scale, _ = self._range(weight)
@@ -96,15 +99,15 @@ class ProgressiveSlices(ResidualSlices, TrainableCodes):
             self.target.copy_(self.target.clamp(start - step / 2, start + step / 2))
 
     def weight_at(self, weight: Tensor, n_slices: int) -> Tensor:
-        """See `SliceScheme.weight_at`."""
+        """Gives the weight (O, I) float32 read with its first `n_slices` slices, differentiable in range and target."""
         return self._read(weight, (self.depths[n_slices - 1],))[0]
 
     def prefixes(self, weight: Tensor) -> Tensor:
-        """See `SliceScheme.prefixes`."""
+        """Gives the weight read with 1, 2, ... S slices, (S, O, I) float32, differentiable in range and target."""
         return self._read(weight, self.depths)
 
     def forget(self) -> None:
-        """See `SliceScheme.forget`: the codes of a finished block wait on the host."""
+        """Moves the codes of a finished block to the host, where they wait until they are read again."""
         self.codes = self.codes.cpu()
 
     # ------------------------------------------------------------------ the code
@@ -114,7 +117,7 @@ class ProgressiveSlices(ResidualSlices, TrainableCodes):
         return self.bits_frozen, max(self.bits_frozen, self.bits_trained)
 
     def _read(self, weight: Tensor, depths: tuple[int, ...]) -> Tensor:
-        """(len(depths), O, I) float32."""
+        """The weight read at each depth, (len(depths), O, I) float32."""
         scale, bias = self._range(weight)
         frozen, trained = self._bits()
         if trained == 0 and weight.requires_grad:  # a transform is being learned, and nothing else has begun
@@ -138,7 +141,8 @@ class ProgressiveSlices(ResidualSlices, TrainableCodes):
     def _moves(self, weight: Tensor, scale: Tensor, bias: Tensor, depth: int, trained: int) -> Tensor | None:
         """(O, I) whether what is read at a depth depends on the target; None if all of it does.
 
-        Beyond the slice in training, weights are the source's where that lies in the cell of the target.
+        Beyond the slice in training, finer bits code the weight itself. Where the weight lies in the cell of the
+        target, what is read therefore does not depend on the target.
         """
         if depth <= trained:
             return None
@@ -149,7 +153,7 @@ class ProgressiveSlices(ResidualSlices, TrainableCodes):
 
     @torch.no_grad()
     def _code(self, weight: Tensor, scale: Tensor, bias: Tensor, depth: int) -> Tensor:
-        """See `ResidualSlices._code`."""
+        """Codes (O, I) of `depth` bits, as floats: frozen bits, then those of the target, then of the weight itself."""
         frozen, trained = self._bits()
         known, bits = (self._codes_on(weight).float(), frozen) if frozen else (None, 0)
         if depth <= frozen:
@@ -188,11 +192,11 @@ class ProgressiveSlices(ResidualSlices, TrainableCodes):
     # ------------------------------------------------------------------ state
 
     def get_extra_state(self) -> Tensor:
-        """(2,) int64: bits of the frozen code and bits that the target reaches, for training checkpoints."""
+        """Bits of the frozen code and bits that the target reaches, (2,) int64, for training checkpoints."""
         return torch.tensor([self.bits_frozen, self.bits_trained])
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Takes them up again."""
+        """Restores the bits of the frozen code and the bits that the target reaches from `state` (2,) int64."""
         self.bits_frozen, self.bits_trained = state.tolist()
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -206,16 +210,16 @@ class ProgressiveSlices(ResidualSlices, TrainableCodes):
 
 
 def refine(unit: Tensor, known: Tensor | None, known_bits: int, n_bits: int) -> Tensor:
-    """Codes of `n_bits` bits whose first `known_bits` are given: the nearest cell within the one that is known.
+    """Extends codes whose first `known_bits` are given to `n_bits` bits: the nearest cell within the one that is known.
 
     Args:
-        unit: (O, I) positions in the range, see `unit_position`.
-        known: (O, I) codes as floats; None if no bit is given.
-        known_bits: Their bits.
+        unit: (O, I) positions in the range: 0 at the low end, 1 at the high end.
+        known: (O, I) known codes, as floats; None if no bit is given.
+        known_bits: Bits of the known codes.
         n_bits: Bits of the result.
 
     Returns:
-        (O, I) as floats.
+        (O, I) codes of `n_bits` bits, as floats.
     """
     if known is None:
         return cells(unit, n_bits)
@@ -225,10 +229,10 @@ def refine(unit: Tensor, known: Tensor | None, known_bits: int, n_bits: int) -> 
 
 
 class TrainedCode(Function):
-    """Weights of a code with straight-through gradients for what it was made of, as in `NestedCode`.
+    """Weights of a given code, with straight-through gradients for the target or weight that the code was made of.
 
-    Positions outside of the whole range have no gradient. Within it a position that left the cell of the coarser code keeps
-    its own, so that it can come back.
+    If `masked`, positions outside of the whole range have no gradient. Within it, a position that left the cell of the
+    coarser code keeps its gradient, so that it can come back.
     """
 
     @staticmethod
@@ -243,15 +247,15 @@ class TrainedCode(Function):
         masked: bool,
         moves: Tensor | None,
     ) -> Tensor:
-        """Weights (O, I) float32.
+        """Computes the weights (O, I) float32 of a code.
 
         Args:
-            ctx: Kept for the backward pass.
+            ctx: Context of autograd, which keeps tensors for the backward pass.
             source: (O, I) the trained target, or the weight.
             scale: (O, G) widths of the ranges.
             bias: (O, G) centres of the ranges.
             code: (O, I) the code of `source`, as floats.
-            depth: Its bits.
+            depth: Bits of the code.
             group_size: Columns per group.
             masked: Whether positions outside of the range have no gradient.
             moves: (O, I) whether what is read depends on `source`; None if all of it does.
@@ -264,7 +268,7 @@ class TrainedCode(Function):
     def backward(
         ctx: Any, *grads: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None, None, None]:
-        """Gradients of source, scale and bias."""
+        """Computes the gradients of source (O, I), scale (O, G) and bias (O, G); None for those that need none."""
         source, scale, bias, code, moves = ctx.saved_tensors
         grad, group_size = grads[0], ctx.group_size
         unit = unit_position(source, scale, bias, group_size)

@@ -10,12 +10,12 @@ from mobiq_lightning.packing import SCALE_DTYPE
 
 
 def learned_range(weight: Tensor, low_clip: Tensor, high_clip: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """Width and centre (O, G) of the groups' ranges, rounded to the stored dtype as they will be saved.
+    """Computes width and centre (O, G) of the groups' ranges, rounded to the stored dtype as they will be saved.
 
     Args:
-        weight: (O, I) float32; if a transform learns what it is, the range follows it.
-        low_clip: (O, G) learned: the lower end is ``2 sigmoid(low_clip)`` half-widths below the centre.
-        high_clip: (O, G) likewise of the upper end.
+        weight: (O, I) float32 weight; the range follows it if a transform is learned that changes it.
+        low_clip: (O, G) learned; the lower end is ``2 sigmoid(low_clip)`` half-widths below the centre.
+        high_clip: (O, G) learned; the upper end is ``2 sigmoid(high_clip)`` half-widths above the centre.
         group_size: Columns per group.
     """
     low, high = extremes(weight, group_size)
@@ -29,7 +29,7 @@ def learned_range(weight: Tensor, low_clip: Tensor, high_clip: Tensor, group_siz
 
 
 def extremes(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """Smallest and largest weight (O, G) of each group."""
+    """Smallest and largest weight of each group, (O, G) each, of a weight (O, I)."""
     group_size = min(group_size, weight.shape[1])
     missing = -weight.shape[1] % group_size
     # A copy of the last column changes neither extreme of the short group that it fills up.
@@ -39,5 +39,5 @@ def extremes(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
 
 
 def round_as_stored(value: Tensor) -> Tensor:
-    """`value` rounded to the stored dtype, with the gradient of no rounding."""
+    """Rounds `value`, of any shape, to the dtype that is stored, bfloat16, with the gradient of no rounding."""
     return value + (value.to(SCALE_DTYPE).float() - value).detach()

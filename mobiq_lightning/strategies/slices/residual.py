@@ -18,17 +18,21 @@ class ResidualSlices(GroupedSlices):
     """Nested codes with one learned range per group (MoBiSlice, arXiv 2602.20191, section 3).
 
     Each group of `group_size` columns has a range ``[lo, hi]``. The weight's code is its cell among ``2^B`` equal cells
-    of the range; its first p bits are its cell among ``2^p``. Slice e is therefore the residual of the slices before it,
-    with a quarter of their step per 2 bits, and leaving it out truncates the code. The ends of the range start at the
-    group's smallest and largest weight and are learned, each on its own, as a factor of the half-width (learnable
-    clipping, OmniQuant, arXiv 2308.13137; there the factor cannot exceed 1, here it may widen the range, to at most
-    twice, since the outermost reconstruction points lie half a cell inside of it).
+    of the range, B being the bits of all slices; its first p bits are its cell among ``2^p``. A slice of b bits
+    therefore holds the residual of the slices before it, in steps ``2^b`` times as fine, and leaving it out truncates
+    the code. The ends of the range start at the group's smallest and largest weight and are learned, each on its own,
+    as a factor of the half-width (learnable clipping, OmniQuant, arXiv 2308.13137; there the factor cannot exceed 1,
+    here it may widen the range, to at most twice, since the outermost reconstruction points lie half a cell inside of
+    it).
 
     Args:
-        out_features: O.
-        in_features: I; the last group may be shorter than `group_size`.
+        out_features: Rows of the weight, O.
+        in_features: Columns of the weight, I; the last group may be shorter than `group_size`.
         slice_bits: Bits of each slice, coarsest first; any positive integers with a sum of at most 8.
         group_size: Columns that share one range.
+
+    Example:
+        ``slices: {class_path: ResidualSlices, init_args: {slice_bits: [2, 1, 1, 2, 2], group_size: 64}}``
     """
 
     def __init__(
@@ -43,19 +47,19 @@ class ResidualSlices(GroupedSlices):
         self.high_clip = nn.Parameter(torch.zeros(self.group_shape))
 
     def weight_at(self, weight: Tensor, n_slices: int) -> Tensor:
-        """See `SliceScheme.weight_at`."""
+        """Gives the weight (O, I) float32 read with its first `n_slices` slices, differentiable in the ranges."""
         scale, bias = self._range(weight)
         depths = (self.depths[n_slices - 1],)
         return NestedCode.apply(weight, scale, bias, self.group_size, depths)[0]  # type: ignore[no-untyped-call,no-any-return]
 
     def prefixes(self, weight: Tensor) -> Tensor:
-        """See `SliceScheme.prefixes`."""
+        """Gives the weight read with 1, 2, ... S slices, (S, O, I) float32, differentiable in the ranges."""
         scale, bias = self._range(weight)
         return NestedCode.apply(weight, scale, bias, self.group_size, self.depths)  # type: ignore[no-untyped-call,no-any-return]
 
     @torch.no_grad()
     def pack(self, weight: Tensor) -> PackedSlices:
-        """See `SliceScheme.pack`. One plane per bit; scale is the width of the range, bias its centre."""
+        """Packs the weight (O, I): one plane per bit; scale and bias of a group are width and centre of its range."""
         scale, bias = self._range(weight)
         n_bits = self.depths[-1]
         codes = self._code(weight, scale, bias, n_bits).to(torch.uint8)
@@ -69,7 +73,7 @@ class ResidualSlices(GroupedSlices):
 
     @torch.no_grad()
     def bound_clipping(self) -> None:
-        """See `SliceScheme.bound_clipping`."""
+        """Narrows ranges that are wider than the weights of their group to those weights, in place."""
         self.low_clip.clamp_(max=0.0)
         self.high_clip.clamp_(max=0.0)
 

@@ -16,9 +16,9 @@ class EquivalentInput(InputTransform):
     """Learns a scale, by its logarithm so that it stays above 0, and perhaps a shift of every channel.
 
     Args:
-        in_features: I.
+        in_features: Channels of the input, I.
         shift: Whether channels are shifted.
-        alpha: See `LearnableEquivalentTransform`.
+        alpha: Balance in [0, 1] with which the scales begin: 0 evens out the weights alone, 1 the inputs alone.
     """
 
     def __init__(self, in_features: int, shift: bool, alpha: float) -> None:
@@ -28,19 +28,24 @@ class EquivalentInput(InputTransform):
         self.centre = nn.Parameter(torch.zeros(in_features)) if shift else None
 
     def channel_scale(self) -> Tensor:
-        """See `InputTransform.channel_scale`."""
+        """Learned scale s of each channel, (I,) float32, above 0."""
         return self.log_scale.exp()
 
     def channel_shift(self) -> Tensor | None:
-        """See `InputTransform.channel_shift`."""
+        """Learned shift d of each channel, (I,) float32; None if channels are not shifted."""
         return self.centre
 
     @torch.no_grad()
     def initialize(self, x: Tensor, weights: Sequence[Tensor]) -> None:
-        """See `InputTransform.initialize`.
+        """Sets shift and scale of each channel to their initial values, from tokens and weights.
 
-        The shift begins at the channel's mean: the error of a product is that of the weight times (x - d) / s, and the mean
-        is the d that leaves the least of it. Scales begin as SmoothQuant's, their geometric mean 1.
+        The shift begins at the channel's mean: the error of a product is that of the weight times ``(x - d) / s``, and
+        the mean is the d that makes it smallest. Scales begin as in SmoothQuant (arXiv 2211.10438), with a geometric
+        mean of 1.
+
+        Args:
+            x: (N, I) tokens of this input in the full-precision block.
+            weights: (O, I) of each linear that reads the input.
         """
         x = x.float()
         if self.centre is not None:

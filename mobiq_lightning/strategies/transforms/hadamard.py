@@ -16,20 +16,23 @@ _ROWS = 4096  # of a matrix that are rotated at once: in float64 a whole embeddi
 class HadamardRotation(Transform):
     """Orthonormal Hadamard rotations with random signs, which spread outlier channels over all channels.
 
-    As in QuaRot (arXiv 2404.00456) and SpinQuant (arXiv 2405.16406), those of their rotations that can be folded: the
-    residual stream is rotated by R, after the weights of the RMS norms, which would not commute with it, have been folded
-    into what reads them; and the values inside every head by another rotation, between `v_proj` and `o_proj`. With ``W`` a
-    weight (O, I) and ``g`` the norm in front::
+    These are the rotations of QuaRot (arXiv 2404.00456) and SpinQuant (arXiv 2405.16406) that can be folded into
+    weights. The residual stream is rotated by R, after the weights of the RMS norms, which would not commute with it,
+    have been folded into what reads them. The values inside every head are rotated by another rotation, between
+    `v_proj` and `o_proj`. With ``W`` a weight (O, I) and ``g`` the weight of the norm in front::
 
         reads the stream (q, k, v, gate, up, output head):  W diag(g) R
         writes it (o, down; embedding):                     R^T W;  E R
 
-    Nothing of it is left at run time. A rotation is ``diag(signs) H``, H block-diagonal of the largest power of two that
-    divides the width. Everything is computed in float64 and rounded once to the dtype of the weight. Tied embeddings become
-    two matrices. Models that are not built like LLaMA are refused, see `ResidualStream`.
+    The rotations cost nothing at run time. A rotation is ``diag(signs) H``, H block-diagonal of the largest power of
+    two that divides the width. Everything is computed in float64 and rounded once to the dtype of the weight. Tied
+    embeddings become two matrices. Models that are not built like LLaMA are refused.
 
     Args:
-        seed: Of the signs.
+        seed: Seed of the random signs.
+
+    Example:
+        ``transform: {class_path: HadamardRotation, init_args: {seed: 0}}``
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -37,7 +40,18 @@ class HadamardRotation(Transform):
 
     @torch.no_grad()
     def change_model(self, model: Any, blocks: nn.ModuleList) -> dict[str, Any]:
-        """See `Transform.change_model`."""
+        """Rotates the weights of the source model in place.
+
+        Args:
+            model: The causal language model, of transformers, on the host.
+            blocks: Decoder blocks of the model.
+
+        Returns:
+            ``{"tie_word_embeddings": False}`` if the embeddings were tied, else nothing.
+
+        Raises:
+            ModelError: If the model has parts that cannot be rotated with the rest; it is then unchanged.
+        """
         stream = ResidualStream(model, blocks)
         generator = torch.Generator().manual_seed(self.seed)
         signs = random_signs(stream.width, generator)
@@ -55,12 +69,12 @@ class HadamardRotation(Transform):
 
 
 def random_signs(width: int, generator: torch.Generator) -> Tensor:
-    """(width,) of -1 and 1, float64."""
+    """Draws random signs: (width,) float64 of -1 and 1."""
     return torch.randint(0, 2, (width,), generator=generator).double() * 2 - 1
 
 
 def rotate(x: Tensor, signs: Tensor) -> Tensor:
-    """x R for every piece of `x` (..., n * width) as wide as `signs` (width,), by fast Walsh-Hadamard transforms."""
+    """Rotates each piece of `x` (..., n * width) as wide as `signs` (width,), by fast Walsh-Hadamard transforms."""
     width = len(signs)
     block = width & -width  # the largest power of two that divides it
     y = (x.unflatten(-1, (-1, width)) * signs).unflatten(-1, (-1, block))
@@ -95,7 +109,7 @@ def _rotated_rows(weight: Tensor, signs: Tensor, norm: Tensor | None = None) -> 
 
 
 def _rotate_outputs(linear: nn.Linear, signs: Tensor) -> None:
-    """What the linear gives is rotated: R^T W and R^T b."""
+    """Rotates the output of a linear, in place: its weight becomes R^T W and its bias R^T b."""
     linear.weight.data = rotate(linear.weight.double().T, signs).T.to(linear.weight.dtype).contiguous()
     if linear.bias is not None:
         linear.bias.data = rotate(linear.bias.double(), signs).to(linear.bias.dtype)

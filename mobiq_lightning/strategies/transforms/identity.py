@@ -4,4 +4,8 @@ from mobiq_lightning.strategies.transform_base import Transform
 
 
 class NoTransform(Transform):
-    """Weights are sliced as the source model has them."""
+    """Changes nothing: weights are sliced as the source model has them.
+
+    Example:
+        ``transform: {class_path: NoTransform}``
+    """

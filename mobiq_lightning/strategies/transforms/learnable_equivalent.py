@@ -9,15 +9,18 @@ from mobiq_lightning.strategies.transforms.equivalent_input import EquivalentInp
 class LearnableEquivalentTransform(Transform):
     """Every routed input is shifted and scaled per channel, and the weights that read it take the opposite.
 
-    OmniQuant's learnable equivalent transformation (arXiv 2308.13137, section 3.3). There it is folded into the norms and
-    linears in front; here it is applied to the input when the product is taken, so that every input can have one, also
-    behind the MLP's non-linearity, and so that routers see the input without it. It is learned in the stages that train
-    `transforms`, at ``model.rates.transforms``.
+    This is OmniQuant's learnable equivalent transformation (arXiv 2308.13137, section 3.3). There it is folded into the
+    norms and linears in front; here it is applied to the input when the product is taken, so that every input can have
+    one, also behind the MLP's non-linearity, and so that routers see the input without it. It is learned in the stages
+    that train `transforms`, at ``model.rates.transforms``.
 
     Args:
-        shift: Also shift the channels; linears then add a bias.
-        alpha: Where the scales begin between the weights (0) and the inputs (1): ``max|x_j|^alpha / max|W_j|^(1 - alpha)``
-            (SmoothQuant, arXiv 2211.10438).
+        shift: Whether channels are shifted too; linears then add a bias.
+        alpha: Balance of the initial scales between the weights (0) and the inputs (1):
+            ``max|x_j|^alpha / max|W_j|^(1 - alpha)`` (SmoothQuant, arXiv 2211.10438).
+
+    Example:
+        ``transform: {class_path: LearnableEquivalentTransform, init_args: {shift: true, alpha: 0.5}}``
     """
 
     def __init__(self, shift: bool = True, alpha: float = 0.5) -> None:
@@ -26,5 +29,5 @@ class LearnableEquivalentTransform(Transform):
         self.shift, self.alpha = shift, alpha
 
     def for_input(self, in_features: int) -> EquivalentInput:
-        """See `Transform.for_input`."""
+        """Makes the learned scale and shift of an input of `in_features` channels."""
         return EquivalentInput(in_features, self.shift, self.alpha)

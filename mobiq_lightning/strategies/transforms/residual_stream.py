@@ -14,11 +14,11 @@ READERS = {
     "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
 }
-"""Norms of a block, with the linears that read what they give."""
+"""Norms of a block, each with the linears that read its output."""
 WRITERS = ("self_attn.o_proj", "mlp.down_proj")
-"""Linears of a block that are added to the stream."""
+"""Linears of a block whose output is added to the residual stream."""
 _INSIDE = ("self_attn.q_norm", "self_attn.k_norm")  # norms that the stream does not go through
-_NORM_TOLERANCE = 0.05  # relative; of other norms the error is of the order of 1, of half precision 0.01
+_NORM_TOLERANCE = 0.05  # relative; the error of other norms is of the order of 1, that of half precision 0.01
 _SHOWN = 4
 
 
@@ -26,8 +26,8 @@ class ResidualStream:
     """The parts of a causal language model that read and write its residual stream.
 
     Args:
-        model: The model, of transformers.
-        blocks: Its decoder blocks.
+        model: The causal language model, of transformers.
+        blocks: Decoder blocks of the model.
 
     Raises:
         ModelError: If the model has parts that a rotation of the stream would not pass: other norms than RMS norms of the
@@ -50,7 +50,7 @@ class ResidualStream:
         self.width: int = self.embedding.embedding_dim
 
     def _problems(self, model: Any, blocks: nn.ModuleList) -> Iterator[str]:
-        """What is missing or not covered, one phrase each."""
+        """One phrase for each part of the model that is missing or not covered."""
         parts = {"input embedding": self.embedding, "output head": self.head, "final norm": self.final_norm}
         missing = [f"no {name}" for name, module in parts.items() if module is None]
         if missing:
@@ -78,7 +78,7 @@ def _block_problems(block: nn.Module) -> Iterator[str]:
 
 
 def _norm_problem(name: str, norm: Any) -> Iterator[str]:
-    """A phrase if a norm does not give ``weight * x / rms(x)``, as those with another weight or a mean do not."""
+    """One phrase if a norm does not compute ``weight * x / rms(x)``, as norms with a mean do not."""
     weight = getattr(norm, "weight", None)
     if weight is None:
         yield f"{name} ({type(norm).__name__}) has no weight"

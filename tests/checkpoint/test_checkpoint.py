@@ -98,7 +98,7 @@ class TestLoading:
         assert half.dtype == dtype
         for other in (half, mobiq_lightning.load(finished[0]).to(dtype)):
             difference = (logits(other, 8).float() - logits(model, 8)).abs().max() / logits(model, 8).abs().max()
-            assert 0 < float(difference) < 0.03
+            assert 0 < float(difference) < 8 * torch.finfo(dtype).eps  # a few roundings in each of two blocks
 
     @pytest.mark.parametrize("device_map", ["auto", {"": "cpu"}])
     def test_a_device_map_is_taken(self, finished: Run, model: Any, device_map: Any) -> None:

@@ -33,7 +33,7 @@ class WatchingTuning(ThresholdTuning):
     seen: list[torch.Tensor] = []  # noqa: RUF012 - the command line makes the instance
 
     def tune(self, module: ElasticCalibration, input_ids: torch.Tensor) -> None:
-        WatchingTuning.seen[:] = [routed.router.factors.clone() for routed in module.all_inputs()]  # type: ignore[operator]
+        WatchingTuning.seen[:] = [routed.router.factors.clone() for routed in module.sliced.all_inputs()]
 
 
 def sketch_of_stored(model: Any, source: dict[str, torch.Tensor], position: int, name: str) -> torch.Tensor:

@@ -82,7 +82,7 @@ class ElasticLinear(nn.Module):
         return self._routed.value
 
     @property
-    def kernel(self) -> FusedProducts | None:
+    def kernel(self) -> FusedProducts[ElasticLinear] | None:
         """Holder of the weights in the kernels' order; None if the reference multiplies them."""
         return None if self._routed is None else self._routed.value.kernel
 

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol, TypeVar
 
 from torch import Tensor
 
 from mobiq_lightning.packing import PackedSlices
 
-if TYPE_CHECKING:
-    from mobiq_lightning.nn.elastic_linear import ElasticLinear
+Linear = TypeVar("Linear", contravariant=True)
+"""The class of the linears: `ElasticLinear`, which knows this protocol and so cannot be named here."""
 
 
-class FusedProducts(Protocol):
+class FusedProducts(Protocol[Linear]):
     """Holds the weights of all linears of one input together, and multiplies them at once."""
 
-    def product(self, x: Tensor, linear: ElasticLinear) -> Tensor:
+    def product(self, x: Tensor, linear: Linear) -> Tensor:
         """Multiplies tokens `x` (..., I) by the weight of `linear`, without adding its bias: (..., O)."""
 
-    def packed(self, linear: ElasticLinear) -> PackedSlices:
+    def packed(self, linear: Linear) -> PackedSlices:
         """Gives the saved form, bit planes with scales and biases, of one of the linears."""
 
     def release(self) -> None:

@@ -116,7 +116,7 @@ class RoutedInput(nn.Module):
         self.reading: Reading = Routed()
         self.observers: tuple[Observer, ...] = ()
         self.state = ReadState()
-        self.kernel: FusedProducts | None = None
+        self.kernel: FusedProducts[Any] | None = None
         self._gates = TensorMemo[Tensor]()
         self._gated = TensorMemo[Tensor]()
         self._transformed = TensorMemo[Tensor]()

@@ -92,7 +92,7 @@ def changed_grid(path: str, changes: Mapping[str, Any], overrides: Mapping[str, 
 
 def _as_command(path: Path, changes: Mapping[str, Any], overrides: Mapping[str, Any]) -> str:
     """The command line that does the same, for the report."""
-    parts = [f"--config={path}"]
+    parts = ["--config", str(path)]
     for name, value in changes.items():
         parts.append(f"--{name}={','.join(map(str, value)) if isinstance(value, (list, tuple)) else value}")
     parts += override_arguments(overrides)

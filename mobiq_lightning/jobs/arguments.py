@@ -30,7 +30,7 @@ def command_line(recipe: Recipe, overrides: Mapping[str, Any]) -> list[str]:
         RecipeError: If a value is nothing that YAML can say.
     """
     if isinstance(recipe, Mapping):
-        arguments = [f"--config={_text('recipe', recipe)}"]
+        arguments = ["--config", _text("recipe", recipe)]
     else:
         arguments = with_recipe([str(recipe.path if isinstance(recipe, RunFolder) else recipe)])
     return [*arguments, *override_arguments(overrides)]
@@ -59,11 +59,11 @@ def with_recipe(arguments: Sequence[str]) -> list[str]:
         path = value if equals else given.pop(0)
         run = RunFolder(path)
         if path.startswith("{"):  # the content itself
-            found.append(f"--config={path}")
+            found += ["--config", path]
         elif run.recipe.is_file():  # the run may have been moved since
-            found += [f"--config={run.recipe}", f"--trainer.default_root_dir={path}"]
+            found += ["--config", str(run.recipe), f"--trainer.default_root_dir={path}"]
         else:
-            found.append(f"--config={recipe_path(path)}")
+            found += ["--config", recipe_path(path)]
     return found
 
 

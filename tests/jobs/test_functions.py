@@ -29,21 +29,21 @@ class TestCommandLine:
         assert dotted == command_line(
             "r.yaml", {"model": {"rates": {"routers": 0.1}}, "data": {"source": Path("a.txt")}}
         )
-        assert dotted == ["--config=r.yaml", "--model.rates.routers=0.1", "--data.source=a.txt"]
+        assert dotted == ["--config", "r.yaml", "--model.rates.routers=0.1", "--data.source=a.txt"]
 
     def test_a_mapping_that_names_a_class_is_a_value_and_others_are_keys(self) -> None:
         slices = {"class_path": "ResidualSlices", "init_args": {"slice_bits": (2, 2)}}
-        whole, argument = command_line({}, {"model": {"slices": slices}})[1:], {"init_args": {"group_size": 32}}
+        whole, argument = command_line({}, {"model": {"slices": slices}})[2:], {"init_args": {"group_size": 32}}
         key, _, text = whole[0].partition("=")
         assert key == "--model.slices"
         assert yaml.safe_load(text) == {"class_path": "ResidualSlices", "init_args": {"slice_bits": [2, 2]}}
-        assert command_line({}, {"model.slices": argument})[1:] == ["--model.slices.init_args.group_size=32"]
+        assert command_line({}, {"model.slices": argument})[2:] == ["--model.slices.init_args.group_size=32"]
 
     @pytest.mark.parametrize(
         "value", [None, True, 1e-05, 3, [2, 2.5], [{"depth": 2, "other_depths": {8: 1.0}}], "text"]
     )
     def test_values_stay_what_they_are(self, value: Any) -> None:
-        (argument,) = command_line({}, {"model.x": value})[1:]
+        (argument,) = command_line({}, {"model.x": value})[2:]
         found = yaml.safe_load(argument.partition("=")[2])
         assert found == value
         assert type(found) is type(value)
@@ -54,12 +54,12 @@ class TestCommandLine:
 
     def test_a_recipe_is_given_first_by_name_or_as_a_run(self, tmp_path: Path) -> None:
         (tmp_path / "config.yaml").write_text("model: {}")
-        assert with_recipe(["a.yaml", "--x", "1"]) == ["--config=a.yaml", "--x", "1"]
-        assert with_recipe(["--x=1", "-c", "a.yaml"]) == ["--x=1", "--config=a.yaml"]
-        (tiny,) = with_recipe(["tiny"])
+        assert with_recipe(["a.yaml", "--x", "1"]) == ["--config", "a.yaml", "--x", "1"]
+        assert with_recipe(["--x=1", "-c", "a.yaml"]) == ["--x=1", "--config", "a.yaml"]
+        _, tiny = with_recipe(["tiny"])
         assert tiny.endswith("/recipes/tiny.yaml")
-        assert with_recipe(["--config={model: {}}"]) == ["--config={model: {}}"] == command_line({"model": {}}, {})
-        of_run = [f"--config={tmp_path / 'config.yaml'}", f"--trainer.default_root_dir={tmp_path}"]
+        assert with_recipe(["--config={model: {}}"]) == ["--config", "{model: {}}"] == command_line({"model": {}}, {})
+        of_run = ["--config", str(tmp_path / "config.yaml"), f"--trainer.default_root_dir={tmp_path}"]
         assert with_recipe([str(tmp_path)]) == of_run == command_line(RunFolder(tmp_path), {})
 
 

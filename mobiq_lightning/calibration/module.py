@@ -177,15 +177,10 @@ class ElasticCalibration(LightningModule):
         """Prepares the tables of block 0 for the current sweep from all calibration windows."""
         self.make_caller()
         stages = self.schedule.sweeps[self.segment.sweep]
-        self.hidden = HiddenStates(
-            self.sliced.caller,
-            self.text.calibration_ids(),
-            streams_of(self.sliced, stages, self.objective.depths, self.budget.final_bits),
-            read_full(self.sliced),
-            self.text.batch_size,
-            self.storage,
-            self.hidden_states_folder,
-        )
+        streams = streams_of(self.sliced, stages, self.objective.depths, self.budget.final_bits)
+        ids, batch_size, folder = self.text.calibration_ids(), self.text.batch_size, self.hidden_states_folder
+        full = read_full(self.sliced)
+        self.hidden = HiddenStates(self.sliced.caller, ids, streams, full, batch_size, self.storage, folder)
 
     def end_hidden_states(self) -> None:
         """Drops the tables, and takes the frozen weights off the device."""

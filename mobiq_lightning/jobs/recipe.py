@@ -137,11 +137,13 @@ def _class_name(value: Any) -> str:
 def _check_override(keys: list[str], value: str, classes: dict[str, str]) -> list[str]:
     """A problem if ``--model.router.init_args.x value`` names no argument of the class that the router has by now."""
     key = ".".join(keys[:2])
-    if keys == ["model", "stages"] or (key in GROUPS and len(keys) == 2):
+    if len(keys) == 1 or keys == ["model", "stages"] or (key in GROUPS and len(keys) == 2):
         try:
             given = yaml.safe_load(value)
         except yaml.YAMLError:
             return []  # the parser will say what it makes of it
+        if len(keys) == 1:
+            return check_recipe({key: given}) if isinstance(given, dict) else []
         return _check_stages(keys, given) or _check_group(keys, given)
     if key not in _STRATEGY_KEYS:
         return []
@@ -247,7 +249,8 @@ def _check_stages(keys: list[str], value: Any) -> list[str]:
             where = f"model.stages[{number}].{key}"
             if key not in known:
                 problems.append(f"{where}: no such key. {nearest(str(key), known) or 'There are ' + ', '.join(known)}")
-            for word in given if key in words and isinstance(given, list) else ():
+            wanted = [given] if isinstance(given, str) else given
+            for word in wanted if key in words and isinstance(wanted, list) else ():
                 if key == "train" and str(word) in _RENAMED_TRAINED:
                     problems.append(f"{where}: {word}: renamed to {_RENAMED_TRAINED[str(word)]}")
                 elif word not in words[key]:

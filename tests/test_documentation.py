@@ -18,7 +18,8 @@ import torch
 from mobiq_lightning.calibration import ElasticCalibration
 from mobiq_lightning.calibration.schedule import Stage
 from mobiq_lightning.cli import main
-from mobiq_lightning.jobs.recipe import check_arguments, strategy_classes
+from mobiq_lightning.jobs.known_names import strategy_classes
+from mobiq_lightning.jobs.recipe import check_arguments
 from mobiq_lightning.runs import LABELS, MeanRow, Row, summarize
 from mobiq_lightning.sources import TextWindows
 from tests.test_architecture import LAYERS

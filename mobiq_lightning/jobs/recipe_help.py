@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 
-from mobiq_lightning.jobs.recipe import accepted_keys
+from mobiq_lightning.jobs.known_names import accepted_keys
 
 _PACKAGE = Path(__file__).parents[1]
 _DOCUMENTED = {

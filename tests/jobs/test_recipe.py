@@ -16,10 +16,10 @@ from mobiq_lightning.cli import main
 from mobiq_lightning.commands.recipes import copy
 from mobiq_lightning.comparison.grid import read_grid
 from mobiq_lightning.errors import RecipeError
-from mobiq_lightning.jobs import check_recipe
-from mobiq_lightning.jobs import recipe as recipe_module
+from mobiq_lightning.jobs import check_recipe, known_names
 from mobiq_lightning.jobs.arguments import command_line
-from mobiq_lightning.jobs.recipe import check_arguments, strategy_classes
+from mobiq_lightning.jobs.known_names import strategy_classes
+from mobiq_lightning.jobs.recipe import check_arguments
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
@@ -125,14 +125,14 @@ def test_a_trainer_whose_source_cannot_be_read_is_left_to_the_parser(
     if source is not None:
         (place / "trainer.py").write_text(source)
     monkeypatch.setattr(
-        recipe_module.importlib.util, "find_spec", lambda _: SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+        known_names.importlib.util, "find_spec", lambda _: SimpleNamespace(submodule_search_locations=[str(tmp_path)])
     )
-    recipe_module.accepted_keys.cache_clear()
+    known_names.accepted_keys.cache_clear()
     try:
         assert check_recipe({"trainer": {"max_epoch": 1}}) == []
         assert "Did you mean 'model.slices'" in check_recipe({"model": {"slice": 1}})[0]
     finally:
-        recipe_module.accepted_keys.cache_clear()
+        known_names.accepted_keys.cache_clear()
 
 
 def test_every_problem_of_a_recipe_is_named_at_once() -> None:

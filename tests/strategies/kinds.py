@@ -7,7 +7,7 @@ import inspect
 import pkgutil
 
 from mobiq_lightning import strategies
-from mobiq_lightning.jobs.recipe import strategy_classes
+from mobiq_lightning.jobs.known_names import strategy_classes
 
 for module in pkgutil.walk_packages(strategies.__path__, f"{strategies.__name__}."):
     importlib.import_module(module.name)

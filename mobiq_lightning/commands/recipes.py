@@ -51,7 +51,7 @@ class Recipes(Command):
             for name, path in shipped_recipes().items()
         ]
         lines += ["", f"`{program()} recipes cp NAME` copies one; `{program()} fit tiny` runs one by its name."]
-        print("\n".join(lines))  # at once, so that `| head` does not end in a broken pipe
+        print("\n".join(lines))
 
 
 def copy(name: str, target: Path) -> Path:

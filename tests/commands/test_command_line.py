@@ -152,3 +152,13 @@ def test_an_interrupted_command_says_how_to_go_on(
     monkeypatch.setattr(type(COMMANDS["verify"]), "run", interrupted)
     assert main(["verify", "run"]) == 130
     assert "interrupted; the same command goes on" in capsys.readouterr().err
+
+
+def test_output_that_nobody_reads_any_more_ends_the_command_without_a_traceback() -> None:
+    command = [sys.executable, "-m", "mobiq_lightning", "recipes", "ls"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait(60) == 141

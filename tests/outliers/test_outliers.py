@@ -274,7 +274,7 @@ class TestCommand:
         assert found["matrix"]["full_perplexity"] == pytest.approx(figure["full", 32.0], rel=1e-5)
         assert set(found["tokens"]) == {"elastic", "own_calibration", "uncalibrated", "same_bits"}
         assert len(found["tokens"]["elastic"]["inputs"]) == 8
-        assert found["command"].startswith("python -m mobiq_lightning outliers --config=")
+        assert found["command"].startswith("python -m mobiq_lightning outliers --config ")
         recipe = (run / "calibrated-at-2.yaml").read_text()
         assert recipe.startswith(f"# {found['runs']['calibrated-at-2']}\n")
         assert "depth_weights:\n        2: 1.0\n" in recipe

@@ -65,7 +65,7 @@ class MissingExtraError(MobiqError, ImportError):
 
 def nearest(name: str, accepted: Iterable[str], count: int = 3) -> str:
     """``"Did you mean a, b?"`` for the accepted names closest to `name`, or an empty string if none is close."""
-    accepted = list(accepted)
+    name, accepted = str(name), [str(key) for key in accepted]  # keys of YAML may be numbers
     found = difflib.get_close_matches(name, accepted, n=count, cutoff=0.5)
     if not found:  # a full key against keys that differ only in their last word
         tails = {key.rsplit(".", 1)[-1]: key for key in accepted}

@@ -69,13 +69,13 @@ def copy(name: str, target: Path) -> Path:
     """
     from mobiq_lightning.jobs import shipped_recipe, shipped_recipes
 
-    path = shipped_recipe(name)
-    copied = target / path.name if target.is_dir() else target
-    if not copied.parent.is_dir():
-        raise RecipeError(f"recipes cp: there is no folder {copied.parent}; make it, or give another target")
+    path, copied = shipped_recipe(name), target
     shipped = next(key for key, found in shipped_recipes().items() if found == path)
-    content = path.read_text(encoding="utf-8").replace(f"recipes/{shipped}.yaml", copied.as_posix())
     try:
+        copied = target / path.name if target.is_dir() else target
+        if not copied.parent.is_dir():
+            raise RecipeError(f"recipes cp: there is no folder {copied.parent}; make it, or give another target")
+        content = path.read_text(encoding="utf-8").replace(f"recipes/{shipped}.yaml", copied.as_posix())
         with copied.open("x", encoding="utf-8") as file:
             file.write(content)
     except FileExistsError as error:
@@ -83,6 +83,8 @@ def copy(name: str, target: Path) -> Path:
             f"recipes cp: {copied} is there already and is left as it is; give another file, as in "
             f"`recipes cp {name} my-{copied.name}`"
         ) from error
+    except (OSError, ValueError) as error:  # no permission, a name that is too long or holds what names cannot
+        raise RecipeError(f"recipes cp: {copied} cannot be written ({error}); give another target") from error
     command = content.partition("\n")[0].removeprefix("# ").replace(MODULE, program())
     print(f"{copied}: change it as you like, then\n  {command}")
     return copied

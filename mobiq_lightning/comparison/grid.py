@@ -127,6 +127,8 @@ def read_grid(path: str) -> Grid:
     Raises:
         RecipeError: If anything in it is wrong; the message has a line for each thing.
     """
+    if path.startswith("{"):
+        raise RecipeError(f"compare: a grid is a file, or the name of a shipped one, and not its content: {path[:60]}")
     read_recipe(path)  # says if there is no such file
     try:
         content = yaml.load(Path(path).read_text(encoding="utf-8"), _StrictLoader)

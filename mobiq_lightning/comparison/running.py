@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mobiq_lightning.comparison.grid import RULES_SEEDS, Cell, Grid, check_grid, flatten, override, read_grid
 from mobiq_lightning.console import MODULE
-from mobiq_lightning.errors import MobiqError, RunFolderError
+from mobiq_lightning.errors import MobiqError, RecipeError, RunFolderError
 from mobiq_lightning.extras import require
 from mobiq_lightning.jobs import GRIDS, override_arguments, recipe_path
 
@@ -50,6 +50,10 @@ def compare(
         MobiqError: At the end, if cells failed.
     """
     require("calibrate", "compare")
+    if not isinstance(grid, (str, Path)):
+        raise RecipeError(
+            f"compare: a grid is given by its path or by the name of a shipped one, not as {type(grid).__name__}"
+        )
     given = {"seeds": seeds, "bits": bits, "folder": folder, "workers": workers}
     changes = {name: value for name, value in given.items() if value is not None}
     read = changed_grid(recipe_path(str(grid), GRIDS), changes, overrides)

@@ -42,7 +42,10 @@ def override_arguments(overrides: Mapping[str, Any]) -> list[str]:
     Raises:
         RecipeError: If a value is nothing that YAML can say.
     """
-    return [f"--{key}={_text(key, value)}" for key, value in _flatten(overrides)]
+    flat = list(_flatten(overrides))
+    if unknown := [key for key, _ in flat if key in ("config", "c")]:
+        raise RecipeError(f"{unknown[0]}: no such key of a recipe; the recipe itself is the first argument")
+    return [f"--{key}={_text(key, value)}" for key, value in flat]
 
 
 def with_recipe(arguments: Sequence[str]) -> list[str]:

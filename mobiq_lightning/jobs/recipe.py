@@ -91,6 +91,10 @@ def read_recipe(path: str) -> dict[str, Any]:
         raise RecipeError(f"--config {path}: no such file. {_nearest_recipe(path)}".rstrip())
     try:
         content = yaml.safe_load(path if path.startswith("{") else Path(path).read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise RecipeError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
+        ) from error
     except yaml.YAMLError as error:
         raise RecipeError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
@@ -119,7 +123,8 @@ def check_recipe(recipe: dict[str, Any]) -> list[str]:
 def _strategies(recipe: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """Keys of the strategies that a recipe names, with what it says of them."""
     for key in _STRATEGY_KEYS:
-        value = (recipe.get("model") or {}).get(key.partition(".")[2])
+        model = recipe.get("model")
+        value = model.get(key.partition(".")[2]) if isinstance(model, dict) else None
         if value is not None:
             yield key, value
 
@@ -132,11 +137,13 @@ def _class_name(value: Any) -> str:
 def _check_override(keys: list[str], value: str, classes: dict[str, str]) -> list[str]:
     """A problem if ``--model.router.init_args.x value`` names no argument of the class that the router has by now."""
     key = ".".join(keys[:2])
-    if keys == ["model", "stages"] or (key in GROUPS and len(keys) == 2):
+    if len(keys) == 1 or keys == ["model", "stages"] or (key in GROUPS and len(keys) == 2):
         try:
             given = yaml.safe_load(value)
         except yaml.YAMLError:
             return []  # the parser will say what it makes of it
+        if len(keys) == 1:
+            return check_recipe({key: given}) if isinstance(given, dict) else []
         return _check_stages(keys, given) or _check_group(keys, given)
     if key not in _STRATEGY_KEYS:
         return []
@@ -216,7 +223,10 @@ def _check_class(keys: list[str], value: Any) -> list[str]:
         )
     unknown_parts = [part for part in spec if part not in ("class_path", "init_args", "dict_kwargs")]
     problems = [f"{key}.{part}: arguments of {name} go under init_args" for part in unknown_parts]
-    for argument in spec.get("init_args") or {}:
+    arguments = spec.get("init_args") or {}
+    if not isinstance(arguments, dict):
+        return [*problems, f"{key}.init_args: {arguments!r} is no mapping of arguments to values"]
+    for argument in arguments:
         if argument not in known[name]:
             hint = nearest(argument, known[name]) or f"It has {', '.join(known[name]) or 'none'}."
             problems.append(f"{key}.init_args.{argument}: {name} has no such argument. {hint}")
@@ -239,7 +249,8 @@ def _check_stages(keys: list[str], value: Any) -> list[str]:
             where = f"model.stages[{number}].{key}"
             if key not in known:
                 problems.append(f"{where}: no such key. {nearest(str(key), known) or 'There are ' + ', '.join(known)}")
-            for word in given if key in words and isinstance(given, list) else ():
+            wanted = [given] if isinstance(given, str) else given
+            for word in wanted if key in words and isinstance(wanted, list) else ():
                 if key == "train" and str(word) in _RENAMED_TRAINED:
                     problems.append(f"{where}: {word}: renamed to {_RENAMED_TRAINED[str(word)]}")
                 elif word not in words[key]:

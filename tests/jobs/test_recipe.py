@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +11,15 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+import mobiq_lightning
 from mobiq_lightning.cli import main
+from mobiq_lightning.commands.recipes import copy
+from mobiq_lightning.comparison.grid import read_grid
+from mobiq_lightning.errors import RecipeError
 from mobiq_lightning.jobs import check_recipe
 from mobiq_lightning.jobs import recipe as recipe_module
-from mobiq_lightning.jobs.recipe import strategy_classes
+from mobiq_lightning.jobs.arguments import command_line
+from mobiq_lightning.jobs.recipe import check_arguments, strategy_classes
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
@@ -166,6 +172,9 @@ def test_typos_and_help_do_not_wait_for_heavy_imports(tmp_path: Path) -> None:
         (["fit", "--config", "recipes/tini.yaml"], "no such file"),
         (["fit", "--model.slice", "1"], "Did you mean 'model.slices'"),
         (["fit", "--model.slices_lr=1"], "model.slices_lr: renamed to model.rates.ranges"),
+        (["fit", "--model", "{slices_lr: 1}"], "model.slices_lr: renamed to model.rates.ranges"),
+        (["fit", "--model={stages: [{train: [weights]}]}"], "model.stages[0].train: weights: renamed to codes"),
+        (["fit", "--model.stages=[{train: slices}]"], "model.stages[0].train: slices: renamed to ranges, transforms"),
         (["fit", "--model.router_lr", "1"], "model.router_lr: renamed to model.rates.routers"),
         (["fit", "--model.rates.rooters=1"], "model.rates.rooters: no such key. Did you mean 'routers'"),
         (["fit", "--model.rates={codez: 1}"], "model.rates.codez: no such key. Did you mean 'codes'"),
@@ -197,3 +206,36 @@ def test_a_recipe_that_is_no_yaml_is_refused(tmp_path: Path, capsys: pytest.Capt
     (tmp_path / "b.yaml").write_text("just text")
     assert main(["fit", "--config", str(tmp_path / "b.yaml")]) == 2
     assert "holds no recipe" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"\xff\xfe bad", "is not UTF-8 text"),
+        (b"model: {router: {class_path: MLPRouter, init_args: [1]}}", "model.router.init_args: [1] is no mapping"),
+        (b"model: {router: {class_path: MLPRouter, init_args: {1: 2}}}", "model.router.init_args.1: MLPRouter has no"),
+        (b"1: 2", "1: no such key"),
+    ],
+)
+def test_what_is_no_recipe_is_answered_in_a_line(content: bytes, said: str, tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_bytes(content)
+    with pytest.raises(RecipeError, match=re.escape(said)):
+        check_arguments(["--config", str(tmp_path / "bad.yaml")])
+
+
+def test_a_call_cannot_name_a_second_recipe_among_its_keys() -> None:
+    with pytest.raises(RecipeError, match="config: no such key of a recipe"):
+        command_line("tiny", {"config": "tiny-ranges"})
+
+
+def test_a_grid_is_a_file_and_not_its_content() -> None:
+    with pytest.raises(RecipeError, match="a grid is a file"):
+        read_grid("{name: x}")
+    with pytest.raises(RecipeError, match="not as dict"):
+        mobiq_lightning.compare({"name": "x"})
+
+
+@pytest.mark.parametrize("target", ["x" * 300 + ".yaml", "/proc/x.yaml"])
+def test_a_recipe_is_not_copied_to_where_nothing_can_be_written(target: str) -> None:
+    with pytest.raises(RecipeError, match="cannot be written"):
+        copy("tiny", Path(target))

@@ -22,7 +22,7 @@ commands:
 
 RUN is a run folder, an elastic checkpoint, or its id on the Hugging Face hub. RECIPE is a path, or the name of a shipped recipe:
 `{program} recipes ls` lists them. Keys of a recipe are overridden on the command line, as in
-  {program} fit tiny --model.epochs_per_block 2
+  {program} fit tiny-ranges --model.epochs_per_block 3
 `{program} COMMAND --help` lists all options and keys of a command.
 """
 

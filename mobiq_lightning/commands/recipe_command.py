@@ -26,7 +26,7 @@ class RecipeCommand(Command):
             "-c", "--config", metavar="RECIPE", help="the recipe; of several, later ones override earlier ones"
         )
         self.add_options(parser)
-        parser.add_argument("--KEY", metavar="VALUE", help="any key of the recipe, as in --model.epochs_per_block 2")
+        parser.add_argument("--KEY", metavar="VALUE", help="any key of the recipe, as in --data.n_samples 64")
 
     def parse(self, parser: Parser, arguments: Sequence[str]) -> Namespace:
         """Reads the command's own options; `keys` holds what is left, which is the recipe's."""

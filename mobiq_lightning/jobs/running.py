@@ -29,8 +29,8 @@ def fit(recipe: Recipe, *, overwrite: bool = False, **overrides: Any) -> RunFold
     Args:
         recipe: Path of a recipe, name of a shipped one such as ``"tiny"``, or the content of one as a mapping.
         overwrite: Remove the run that the run folder holds.
-        **overrides: Keys of the recipe with other values: ``model=dict(epochs_per_block=2)`` or
-            ``**{"model.epochs_per_block": 2}``.
+        **overrides: Keys of the recipe with other values: ``model=dict(eval_bits=[2, 3, 4])`` or
+            ``**{"model.eval_bits": [2, 3, 4]}``.
 
     Returns:
         The run folder, with results and checkpoint.

@@ -17,7 +17,7 @@ from lightning.pytorch import Callback
 
 import mobiq_lightning
 from mobiq_lightning.errors import RecipeError, RunFolderError
-from mobiq_lightning.jobs import build
+from mobiq_lightning.jobs import build, outliers
 from mobiq_lightning.jobs.arguments import command_line, with_recipe
 from mobiq_lightning.runs import RunFolder
 from tests.conftest import Run
@@ -124,3 +124,16 @@ def test_a_run_is_made_continued_and_compared_again_from_python(finished: Run, t
     assert router_bits(again) == {3}
     assert mobiq_lightning.fit(moved).path == tmp_path / "moved"
     assert (again.checkpoint / "config.json").stat().st_mtime_ns == written
+
+
+def test_the_study_of_outliers_takes_keys_and_options_as_a_fit_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RecipeError, match=r"model\.roter: no such key"):
+        outliers("outliers", model={"roter": 1})
+    calls: list[Any] = []
+    monkeypatch.setattr("mobiq_lightning.jobs.study.run_outliers", lambda *given: calls.append(given))
+    outliers("outliers", bits=(2, 4), share=0.2, overwrite=True, **{"data.n_samples": 8})
+    ((arguments, bits, share),) = calls
+    assert arguments[0] == "--config"
+    assert arguments[1].endswith("outliers.yaml")
+    assert arguments[2:] == ["--data.n_samples=8", "--overwrite"]
+    assert (bits, share) == ((2, 4), 0.2)

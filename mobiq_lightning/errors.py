@@ -10,6 +10,10 @@ class MobiqError(Exception):
     """Base of every error that is the user's to mend; the command line prints it without a traceback."""
 
 
+class FileError(MobiqError):
+    """A file that cannot be read as what it should be: missing, no regular file, too large, or not text, JSON or YAML."""
+
+
 class RecipeError(MobiqError):
     """A recipe key, value or class name that cannot be used."""
 

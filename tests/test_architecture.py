@@ -16,7 +16,7 @@ NAME = PACKAGE.name
 LAYERS = [
     "version",
     "errors",
-    "extras files console environment tensor_memo",
+    "extras files input_files console environment tensor_memo",
     "packing",
     "runs",
     "loggers",

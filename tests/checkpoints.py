@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from mobiq_lightning.checkpoint import CheckpointWriter, ElasticFormat
 from mobiq_lightning.checkpoint.check import hash_tensor
+from mobiq_lightning.checkpoint.write import write_hashes
 from mobiq_lightning.nn import BlockLayout, CalibratedBlock
-from mobiq_lightning.runs import HASHES
+from mobiq_lightning.runs import INDEX
 from mobiq_lightning.sources import load_source
 from mobiq_lightning.strategies import MLPRouter, ResidualSlices
 from mobiq_lightning.strategies.class_paths import describe_factory
@@ -74,10 +75,19 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any],
 
 
 def rehash(folder: Path) -> None:
-    """Hashes that fit the tensors: what is wrong was wrong when it was written."""
-    hashes = json.loads((folder / HASHES).read_text())
-    hashes["tensors"] = {name: hash_tensor(value) for name, value in tensors_of(folder).items()}
-    (folder / HASHES).write_text(json.dumps(hashes))
+    """Makes index and hashes fit what the folder holds now: what is wrong was wrong when it was written."""
+    shards = sorted(folder.glob("*.safetensors"))
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"] = {name: path.name for path in shards for name in load_file(path)}
+    (folder / INDEX).write_text(json.dumps(index))
+    write_hashes(folder, {name: hash_tensor(value) for name, value in tensors_of(folder).items()})
+
+
+def edit_json(folder: Path, name: str, change: Callable[[Any], Any]) -> None:
+    """Changes what a JSON file of a checkpoint says; `rehash` makes its hash fit."""
+    content = json.loads((folder / name).read_text())
+    change(content)
+    (folder / name).write_text(json.dumps(content))
 
 
 PLANE = "model.layers.0.mlp.down_proj.plane_3"

@@ -12,6 +12,7 @@ from mobiq_lightning.checkpoint import load
 from mobiq_lightning.evaluation import RTN_BITS, Comparison, read_probes
 from mobiq_lightning.nn import ElasticLinear
 from mobiq_lightning.runs import LAYER_GAINS
+from mobiq_lightning.strategies.class_paths import describe_factory
 
 if TYPE_CHECKING:
     from mobiq_lightning.calibration.module import ElasticCalibration
@@ -25,7 +26,8 @@ def comparison_of_run(module: ElasticCalibration, folder: Path, device: torch.de
         folder: The run folder.
         device: Where to run.
     """
-    elastic = load(folder, dtype=module.sliced.source.model.dtype, device=device)
+    trusted = describe_factory(module.router)["class_path"]  # the recipe names it, and has run it
+    elastic = load(folder, dtype=module.sliced.source.model.dtype, device=device, trust_router=trusted)
     seed = os.environ.get("PL_GLOBAL_SEED")
     linear = next(m for m in elastic.modules() if isinstance(m, ElasticLinear))
     key = rounding_key(module, linear.group_size, device)

@@ -14,6 +14,11 @@ class BlockExport(CalibrationCallback):
     A resumed run that calibrates a block again, bit for bit, writes its shard again.
     """
 
+    def on_fit_start(self, trainer: Trainer, module: ElasticCalibration) -> None:
+        """Refuses a source model that no checkpoint can be made of, before hours are spent on it."""
+        if trainer.is_global_zero:
+            checkpoint_writer(module)
+
     def on_train_epoch_end(self, trainer: Trainer, module: ElasticCalibration) -> None:
         """Writes the blocks whose last epoch this was."""
         if trainer.is_global_zero:

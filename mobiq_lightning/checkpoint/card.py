@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from mobiq_lightning.checkpoint.format import ElasticFormat
+from mobiq_lightning.checkpoint.own_files import read_config
+from mobiq_lightning.checkpoint.provenance import read_provenance
 from mobiq_lightning.files import write_text
 from mobiq_lightning.packing import WHOLE_ROW, PackedSlices, depths_of
 from mobiq_lightning.runs import (
     CARD,
-    CONFIG,
-    PROVENANCE,
     RESULTS,
     HarnessEntry,
     Measured,
@@ -31,24 +30,25 @@ from mobiq_lightning.runs import (
 
 def write_card(folder: Path) -> None:
     """Writes the model card README.md from config.json, provenance.json and results.json in a checkpoint's folder."""
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    origin = _read(folder / PROVENANCE)
-    results = read_results(folder / RESULTS)
-    write_text(folder / CARD, card(config, origin, results))
+    config, elastic = read_config(folder)
+    text = card(
+        str(config.get("model_type", "model")), elastic, read_provenance(folder), read_results(folder / RESULTS)
+    )
+    write_text(folder / CARD, text)
 
 
-def card(config: dict[str, Any], origin: dict[str, Any], results: Results) -> str:
+def card(model_type: str, elastic: ElasticFormat, origin: Mapping[str, Any], results: Results) -> str:
     """Makes the text of a model card in Markdown.
 
     Args:
-        config: Content of config.json.
+        model_type: Family of the model, as config.json names it.
+        elastic: Format of the checkpoint.
         origin: Content of provenance.json, or empty.
         results: Results that were measured so far.
     """
-    elastic = ElasticFormat.from_json(config["quantization_config"])
     depths = depths_of(tuple(elastic.slice_bits))
     highest = elastic.n_planes
-    name = origin.get("source", {}).get("name", config.get("model_type", "model"))
+    name = origin.get("source", {}).get("name", model_type)
     head: dict[str, Any] = {"library_name": "transformers", "tags": ["mobiq", "quantized", "elastic-precision"]}
     if name.count("/") == 1 and not name.startswith(".") and not Path(name).exists():  # a hub id
         head["base_model"] = name
@@ -141,7 +141,7 @@ def _harness_table(entries: Sequence[HarnessEntry]) -> str:
     return "\n".join(lines)
 
 
-def _origin(origin: dict[str, Any]) -> str:
+def _origin(origin: Mapping[str, Any]) -> str:
     if not origin:
         return ""
     source, calibration, versions = origin["source"], origin["calibration"], origin["environment"]
@@ -159,7 +159,3 @@ def _origin(origin: dict[str, Any]) -> str:
 
 The recipe is `recipe.yaml`; `python -m mobiq_lightning verify` checks every file against `hashes.json`.
 """
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}

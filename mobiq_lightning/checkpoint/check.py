@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import os
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,11 +14,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mobiq_lightning.errors import CheckpointError
+from mobiq_lightning.errors import CheckpointError, FileError
+from mobiq_lightning.input_files import open_regular, parse_json
 from mobiq_lightning.packing import TensorKind, carrier_of, kind_of, plane_of
 
 _SHOWN = 6  # problems that a message lists
+OTHER_FILE = " is not what was written"
+"""End of the problem of a file that is no tensor and has other bytes than hashes.json says."""
+HEADER_BYTES = 100 * 10**6
+"""Largest header of a safetensors file that is read, in bytes; the library reads no larger one either."""
 _THREADS = 4  # hashlib and the file system work outside of Python's lock
+_FLOATING = ("F16", "BF16", "F32", "F64")
+_DTYPES = {torch.uint8: ("U8",), torch.int64: ("I64",), torch.int32: ("I32",), torch.bool: ("BOOL",)}
 _PARTS_OF_INPUTS: dict[TensorKind, str] = {
     "router": "the router of {} is missing",
     "transform": "the transform of {} is missing",
@@ -32,13 +39,18 @@ class Expected(NamedTuple):
 
     Args:
         shape: Shape of the tensor.
-        is_bytes: Whether its dtype is uint8; else it may be any floating dtype.
+        dtypes: What the header may call its dtype: any floating one stands for any other.
         required: Whether the tensor must be there.
     """
 
     shape: tuple[int, ...]
-    is_bytes: bool
+    dtypes: tuple[str, ...]
     required: bool
+
+    @classmethod
+    def of(cls, tensor: Tensor, required: bool) -> Expected:
+        """What is expected of the tensor of a file that is loaded into `tensor`."""
+        return cls(tuple(tensor.shape), _DTYPES.get(tensor.dtype, _FLOATING), required)
 
 
 def check_tensors(files: Sequence[Path], expected: Mapping[str, Expected], hashes: Mapping[str, str] | None) -> None:
@@ -66,10 +78,13 @@ def describe_problems(folder: Path, problems: Sequence[str], effect: str = "noth
         effect: Consequence of the problems, such as ``nothing was loaded``.
     """
     more = f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-    return (
-        f"{folder} is damaged; {effect}.\n  " + "\n  ".join(problems[:_SHOWN]) + more + "\n"
-        "Copy or export the checkpoint again"
-    )
+    advice = "Copy or export the checkpoint again"
+    if all(problem.endswith(OTHER_FILE) for problem in problems):
+        advice += (
+            f". If you changed the file yourself, mobiq_lightning.load({str(folder)!r}, check_hashes=False)"
+            f".save_pretrained({str(folder)!r}) makes hashes anew"
+        )
+    return f"{folder} is damaged; {effect}.\n  " + "\n  ".join(problems[:_SHOWN]) + f"{more}\n{advice}"
 
 
 def tensor_problems(
@@ -83,36 +98,51 @@ def tensor_problems(
         hashes: SHA-256 of every tensor's bytes in hex, by name; None not to compare them.
     """
     problems: list[str] = []
-    found: dict[str, Path] = {}
-    unreadable = False
+    where: dict[str, Path] = {}
+    headers: dict[str, dict[str, Any]] = {}
     for path in files:
         try:
             header = read_header(path)
         except CheckpointError as error:
             problems.append(str(error))
-            unreadable = True
             continue
-        found |= dict.fromkeys(header, path)
-        for name, entry in header.items():
-            wanted = expected.get(name)
-            if wanted is None:
-                continue
-            if tuple(entry["shape"]) != wanted.shape:
-                problems.append(f"{path.name}: {name} has shape {entry['shape']}, should have {list(wanted.shape)}")
-            elif (entry["dtype"] == "U8") != wanted.is_bytes:
-                problems.append(f"{path.name}: {name} has dtype {entry['dtype']}")
-    if not unreadable:  # what is missing is in the file that cannot be read
-        missing = [name for name, wanted in expected.items() if wanted.required and name not in found]
-        problems += _describe_missing(missing)
-        others = [name for name in found if name not in expected and plane_of(name) is None]
-        problems += [f"{found[name].name}: {name} is not part of this model" for name in others]
+        where |= dict.fromkeys(header, path)
+        headers |= header
+    if problems:  # what is missing is in the file that cannot be read
+        return problems
+    problems = shape_problems(headers, where, expected)
     if hashes is not None and not problems:
-        known = {name: path for name, path in found.items() if name in expected and name in hashes}
+        problems = [f"{where[name].name}: {name} has no hash" for name in where if name not in hashes]
+        known = {name: path for name, path in where.items() if name in expected and name in hashes}
         problems += [
             f"{known[name].name}: the bytes of {name} are not those that were written"
             for name in differing_tensors(known, hashes)
         ]
     return problems
+
+
+def shape_problems(
+    headers: Mapping[str, Mapping[str, Any]], where: Mapping[str, Path], expected: Mapping[str, Expected]
+) -> list[str]:
+    """Lists how headers differ from the tensors that are expected, one line for each problem.
+
+    Args:
+        headers: Entries of tensors in the headers of their files, by name.
+        where: The files, by name of the tensor.
+        expected: Tensors that will be read, by name.
+    """
+    problems: list[str] = []
+    for name, entry in headers.items():
+        wanted = expected.get(name)
+        if wanted is None:
+            if plane_of(name) is None:
+                problems.append(f"{where[name].name}: {name} is not part of this model")
+        elif tuple(entry["shape"]) != wanted.shape:
+            problems.append(f"{where[name].name}: {name} has shape {entry['shape']}, should have {list(wanted.shape)}")
+        elif entry["dtype"] not in wanted.dtypes:
+            problems.append(f"{where[name].name}: {name} has dtype {entry['dtype']}")
+    missing = [name for name, wanted in expected.items() if wanted.required and name not in headers]
+    return problems + describe_missing(missing)
 
 
 def differing_tensors(where: Mapping[str, Path], hashes: Mapping[str, str]) -> list[str]:
@@ -144,26 +174,46 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
     """Reads the header of a safetensors file: by name, ``{"dtype", "shape", "data_offsets"}``; no tensor is read.
 
     Raises:
-        CheckpointError: If the file is missing, or is not as long as its header says, or has none.
+        CheckpointError: If the file is missing, or is not as long as its header says, or has none that can be read.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
             length = struct.unpack("<Q", file.read(8))[0]
-            size = path.stat().st_size
             if length > size:
                 raise ValueError(f"its header should be {length} bytes long, the file has {size}")
-            header: dict[str, dict[str, Any]] = json.loads(file.read(length))
+            if length > HEADER_BYTES:
+                raise ValueError(f"its header should be {length} bytes long; headers have at most {HEADER_BYTES}")
+            header = parse_json(file.read(length).decode("utf-8"), "its header")
+        if not isinstance(header, dict):
+            raise ValueError("its header is no mapping")
         header.pop("__metadata__", None)
-        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        ends = [_end_of(name, entry) for name, entry in header.items()]
+        end = 8 + length + max(ends, default=0)
         if end != size:
             raise ValueError(f"it should be {end} bytes long and has {size}")
         with safe_open(path, framework="pt"):  # the library's own checks of the header
             pass
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path.name} is missing") from error
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error, SafetensorError) as error:
+    except FileError as error:
+        said = str(error).replace(f"{path}", path.name)
+        raise CheckpointError(said if path.name in said else f"{path.name} is cut off or damaged: {said}") from error
+    except (ValueError, OSError, struct.error, SafetensorError) as error:
         raise CheckpointError(f"{path.name} is cut off or damaged: {error}") from error
     return header
+
+
+def _end_of(name: str, entry: Any) -> int:
+    """Where the bytes of a tensor end, counted from the end of the header; raises ValueError if its entry makes no sense."""
+    fields = entry if isinstance(entry, dict) else {}
+    offsets: Any = fields.get("data_offsets")
+    sizes_fit = _are_sizes(fields.get("shape")) and _are_sizes(offsets) and len(offsets) == 2
+    if not sizes_fit or not isinstance(fields.get("dtype"), str):
+        raise ValueError(f"its header says of {name!r}: {str(entry)[:80]}")
+    return int(offsets[1])
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
 
 
 def hash_tensor(tensor: Tensor) -> str:
@@ -172,7 +222,7 @@ def hash_tensor(tensor: Tensor) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _describe_missing(names: Sequence[str]) -> list[str]:
+def describe_missing(names: Iterable[str]) -> list[str]:
     """One line for each missing tensor, with one for all those of one router, transform or set of tables."""
     lines: dict[str, None] = {}
     for name in names:

@@ -2,85 +2,139 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
-from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from mobiq_lightning.checkpoint.card import write_card
 from mobiq_lightning.checkpoint.check import describe_problems, hash_tensor
-from mobiq_lightning.checkpoint.format import ElasticFormat
+from mobiq_lightning.checkpoint.contents import Contents, read_contents
 from mobiq_lightning.checkpoint.loading import resolve
+from mobiq_lightning.checkpoint.own_files import own_file, unhashed_files
 from mobiq_lightning.checkpoint.write import seal, write_shard
+from mobiq_lightning.console import say
 from mobiq_lightning.errors import BitsError, CheckpointError
 from mobiq_lightning.files import folder_replaced_atomically, write_json
 from mobiq_lightning.nn import held_slices
 from mobiq_lightning.packing import plane_of
-from mobiq_lightning.runs import CARD, CONFIG, HASHES, INDEX
+from mobiq_lightning.runs import CARD, CONFIG, HASHES, INDEX, LATER, RESULTS, read_results
 
 
 def export(source: str | Path, to: str | Path, max_bits: int | None = None, overwrite: bool = False) -> Path:
-    """Writes a copy of a checkpoint, whole or with its first planes only, checked against its hashes on the way.
+    """Writes a copy of a checkpoint, whole or with its first planes only; what is copied was compared with its hashes.
 
     Args:
         source: A run folder, or an elastic checkpoint.
         to: The new folder.
         max_bits: Depth in bits up to which planes are kept, which must be a prefix of the slices; by default all.
-        overwrite: Whether to replace the new folder if it is there.
+        overwrite: Whether to replace the new folder if it is an elastic checkpoint. It is replaced when the copy is whole.
 
     Returns:
         The new folder.
 
     Raises:
-        CheckpointError: If the source is damaged, or the folder is there and `overwrite` was not given.
+        CheckpointError: If the source is damaged or has no hashes, or the new folder is there and may not be replaced.
         BitsError: If `max_bits` is no prefix of the slices, or more than the source holds.
     """
-    origin, folder = resolve(source), Path(to)
-    if folder.resolve() == origin.resolve():
-        raise CheckpointError(f"{folder} is the checkpoint itself; give another folder")
-    if folder.exists() and not overwrite:
-        raise CheckpointError(f"{folder} exists; give another folder, or --overwrite to replace it")
-    config = json.loads((origin / CONFIG).read_text(encoding="utf-8"))
-    elastic = ElasticFormat.from_json(config["quantization_config"])
-    held = elastic.n_planes
-    n_planes = max_bits or held
+    origin = resolve(source)
+    folder = _target(origin, to, overwrite)
+    contents = read_contents(origin)
+    contents.require_whole("nothing was exported")
+    if contents.hashes is None:
+        raise CheckpointError(
+            f"{origin} has no {HASHES}, so whether it is whole cannot be told; nothing was exported. If you trust it, "
+            "mobiq_lightning.load(...).save_pretrained(folder) writes a copy with new hashes"
+        )
+    elastic, held = contents.elastic, contents.elastic.n_planes
+    n_planes = held if max_bits is None else max_bits
     held_slices(tuple(elastic.slice_bits), n_planes)
     if n_planes > held:
         raise BitsError(f"max_bits ({n_planes}) is more than the {held} bits that {origin} holds")
     elastic.max_bits = None if n_planes == sum(elastic.slice_bits) else n_planes
-    config["quantization_config"] = elastic.to_json()
+    config = {**contents.config, "quantization_config": elastic.to_json()}
+    left_out = unhashed_files(origin, contents.hashes, [path.name for path in contents.shards])
+    if left_out:
+        say(f"{origin}: {', '.join(left_out)}: no part of the checkpoint (without a hash in {HASHES}); not exported.")
     with folder_replaced_atomically(folder) as temporary:
-        for path in sorted(origin.iterdir()):
-            if path.suffix != ".safetensors" and path.is_file() and path.name not in (CONFIG, INDEX, HASHES, CARD):
-                shutil.copyfile(path, temporary / path.name)
+        for name in _companions(contents):
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(own_file(origin, name, nested=True), temporary / name)
         write_json(temporary / CONFIG, config)
-        hashes = _read_hashes(origin)
-        for path in sorted(origin.glob("*.safetensors")):
-            _copy_shard(path, temporary / path.name, n_planes, hashes)
+        for path in contents.shards:
+            _copy_shard(path, temporary / path.name, n_planes, contents.hashes.tensors)
         seal(temporary)
         write_card(temporary)
     return folder
 
 
-def _copy_shard(path: Path, target: Path, n_planes: int, hashes: dict[str, str] | None) -> None:
+def _target(origin: Path, to: str | Path, overwrite: bool) -> Path:
+    """The folder to export to, links followed, so that the folder itself is replaced and not a link to it.
+
+    Raises:
+        CheckpointError: If it is there and may not be replaced.
+    """
+    try:
+        folder = Path(to).expanduser().resolve()
+        exists = folder.exists()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{to!r} can be no folder ({error}); give another folder") from error
+    source = origin.resolve()
+    if folder == source:
+        raise CheckpointError(f"{to} is the checkpoint itself; give another folder")
+    if source.is_relative_to(folder) or folder.is_relative_to(source):
+        inside = "lies in" if source.is_relative_to(folder) else "holds"
+        raise CheckpointError(f"{origin}, which is exported, {inside} {to}; give a folder beside it")
+    if exists and not overwrite:
+        raise CheckpointError(f"{to} exists; give another folder, or --overwrite to replace it if it is a checkpoint")
+    if exists:
+        _refuse_foreign(folder)
+    return folder
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Raises a `CheckpointError` unless a folder is an elastic checkpoint and holds nothing else."""
+    try:
+        contents = read_contents(folder)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{folder} is no elastic checkpoint and is not replaced ({error}). Give another folder, or remove it yourself"
+        ) from error
+    hashes = contents.hashes
+    foreign = (
+        [HASHES] if hashes is None else unhashed_files(folder, hashes, [p.name for p in folder.glob("*.safetensors")])
+    )
+    if foreign:
+        what = f"has no {HASHES}" if hashes is None else f"also holds {', '.join(foreign[:6])}, which no export wrote"
+        raise CheckpointError(f"{folder} {what}; it is not replaced. Give another folder, or remove it yourself")
+
+
+def _companions(contents: Contents) -> list[str]:
+    """Files to copy as they are: all that have a hash, and what was measured. Config, index, hashes and card are made anew."""
+    assert contents.hashes is not None
+    names = [name for name in contents.hashes.files if name not in (CONFIG, INDEX)]
+    for name in LATER:
+        if name not in (HASHES, CARD) and (contents.folder / name).exists():
+            own_file(contents.folder, name)
+            names.append(name)
+    read_results(contents.folder / RESULTS)
+    return names
+
+
+def _copy_shard(path: Path, target: Path, n_planes: int, hashes: dict[str, str]) -> None:
     """Copies the tensors of a shard that are kept."""
-    with safe_open(path, framework="pt") as file:
-        names = [(name, plane_of(name)) for name in file.keys()]  # noqa: SIM118 - not a dict
-        kept = [name for name, plane in names if plane is None or plane < n_planes]
-        tensors = {name: file.get_tensor(name) for name in kept}
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = [(name, plane_of(name)) for name in file.keys()]  # noqa: SIM118 - not a dict
+            kept = [name for name, plane in names if plane is None or plane < n_planes]
+            tensors = {name: file.get_tensor(name) for name in kept}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            describe_problems(path.parent, [f"{path.name}: {error}"], "nothing was exported")
+        ) from error
     found = {name: hash_tensor(tensor) for name, tensor in tensors.items()}
-    differing = [name for name in found if hashes is not None and hashes.get(name) != found[name]]
+    differing = [name for name in found if hashes.get(name) != found[name]]
     if differing:
         lines = [f"{path.name}: the bytes of {name} are not those that were written" for name in differing]
         raise CheckpointError(describe_problems(path.parent, lines, "nothing was exported"))
     write_shard(target, tensors, found)
-
-
-def _read_hashes(folder: Path) -> dict[str, str] | None:
-    path = folder / HASHES
-    if not path.is_file():
-        return None
-    stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return dict(stored["tensors"])

@@ -11,7 +11,7 @@ from typing import Any, Self, TypeGuard, get_args
 
 from mobiq_lightning.errors import CheckpointError, nearest
 from mobiq_lightning.nn import BlockLayout, Share
-from mobiq_lightning.packing import CODES, PackedSlices
+from mobiq_lightning.packing import CODES, PackedSlices, depths_of
 from mobiq_lightning.strategies.thresholds import Scope
 
 QUANT_METHOD = "mobiq"
@@ -137,6 +137,9 @@ def check_json(stored: Mapping[str, Any], known: Iterable[str]) -> None:
                 f"{_KEY}.{key} should be {expected}, and is {stored[key]!r}. Restore config.json from where the "
                 "checkpoint was made"
             )
+    depths, held = depths_of(tuple(stored["slice_bits"])), stored.get("max_bits")
+    if held is not None and held not in depths:
+        raise CheckpointError(f"{_KEY}.max_bits should be null or one of the depths {list(depths)}, and is {held}")
     for key, parts in _PARTS.items():
         _refuse_unknown(f"{_KEY}.{key}", stored.get(key) or {}, parts)
 
@@ -166,7 +169,8 @@ def _are_slice_bits(value: object) -> bool:
 def _is_class(value: object) -> bool:
     if not isinstance(value, dict) or not isinstance(value.get("class_path"), str):
         return False
-    return isinstance(value.get("init_args", {}), dict)
+    arguments = value.get("init_args", {})
+    return isinstance(arguments, dict) and all(name.isidentifier() for name in arguments)
 
 
 def _is_transform(value: object) -> bool:
@@ -179,10 +183,22 @@ def _is_transform(value: object) -> bool:
 
 
 def _is_layout(value: object) -> bool:
-    if not isinstance(value, dict) or not isinstance(value.get("blocks", ""), str):
+    if not isinstance(value, dict) or not _is_path(value.get("blocks", "model.layers")):
         return False
     groups = value.get("shared_inputs", [])
     return isinstance(groups, list) and all(isinstance(group, list) and all(map(_is_text, group)) for group in groups)
+
+
+def _is_path(value: object) -> bool:
+    return isinstance(value, str) and all(part.isidentifier() for part in value.split("."))
+
+
+def _are_bits(value: object) -> bool:
+    return (_is_int(value) or isinstance(value, float)) and 1 <= value <= 8  # type: ignore[operator]
+
+
+def _is_group_size(value: object) -> bool:
+    return _is_positive(value) and value < 2**31  # type: ignore[operator]
 
 
 def _is_text(value: object) -> bool:
@@ -203,13 +219,13 @@ _PARTS = {
 _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "quant_method": _one_of(QUANT_METHOD),
     "slice_bits": (_are_slice_bits, "a list of positive integers that add up to at most 8"),
-    "group_size": (_is_positive, "a positive integer"),
+    "group_size": (_is_group_size, "a positive integer below 2^31"),
     "router": (_is_class, "a mapping with class_path, a string, and init_args, a mapping"),
     "transform": (_is_transform, "null, or a mapping with class_path, init_args and stored, a list of names"),
     "layout": (_is_layout, "a mapping with blocks, a dotted path, and shared_inputs, a list of lists of names"),
     "share_routers": _one_of(*get_args(Share)),
     "threshold_scope": _one_of(*get_args(Scope)),
-    "default_bits": (lambda value: _is_int(value) or isinstance(value, float), "a number of bits"),
+    "default_bits": (_are_bits, "a number of bits from 1 to 8"),
     "max_bits": (lambda value: value is None or _is_positive(value), "null, or a positive integer"),
 }
 """For each key, a function that says whether a value is allowed, and what is expected in words."""

@@ -9,9 +9,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mobiq_lightning.checkpoint.check import describe_problems
-from mobiq_lightning.checkpoint.format import QUANT_METHOD, ElasticFormat, is_elastic
-from mobiq_lightning.errors import CheckpointError, MobiqError
+from mobiq_lightning.checkpoint.contents import read_contents
+from mobiq_lightning.checkpoint.keywords import HUB_KEYWORDS, checked_keywords, refuse_unknown
+from mobiq_lightning.checkpoint.load_call import LoadCall, answering
+from mobiq_lightning.checkpoint.named_classes import router_class
+from mobiq_lightning.errors import BitsError, CheckpointError, MobiqError
 from mobiq_lightning.runs import CONFIG, ELASTIC
+
+_ADVICE = "A finished `fit` leaves a checkpoint in <run folder>/elastic"
 
 
 def load(
@@ -23,9 +28,12 @@ def load(
     device: torch.device | str | None = None,
     check_hashes: bool = True,
     warm_up: bool = False,
+    trust_router: str | None = None,
     **kwargs: Any,
 ) -> Any:
     """Loads an elastic checkpoint as a transformers model whose bits per weight can be set at any time.
+
+    Nothing of the checkpoint is executed. Its files are compared with each other and with hashes.json first.
 
     Args:
         source: A run folder, the ``elastic`` folder in it, or a Hugging Face hub id.
@@ -33,42 +41,28 @@ def load(
         bits: Bits per weight that the dial is set to; by default the checkpoint's ``default_bits``.
         dtype: dtype of what is not sliced, and of the computation; ``auto`` as saved.
         device: Device that the model is moved to; not together with `device_map`.
-        check_hashes: Whether every tensor that is read is compared with hashes.json; that costs one pass over the
-            bytes.
+        check_hashes: Whether every file and every tensor that is read is compared with hashes.json; that costs one pass
+            over the bytes.
         warm_up: Whether to compile every kernel that the model can need, and to unpack the weights that the reference
             path keeps, now instead of at the first requests.
-        **kwargs: Further arguments of `AutoModelForCausalLM.from_pretrained`, such as ``device_map``.
+        trust_router: Dotted path of the checkpoint's router if it is none of `mobiq_lightning.strategies`. That class is
+            imported and run; by default only routers of this package are.
+        **kwargs: Further arguments of `AutoModelForCausalLM.from_pretrained`: ``revision``, ``cache_dir``, ``token``,
+            ``subfolder`` and others of the hub, ``device_map``, ``attn_implementation``, or keys of config.json. Those that
+            an elastic checkpoint cannot honour are refused.
 
     Returns:
         The transformers model in eval mode, which is an `ElasticModel` as well as of its own class.
 
     Raises:
-        CheckpointError: If there is no elastic checkpoint, or anything of it is missing, left over or damaged.
+        CheckpointError: If there is no elastic checkpoint, or anything of it is missing, left over or damaged, or an argument
+            cannot be honoured.
         BitsError: If `max_bits` is no prefix of the slices, or `bits` is out of range.
     """
-    path = resolve(source)
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path / CONFIG} cannot be read: {error}") from error
-    stored = getattr(config, "quantization_config", None)
-    if not is_elastic(stored):
-        raise CheckpointError(f"{path} holds no elastic model (its quant_method is not {QUANT_METHOD!r})")
-    held = ElasticFormat.from_json(stored).max_bits
-    if max_bits is not None and held is not None and max_bits > held:
-        raise CheckpointError(f"max_bits ({max_bits}) is more than the {held} bits that {path} holds")
-    config.quantization_config = {**stored, "max_bits": max_bits or held, "check_hashes": check_hashes}
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=dtype, output_loading_info=True, **kwargs
-        )
-    except MobiqError:
-        raise
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise CheckpointError(f"{path} cannot be loaded: {type(error).__name__}: {error}") from error
-    problems = [f"{key.replace('_', ' ')}: {name}" for key, names in info.items() for name in sorted(map(str, names))]
-    if problems:
-        raise CheckpointError(describe_problems(path, problems))
+    given = checked_keywords({**kwargs, "dtype": dtype, "device": device})
+    path = resolve(source, **{name: given.pop(name) for name in HUB_KEYWORDS if name in given})
+    with answering(LoadCall(check_hashes, trust_router)):
+        model = _load(path, max_bits, given)
     if device is not None:
         model.to(device)
     if bits is not None:
@@ -81,30 +75,67 @@ def load(
     return model
 
 
-def resolve(source: str | Path) -> Path:
+def _load(path: Path, max_bits: int | None, given: dict[str, Any]) -> Any:
+    """Loads the checkpoint in a folder; `given` are arguments of `from_pretrained`, and keys of config.json."""
+    contents = read_contents(path, compare_files=False)  # files are compared once, when transformers gets to them
+    contents.require_whole()
+    elastic = contents.elastic
+    router_class(elastic.router["class_path"])
+    held = elastic.max_bits
+    if max_bits is not None and held is not None and max_bits > held:
+        raise BitsError(f"max_bits ({max_bits}) is more than the {held} bits that {path} holds")
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        keys = config.to_dict()
+        refuse_unknown(given, keys)
+        for name in [name for name in given if name in keys and name != "dtype"]:
+            setattr(config, name, given.pop(name))
+        config.quantization_config = {**contents.config["quantization_config"], "max_bits": max_bits or held}
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, config=config, output_loading_info=True, trust_remote_code=False, **given
+        )
+    except MobiqError:
+        raise
+    except Exception as error:
+        said = (str(error).strip().splitlines() or [""])[0]
+        raise CheckpointError(f"{path} cannot be loaded: {type(error).__name__}: {said}") from error
+    problems = [f"{key.replace('_', ' ')}: {name}" for key, names in info.items() for name in sorted(map(str, names))]
+    if problems:
+        raise CheckpointError(describe_problems(path, problems))
+    return model
+
+
+def resolve(source: str | Path, **hub: Any) -> Path:
     """Finds the folder of an elastic checkpoint; one on the hub is downloaded if it is not in the cache yet.
 
     Args:
         source: A run folder, an elastic checkpoint, or a Hugging Face hub id.
+        **hub: Arguments of `from_pretrained` that say what is downloaded: ``revision``, ``subfolder``, ``token`` and others.
 
     Raises:
         CheckpointError: If there is no elastic checkpoint.
     """
+    if not isinstance(source, (str, Path)) or not str(source).strip():
+        raise CheckpointError(f"{source!r} names no elastic checkpoint; give a folder or a hub id. {_ADVICE}")
+    subfolder = hub.pop("subfolder", "") or ""
     path = Path(source).expanduser()
-    if (path / ELASTIC / CONFIG).is_file():
-        return path / ELASTIC
-    if (path / CONFIG).is_file():
-        return path
-    if path.exists() or path.is_absolute() or str(source).startswith(".") or str(source).count("/") != 1:
+    try:
+        found = next((p for p in (path / ELASTIC / subfolder, path / subfolder) if (p / CONFIG).is_file()), None)
+        exists = path.exists()
+    except (OSError, ValueError) as error:  # a name that is too long, or holds what names cannot
+        raise CheckpointError(f"{source!r} can be no folder ({error}). {_ADVICE}") from error
+    if found is not None:
+        return found
+    if exists or path.is_absolute() or str(source).startswith(".") or str(source).count("/") != 1:
         raise CheckpointError(
             f"{source} holds no elastic checkpoint; a finished `fit` leaves one in <run folder>/elastic"
         )
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(source)))
+        return Path(snapshot_download(str(source), **hub)) / subfolder
     except Exception as error:
         raise CheckpointError(
             f"{source} is neither a folder with an elastic checkpoint, nor in the local cache, nor reachable on the hub "
-            f"({type(error).__name__}). A finished `fit` leaves a checkpoint in <run folder>/elastic"
+            f"({type(error).__name__}). {_ADVICE}"
         ) from error

@@ -4,12 +4,67 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mobiq_lightning.checkpoint.own_files import own_file
 from mobiq_lightning.environment import environment
+from mobiq_lightning.runs import PROVENANCE, Record, read_json
 from mobiq_lightning.sources import Source
 from mobiq_lightning.strategies.transform_base import Transform
+
+
+@dataclass(frozen=True)
+class _Source(Record):
+    name: str
+    weights: str
+    tokenizer: str
+
+
+@dataclass(frozen=True)
+class _Calibration(Record):
+    data: str
+    n_samples: int
+    seq_len: int
+    data_hash: str
+
+
+@dataclass(frozen=True)
+class _Environment(Record):
+    mobiq_lightning: str
+    torch: str
+    transformers: str
+    python: str
+    date: str
+    device: str
+
+
+@dataclass(frozen=True)
+class _Provenance(Record):
+    """What readers of provenance.json rely on; the file says more."""
+
+    source: _Source
+    calibration: _Calibration
+    seed: int | None
+    git_commit: str | None
+    environment: _Environment
+
+
+def read_provenance(folder: Path) -> Mapping[str, Any]:
+    """Content of a checkpoint's provenance.json; empty if it has none.
+
+    Raises:
+        CheckpointError: If it is no regular file of the folder.
+        ResultsError: If it is damaged, or from another version.
+    """
+    if not (folder / PROVENANCE).exists():
+        return {}
+    path = own_file(folder, PROVENANCE)
+    stored: dict[str, Any] = read_json(path)
+    _Provenance.from_json(stored, path)
+    return stored
 
 
 def git_commit() -> str | None:

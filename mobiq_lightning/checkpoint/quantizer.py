@@ -7,11 +7,10 @@ what is imported here.
 from __future__ import annotations
 
 import copy
-import importlib
-import json
 import os
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from importlib.metadata import version
@@ -24,15 +23,23 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from mobiq_lightning.checkpoint.check import Expected, check_tensors
+from mobiq_lightning.checkpoint.check import (
+    Expected,
+    check_tensors,
+    describe_problems,
+)
+from mobiq_lightning.checkpoint.contents import read_contents
 from mobiq_lightning.checkpoint.format import QUANT_METHOD, ElasticFormat, check_json
+from mobiq_lightning.checkpoint.load_call import current_call
+from mobiq_lightning.checkpoint.named_classes import build_router, build_transform, router_class
+from mobiq_lightning.checkpoint.own_files import read_hashes
+from mobiq_lightning.checkpoint.saving import saved_with_hashes
+from mobiq_lightning.checkpoint.values import value_problems
 from mobiq_lightning.errors import CheckpointError
 from mobiq_lightning.nn import BlockLayout, ElasticLinear, make_shared_input, routed_inputs
 from mobiq_lightning.packing import deeper_than
-from mobiq_lightning.runs import HASHES
+from mobiq_lightning.runs import CONFIG, HASHES
 from mobiq_lightning.runtime import make_elastic
-from mobiq_lightning.strategies.base import Router
-from mobiq_lightning.strategies.transform_base import StoredTransform
 
 SUPPORTED_TRANSFORMERS = (5,)
 """Major versions that the quantizer works with."""
@@ -42,13 +49,7 @@ SKIP_VERSION_CHECK = "MOBIQ_SKIP_VERSION_CHECK"
 @register_quantization_config(QUANT_METHOD)
 @dataclass(kw_only=True)
 class ElasticConfig(ElasticFormat, QuantizationConfigMixin):
-    """The format of an elastic checkpoint as transformers hands it from config.json to the quantizer and back.
-
-    Args:
-        check_hashes: Whether loading compares the tensors that it reads with hashes.json. Not stored.
-    """
-
-    check_hashes: bool = True
+    """The format of an elastic checkpoint as transformers hands it from config.json to the quantizer and back."""
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -75,6 +76,8 @@ class ElasticQuantizer(HfQuantizer):
     """Puts elastic linears into a model before its weights are loaded, having checked that the files fit them."""
 
     requires_calibration = True
+    checked = True
+    """Whether the bytes of the model were compared with hashes.json when it was loaded."""
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuses versions of transformers that this quantizer was not tested with.
@@ -89,27 +92,61 @@ class ElasticQuantizer(HfQuantizer):
                 f"or set {SKIP_VERSION_CHECK}=1 to go on anyway"
             )
 
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Checks the folder of the model: here transformers knows where it is, and has built and read nothing of it yet.
+
+        Raises:
+            CheckpointError: If anything of it is damaged, or is not what its config.json claims.
+        """
+        if (named := getattr(config, "transformers_weights", None)) is not None:
+            raise CheckpointError(
+                f"config.json: transformers_weights names {named!r}; an elastic checkpoint names no weights"
+            )
+        folder = Path(getattr(config, "_name_or_path", ""))
+        router_class(self.quantization_config.router["class_path"])
+        if (folder / CONFIG).is_file():
+            read_contents(folder, current_call().check_hashes).require_whole()
+        return super().update_attn_implementation(config)
+
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
-        config = self.quantization_config
-        insert_elastic_linears(model, config)
+        self.checked = current_call().check_hashes
+        insert_elastic_linears(model, self.quantization_config)
         if checkpoint_files:
             files = [Path(file) for file in checkpoint_files]
-            hashes = files[0].parent / HASHES
-            known = None
-            if config.check_hashes and hashes.is_file():
-                known = json.loads(hashes.read_text(encoding="utf-8"))["tensors"]
-            check_tensors(files, expected_tensors(model), known)
+            check_tensors(files, expected_tensors(model), self._known_hashes(files[0].parent))
         if (held := _n_planes(model)) < 8:  # deeper planes than are to be held are left in the file, with their values
             pattern = deeper_than(held)
             ignored: Any = model._keys_to_ignore_on_load_unexpected  # a set, in earlier versions a list or None
             both = ignored | {pattern} if isinstance(ignored, set) else [*(ignored or []), pattern]
             model._keys_to_ignore_on_load_unexpected = both  # type: ignore[assignment]
 
+    def _known_hashes(self, folder: Path) -> dict[str, str] | None:
+        """Hashes of the tensors in a folder, or None if they are not to be compared, or cannot be, which is said."""
+        if not self.checked:
+            return None
+        hashes = read_hashes(folder)
+        if hashes is None:
+            self.checked = False
+            warnings.warn(
+                f"{folder} has no {HASHES}: what is loaded cannot be compared with what was written", stacklevel=2
+            )
+            return None
+        return hashes.tensors
+
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> None:
+        check_values(model)
         model.requires_grad_(False)
         make_elastic(model, self.quantization_config.threshold_scope, self.quantization_config.default_bits)
+
+    def saving(self, model: nn.Module, folder: Path) -> AbstractContextManager[None]:
+        """Context in which transformers saves a model into a folder, which has hashes that fit when it ends.
+
+        Raises:
+            CheckpointError: If the folder holds a checkpoint with more planes, which would be lost.
+        """
+        return saved_with_hashes(folder, _n_planes(model), self.checked)
 
     def is_serializable(self, safe_serialization: Any = None) -> bool:
         """Whether models with this quantizer can be saved, which transformers asks: they can."""
@@ -170,55 +207,20 @@ def insert_elastic_linears(model: nn.Module, stored: ElasticFormat) -> None:
         routed.router.place(position, len(inputs))
 
 
-def build_router(spec: dict[str, Any], in_features: int, n_slices: int) -> Router:
-    """Builds the router that config.json names, for one input.
-
-    Args:
-        spec: Mapping with ``class_path`` and ``init_args``.
-        in_features: Width of the input.
-        n_slices: Number of slices.
+def check_values(model: nn.Module) -> None:
+    """Checks the values that were loaded into elastic linears and routed inputs.
 
     Raises:
-        CheckpointError: If the class cannot be imported or built, or is no router, since config.json must not be able
-            to call anything else.
+        CheckpointError: If scales, thresholds, budgets or routers have values that they cannot have.
     """
-    name = str(spec.get("class_path"))
-    module, _, last = name.rpartition(".")
-    try:
-        cls = getattr(importlib.import_module(module), last)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise CheckpointError(
-            f"this elastic checkpoint was made with {name}, which cannot be imported here ({error}). Put its module on "
-            "the Python path"
-        ) from error
-    if not (isinstance(cls, type) and issubclass(cls, Router)):
-        raise CheckpointError(f"config.json names {name} as router, which is no mobiq_lightning.strategies.Router")
-    try:
-        return cls(in_features, n_slices, **spec.get("init_args", {}))
-    except TypeError as error:
-        raise CheckpointError(f"config.json: the router {name} cannot be built: {error}") from error
-
-
-def build_transform(stored: list[str], in_features: int) -> StoredTransform | None:
-    """Makes the empty transform of an input, to be loaded from a checkpoint.
-
-    Args:
-        stored: Names of the tensors that the checkpoint holds of the transform.
-        in_features: Width of the input.
-
-    Returns:
-        The transform, or None if the checkpoint holds no tensors of one.
-
-    Raises:
-        CheckpointError: If a tensor is named that this version does not know.
-    """
-    try:
-        return StoredTransform(in_features, stored) if stored else None
-    except ValueError as error:
-        raise CheckpointError(
-            f"config.json: transform.stored: {error}. The checkpoint is damaged, or newer than this version of "
-            "mobiq-lightning"
-        ) from error
+    problems: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, ElasticLinear):
+            tensors = {f"{name}.{own}": value for own, value in module.state_dict().items()}
+            falls = module.routed.router.per_token
+            problems += [problem for key in tensors for problem in value_problems(key, tensors.__getitem__, falls)]
+    if problems:
+        raise CheckpointError(describe_problems(Path(str(getattr(model, "name_or_path", "") or ".")), problems))
 
 
 def expected_tensors(model: Any) -> dict[str, Expected]:
@@ -228,10 +230,7 @@ def expected_tensors(model: Any) -> dict[str, Expected]:
         output = model.get_output_embeddings()
         tied = {n for n, p in model.named_parameters(remove_duplicate=False) if p is getattr(output, "weight", None)}
         tied -= {n for n, m in model.named_modules() if m is model.get_input_embeddings() for n in [f"{n}.weight"]}
-    return {
-        name: Expected(tuple(value.shape), value.dtype == torch.uint8, name not in tied)
-        for name, value in model.state_dict().items()
-    }
+    return {name: Expected.of(value, name not in tied) for name, value in model.state_dict().items()}
 
 
 def _n_planes(model: nn.Module) -> int:

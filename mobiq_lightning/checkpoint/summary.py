@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,17 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mobiq_lightning.checkpoint.check import read_header
-from mobiq_lightning.checkpoint.format import QUANT_METHOD, ElasticFormat, is_elastic
+from mobiq_lightning.checkpoint.check import describe_problems, shape_problems
+from mobiq_lightning.checkpoint.contents import read_contents
+from mobiq_lightning.checkpoint.format import ElasticFormat
+from mobiq_lightning.checkpoint.load_call import LoadCall, answering
 from mobiq_lightning.checkpoint.loading import resolve
-from mobiq_lightning.checkpoint.quantizer import insert_elastic_linears
-from mobiq_lightning.errors import CheckpointError
+from mobiq_lightning.checkpoint.provenance import read_provenance
+from mobiq_lightning.checkpoint.quantizer import expected_tensors, insert_elastic_linears
+from mobiq_lightning.errors import CheckpointError, MobiqError
 from mobiq_lightning.nn import BlockLayout, ElasticLinear, routed_inputs
 from mobiq_lightning.packing import TensorKind, depths_of, kind_of
-from mobiq_lightning.runs import CONFIG, PROVENANCE, RESULTS, Results, read_results
+from mobiq_lightning.runs import CONFIG, RESULTS, Results, read_results
 
 SCALES, VALUE_TABLES = "scales and biases", "value tables"
 """Names in a summary of the tensors that turn codes into weights."""
@@ -64,7 +67,7 @@ class Summary:
     n_routers: int = 0
     deployable: bool = True
     n_planes: int = 0
-    provenance: dict[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
     results: Results = field(default_factory=Results)
 
     @property
@@ -77,28 +80,29 @@ class Summary:
         return 8 * sum(self.bytes_by_kind[kind] for kind in kinds) / self.n_weights
 
 
-def summarize_checkpoint(source: str | Path) -> Summary:
+def summarize_checkpoint(source: str | Path, trust_router: str | None = None) -> Summary:
     """Sums up a checkpoint from the headers of its shards, its config, its provenance and its results.
 
     Args:
         source: A run folder, an elastic checkpoint, or a Hugging Face hub id.
+        trust_router: Dotted path of the checkpoint's router if it is none of this package, and may be imported.
 
     Raises:
-        CheckpointError: If there is no elastic checkpoint, or a header is damaged.
+        CheckpointError: If there is no elastic checkpoint, or files other than tensors, or headers, are damaged.
         ResultsError: If its results.json is damaged or from another version.
     """
     folder = resolve(source)
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    stored = config.get("quantization_config")
-    if not is_elastic(stored):
-        raise CheckpointError(f"{folder} holds no elastic model (its quant_method is not {QUANT_METHOD!r})")
-    elastic = ElasticFormat.from_json(stored)
-    model = skeleton(folder, elastic)
+    contents = read_contents(folder)
+    contents.require_whole("its summary would be wrong")
+    elastic = contents.elastic
+    with answering(LoadCall(trust_router=trust_router)):
+        model = skeleton(folder, elastic)
+    problems = shape_problems(contents.headers, contents.where, expected_tensors(model))
+    if problems:
+        raise CheckpointError(describe_problems(folder, problems, "its summary would be wrong"))
     summary = Summary(folder, elastic, type(model).__name__)
-    for path in sorted(folder.glob("*.safetensors")):
-        for name, entry in read_header(path).items():
-            start, end = entry["data_offsets"]
-            summary.bytes_by_kind[_KINDS[kind_of(name)]] += end - start
+    for name in contents.headers:
+        summary.bytes_by_kind[_KINDS[kind_of(name)]] += contents.bytes_of(name)
     for module in model.modules():
         if isinstance(module, ElasticLinear):
             summary.linears[module.out_features, module.in_features] += 1
@@ -108,8 +112,7 @@ def summarize_checkpoint(source: str | Path) -> Summary:
     summary.n_routers = len(inputs)
     summary.deployable = all(routed.router.deployable for routed in inputs)
     summary.n_blocks = len(BlockLayout(**elastic.layout).find(model))
-    if (folder / PROVENANCE).is_file():
-        summary.provenance = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+    summary.provenance = read_provenance(folder)
     summary.results = read_results(folder / RESULTS)
     return summary
 
@@ -120,10 +123,21 @@ def skeleton(folder: Path, elastic: ElasticFormat) -> Any:
     Args:
         folder: Folder of the checkpoint.
         elastic: The format of the checkpoint.
+
+    Raises:
+        CheckpointError: If no model can be built of its config.json.
     """
-    config = AutoConfig.from_pretrained(folder)
-    del config.quantization_config
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-        insert_elastic_linears(model, elastic)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        del config.quantization_config
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            insert_elastic_linears(model, elastic)
+    except MobiqError:
+        raise
+    except Exception as error:
+        said = (str(error).strip().splitlines() or [""])[0]
+        raise CheckpointError(
+            f"{folder / CONFIG}: no model can be built of it: {type(error).__name__}: {said}"
+        ) from error
     return model

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import itertools
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
 
-from mobiq_lightning.checkpoint.check import differing_tensors, read_header
-from mobiq_lightning.checkpoint.format import ElasticFormat
+from mobiq_lightning.checkpoint.check import differing_tensors
+from mobiq_lightning.checkpoint.contents import read_contents
+from mobiq_lightning.checkpoint.load_call import LoadCall, answering, current_call
+from mobiq_lightning.checkpoint.named_classes import router_class
+from mobiq_lightning.checkpoint.values import value_problems
 from mobiq_lightning.errors import CheckpointError, MobiqError
-from mobiq_lightning.files import sha256
-from mobiq_lightning.packing import BUDGETS, carrier_of, input_tensor_name, kind_of, plane_name
-from mobiq_lightning.runs import CONFIG, HASHES, INDEX
+from mobiq_lightning.packing import plane_name
+from mobiq_lightning.runs import HASHES
 
 PROBE_TOKENS = 16
 """Number of tokens that go through the model in the forward passes of the check."""
@@ -24,12 +24,13 @@ PROBE_TOKENS = 16
 Report = Callable[[str, list[str]], None]
 
 
-def verify(folder: str | Path, report: Report | None = None) -> list[str]:
+def verify(folder: str | Path, report: Report | None = None, trust_router: str | None = None) -> list[str]:
     """Checks a checkpoint: files, hashes, scales, padding of codes, thresholds, and a forward pass at every depth.
 
     Args:
         folder: A run folder, or an elastic checkpoint.
         report: Function called after every check with the name of the check and the problems found.
+        trust_router: Dotted path of the checkpoint's router if it is none of this package, and may be imported and run.
 
     Returns:
         Problems, one line each; empty if all is well.
@@ -42,115 +43,68 @@ def verify(folder: str | Path, report: Report | None = None) -> list[str]:
     path = resolve(folder)
     problems: list[str] = []
     steps: list[tuple[str, Callable[[Path], list[str]]]] = [
-        ("files and hashes", _check_files),
+        ("files and hashes", check_files),
         ("scales, codes and thresholds", _check_values),
         ("tensors fit the model, and a forward pass at every depth", _check_model),
     ]
-    for name, check in steps:
-        if problems and check is _check_model:
-            break  # the model would not load, for the reasons already found
-        found = check(path)
-        problems += found
-        if report is not None:
-            report(name, found)
+    with answering(LoadCall(check_hashes=False, trust_router=trust_router)):
+        for name, check in steps:
+            if problems and check is _check_model:
+                break  # the model would not load, for the reasons already found
+            try:
+                found = check(path)
+            except Exception as error:  # noqa: BLE001 - whatever a damaged file makes of a library is damage
+                found = [f"this could not be checked: {type(error).__name__}: {error}"]
+            problems += found
+            if report is not None:
+                report(name, found)
     return problems
 
 
-def _check_files(folder: Path) -> list[str]:
-    """Checks that all files are there and whole, and hold what was written."""
+def check_files(folder: Path) -> list[str]:
+    """Checks that all files of a checkpoint are there and whole, and hold what was written.
+
+    Args:
+        folder: Folder of an elastic checkpoint.
+
+    Returns:
+        Problems, one line each; empty if all is well.
+    """
     try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, KeyError) as error:
-        return [f"{INDEX} or {CONFIG} cannot be read: {type(error).__name__}: {error}"]
-    problems: list[str] = []
-    where: dict[str, Path] = {}
-    unreadable: set[str] = set()
-    for file in sorted(set(index.values())):
-        try:
-            where |= dict.fromkeys(read_header(folder / file), folder / file)
-        except CheckpointError as error:
-            problems.append(str(error))
-            unreadable.add(file)
-    problems += [f"{f}: {n} is missing" for n, f in index.items() if n not in where and f not in unreadable]
-    if not (folder / HASHES).is_file():
-        return [*problems, f"{HASHES} is missing, so bytes cannot be compared with what was written"]
-    try:
-        hashes = json.loads((folder / HASHES).read_text(encoding="utf-8"))
-        files, tensors = dict(hashes["files"]), dict(hashes["tensors"])
-    except (ValueError, KeyError, TypeError) as error:
-        return [*problems, f"{HASHES} cannot be read: {type(error).__name__}: {error}"]
-    for name, value in files.items():
-        if not (folder / name).is_file():
-            problems.append(f"{name} is missing")
-        elif sha256(folder / name) != value:
-            problems.append(f"{name} is not what was written")
-    known = {name: path for name, path in where.items() if name in tensors}
-    problems += [
+        contents = read_contents(folder)
+    except CheckpointError as error:
+        return [str(error)]
+    hashes = contents.hashes
+    if hashes is None:
+        missing = f"{HASHES} is missing, so bytes cannot be compared with what was written"
+        return contents.problems or [missing]
+    known = {name: path for name, path in contents.where.items() if name in hashes.tensors}
+    named = {path.name for path in contents.shards}
+    extra = [p.name for p in sorted(folder.glob("*.safetensors")) if p.name not in named and not contents.problems]
+    contents.problems += [f"{name} holds tensors and is not in the index" for name in extra]
+    differing = [
         f"{known[name].name}: the bytes of {name} are not those that were written"
-        for name in differing_tensors(known, tensors)
+        for name in differing_tensors(known, hashes.tensors)
     ]
-    problems += [f"{where[n].name}: {n} has no hash in {HASHES}" for n in where if n not in tensors]
-    return problems
+    return [*contents.problems, *differing]
 
 
 def _check_values(folder: Path) -> list[str]:
     """Checks that all values are finite, that scales are above 0, and that thresholds fall as budgets rise."""
-    problems: list[str] = []
-    falls = _thresholds_fall(folder)
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            read_header(path)
-        except CheckpointError:
-            continue  # said before
-        with safe_open(path, framework="pt") as file:
-            tensors = _Lazy(file)
-            for name in tensors.names:
-                problems += [f"{path.name}: {problem}" for problem in _problems_of_tensor(name, tensors, falls)]
-    return problems
-
-
-class _Lazy:
-    """Reads tensors of an open file by name, each when it is asked for."""
-
-    def __init__(self, file: Any) -> None:
-        self.names = list(file.keys())
-        self._file = file
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        tensor: torch.Tensor = self._file.get_tensor(name)
-        return tensor
-
-
-def _problems_of_tensor(name: str, tensors: _Lazy, falls: bool) -> Iterator[str]:
-    kind = kind_of(name)
-    if kind == "plane":
-        return  # every byte is a valid code; the padding is checked with the model, which knows the sizes
-    value = tensors[name]
-    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-        yield f"{name}: {int((~torch.isfinite(value)).sum())} of {value.numel()} values are NaN or infinite"
-    elif kind == "thresholds":
-        if falls and not bool((value[:, 1:] <= value[:, :-1]).all()):
-            row, column = (value[:, 1:] > value[:, :-1]).nonzero()[0].tolist()
-            budgets = tensors[input_tensor_name(carrier_of(name), BUDGETS)]
-            yield (
-                f"{name}: thresholds must not rise with the budget; they do from {budgets[column]:g} to "
-                f"{budgets[column + 1]:g} bits (slices held: {row + 1})"
-            )
-    elif (kind == "scale" or (kind == "transform" and name.endswith(".scale"))) and not bool((value > 0).all()):
-        yield f"{name}: {int((value <= 0).sum())} of {value.numel()} scales are not above 0"
-
-
-def _thresholds_fall(folder: Path) -> bool:
-    """Whether the thresholds of a checkpoint must fall as budgets rise; with routers that allocate whole inputs, no."""
-    from mobiq_lightning.checkpoint.quantizer import build_router
-
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        elastic = ElasticFormat.from_json(config["quantization_config"])
-        return build_router(elastic.router, 8, len(elastic.slice_bits)).per_token
-    except (MobiqError, OSError, ValueError, KeyError):
-        return True  # what is wrong with config.json is said by another check
+        contents = read_contents(folder, compare_files=False)
+        falls = router_class(contents.elastic.router["class_path"]).per_token
+    except CheckpointError:
+        return []  # what is wrong is said by the other checks
+    problems: list[str] = []
+    for path in contents.shards:
+        with safe_open(path, framework="pt") as file:
+            problems += [
+                f"{path.name}: {problem}"
+                for name in file.keys()  # noqa: SIM118 - not a dict
+                for problem in value_problems(name, file.get_tensor, falls)
+            ]
+    return problems
 
 
 def _check_model(folder: Path) -> list[str]:
@@ -159,7 +113,7 @@ def _check_model(folder: Path) -> list[str]:
     from mobiq_lightning.nn import ElasticLinear
 
     try:
-        model = load(folder, check_hashes=False)
+        model = load(folder, check_hashes=False, trust_router=current_call().trust_router)
     except MobiqError as error:
         return [str(error)]
     problems: list[str] = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -15,12 +14,17 @@ from torch import Tensor, nn
 from mobiq_lightning.checkpoint.card import write_card
 from mobiq_lightning.checkpoint.check import differing_tensors, hash_tensor, read_header
 from mobiq_lightning.checkpoint.format import ElasticFormat
-from mobiq_lightning.errors import CheckpointError
+from mobiq_lightning.checkpoint.own_files import leads_out
+from mobiq_lightning.errors import CheckpointError, FileError
 from mobiq_lightning.files import replace_folder, sha256, write_atomically, write_json
+from mobiq_lightning.input_files import read_mapping
 from mobiq_lightning.nn import BlockLayout, CalibratedBlock, SlicedLinear
 from mobiq_lightning.packing import TRANSFORM, input_tensor_name
 from mobiq_lightning.runs import COMPANIONS, CONFIG, HASHES, INDEX, LATER, PARTIAL_SUFFIX, RESULTS, Results, shard_name
 from mobiq_lightning.sources import Source
+
+_NOTED = ".hashes"
+"""What the name of the file ends with in which the hashes of a shard are until all shards are there."""
 
 
 class CheckpointWriter:
@@ -39,6 +43,7 @@ class CheckpointWriter:
         self.partial = folder.with_name(f"{folder.name}{PARTIAL_SUFFIX}")
         self.blocks = layout.find(source.model)
         self.n_shards = len(self.blocks) + 1
+        companions(source.folder)  # what cannot be copied at the end is said at the beginning
 
     def write_block(self, index: int) -> None:
         """Writes the shard of block `index`: its planes, scales and tensors that are not sliced.
@@ -74,7 +79,7 @@ class CheckpointWriter:
         for name, text in extra.items():
             (self.partial / name).write_text(text, encoding="utf-8")
         copy_companions(self.source.folder, self.partial)
-        config = json.loads((self.source.folder / CONFIG).read_text(encoding="utf-8"))
+        config = read_mapping(self.source.folder / CONFIG)
         config |= self.source.config_changes or {}
         config["quantization_config"] = stored.to_json()
         write_json(self.partial / CONFIG, config)
@@ -85,21 +90,40 @@ class CheckpointWriter:
 
 
 def seal(folder: Path) -> None:
-    """Writes index and hashes.json of a folder whose shards are complete, and removes the hashes beside each shard."""
+    """Writes index and hashes.json of a folder whose shards are complete, then removes the hashes beside each shard."""
     weight_map: dict[str, str] = {}
     hashes: dict[str, str] = {}
     size = 0
-    for path in sorted(folder.glob("*.safetensors")):
+    shards = sorted(folder.glob("*.safetensors"))
+    for path in shards:
         header = read_header(path)
         weight_map |= dict.fromkeys(header, path.name)
         size += sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in header.values())
-        hashes |= json.loads(_noted(path).read_text(encoding="utf-8"))
-        _noted(path).unlink()
+        hashes |= _noted_hashes(path)
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
     write_json(folder / INDEX, index)
-    kept = [p for p in sorted(folder.iterdir()) if p.suffix != ".safetensors" and p.name not in LATER]
-    files = {path.name: sha256(path) for path in kept}
-    write_json(folder / HASHES, {"files": files, "tensors": dict(sorted(hashes.items()))})
+    write_hashes(folder, hashes)
+    for path in shards:
+        _noted(path).unlink(missing_ok=True)
+
+
+def write_hashes(folder: Path, tensors: Mapping[str, str], files: Mapping[str, str] | None = None) -> None:
+    """Writes hashes.json of a checkpoint.
+
+    Args:
+        folder: Folder of the checkpoint.
+        tensors: SHA-256 of the bytes of each tensor in hex, by name.
+        files: SHA-256 of each file that is no tensor in hex, by name; by default of all that are there.
+    """
+    if files is None:
+        kept = (path for path in folder.rglob("*") if path.is_file() and _is_part(path.relative_to(folder)))
+        files = {path.relative_to(folder).as_posix(): sha256(path) for path in kept}
+    write_json(folder / HASHES, {"files": dict(sorted(files.items())), "tensors": dict(sorted(tensors.items()))})
+
+
+def _is_part(name: Path) -> bool:
+    """Whether a file of a folder that is being completed is a part of the checkpoint: not what an interrupted write left."""
+    return name.suffix not in (".safetensors", _NOTED) and not name.name.startswith(".") and name.name not in LATER
 
 
 def add_results(folder: Path, results: Results) -> None:
@@ -139,12 +163,28 @@ def block_tensors(prefix: str, block: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
+def companions(source: Path) -> list[Path]:
+    """Files that belong to a source model beside its weights: tokenizer, chat templates, generation config, licence.
+
+    Raises:
+        CheckpointError: If one of them is a link that leads out of the model's folder: it would be published with the copy.
+    """
+    found = sorted({path for pattern in COMPANIONS for path in source.glob(pattern) if path.is_file()})
+    leading_out = [path.name for path in found if leads_out(path, source)]
+    if leading_out:
+        raise CheckpointError(
+            f"{source}: {', '.join(leading_out)} would be copied into the checkpoint, and is a link that leads out of that "
+            "folder; put the file itself there, if it belongs to the model, or remove the link"
+        )
+    return found
+
+
 def copy_companions(source: Path, folder: Path) -> None:
-    """Copies tokenizer, chat template, generation config and licence from the source model's folder, unchanged."""
-    for pattern in COMPANIONS:
-        for path in source.glob(pattern):
-            if path.is_file():
-                shutil.copyfile(path, folder / path.name)
+    """Copies the files that `companions` finds, unchanged, to the same places in the folder of a checkpoint."""
+    for path in companions(source):
+        target = folder / path.relative_to(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor], hashes: Mapping[str, str]) -> None:
@@ -174,15 +214,24 @@ def _write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def _is_whole(path: Path) -> bool:
     """Whether a shard and its noted hashes are there and agree."""
     try:
-        header = read_header(path)
-        hashes = json.loads(_noted(path).read_text(encoding="utf-8"))
-    except (CheckpointError, OSError, ValueError):
+        header, hashes = read_header(path), _noted_hashes(path)
+    except (CheckpointError, FileError):
         return False
     return set(hashes) == set(header) and not differing_tensors(dict.fromkeys(header, path), hashes)
 
 
 def _noted(path: Path) -> Path:
-    return path.with_name(f"{path.name}.hashes")
+    return path.with_name(f"{path.name}{_NOTED}")
+
+
+def _noted_hashes(path: Path) -> dict[str, str]:
+    """Hashes of the tensors of a shard, noted beside it or, if the folder was completed once before, in hashes.json."""
+    if _noted(path).is_file():
+        stored = read_mapping(_noted(path))
+    else:
+        tensors = read_mapping(path.parent / HASHES).get("tensors")
+        stored = {n: tensors.get(n) for n in read_header(path)} if isinstance(tensors, dict) else {}
+    return {name: str(value) for name, value in stored.items()}
 
 
 def _input_tensors(prefix: str, learned: CalibratedBlock) -> dict[str, Tensor]:

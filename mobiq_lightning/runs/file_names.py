@@ -97,6 +97,7 @@ COMPANIONS = (
     "*.model",
     "*.jinja",
     "chat_template*",
+    "additional_chat_templates/*.jinja",
     "generation_config.json",
     "LICENSE*",
     "NOTICE*",

@@ -6,6 +6,7 @@ import functools
 import warnings
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -168,6 +169,31 @@ class ElasticModel:
                 return super().generate(*args, **kwargs)  # type: ignore[misc]
         finally:
             self.prompt_mask = None
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Saves the model as `save_pretrained` of transformers does, with hashes of what was written. The dial is not saved.
+
+        Args:
+            save_directory: The folder. Other files in it stay.
+            *args: Arguments of `save_pretrained` of transformers.
+            push_to_hub: Whether to upload the folder's checkpoint afterwards, with its hashes.
+            **kwargs: Keyword arguments of `save_pretrained` of transformers; with `push_to_hub`, ``repo_id`` and others of it.
+
+        Raises:
+            CheckpointError: If the folder holds the same checkpoint with more planes than this model, which would be lost.
+        """
+        model: Any = self
+        if getattr(model, "_hf_peft_config_loaded", False) or not kwargs.get("is_main_process", True):
+            super().save_pretrained(save_directory, *args, push_to_hub=push_to_hub, **kwargs)  # type: ignore[misc]
+            return
+        hub = {
+            name: kwargs.pop(name) for name in ("repo_id", "commit_message", "private", "create_pr") if name in kwargs
+        }
+        with model.hf_quantizer.saving(self, Path(save_directory)):
+            super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        if push_to_hub:
+            hub.setdefault("repo_id", Path(save_directory).name)
+            model.push_to_hub(**hub, token=kwargs.get("token"))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickles as its plain class and this one, since the class that joins them is made at run time."""

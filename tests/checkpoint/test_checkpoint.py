@@ -20,7 +20,7 @@ import mobiq_lightning
 from mobiq_lightning.checkpoint import CheckpointWriter, verify
 from mobiq_lightning.checkpoint.check import hash_tensor
 from mobiq_lightning.cli import main
-from mobiq_lightning.errors import BitsError, CheckpointError
+from mobiq_lightning.errors import BitsError
 from mobiq_lightning.nn import ElasticLinear, input_names
 from mobiq_lightning.packing import n_groups
 from mobiq_lightning.runs import COMPANIONS
@@ -88,7 +88,7 @@ class TestLoading:
 
     def test_a_saved_part_says_what_it_holds(self, finished: Run, tmp_path: Path) -> None:
         mobiq_lightning.load(finished[0], max_bits=3).save_pretrained(tmp_path / "three")
-        with pytest.raises(CheckpointError, match=r"max_bits \(4\) is more than the 3 bits"):
+        with pytest.raises(BitsError, match=r"max_bits \(4\) is more than the 3 bits"):
             mobiq_lightning.load(tmp_path / "three", max_bits=4)
         assert mobiq_lightning.load(tmp_path / "three").dial.highest == 3
 

@@ -17,7 +17,7 @@ from mobiq_lightning.checkpoint import export, verify
 from mobiq_lightning.cli import main
 from mobiq_lightning.errors import CheckpointError
 from mobiq_lightning.runs import INDEX
-from tests.checkpoints import PLANE, Q, edit_tensors, logits, rehash, tensors_of
+from tests.checkpoints import PLANE, Q, edit_json, edit_tensors, logits, rehash, tensors_of
 from tests.conftest import Run
 
 
@@ -76,11 +76,11 @@ class TestDamage:
 
     def test_a_missing_router(self, broken: Path) -> None:
         edit_tensors(broken, lambda t: [t.pop(n) for n in list(t) if n.startswith(f"{Q}.input.router.")], -1)
-        self.refused(broken, f"the router of {Q} is missing", rf"{Q}\.input\.router\.score\.weight is missing")
+        self.refused(broken, f"the router of {Q} is missing")
 
     def test_missing_thresholds(self, broken: Path) -> None:
         edit_tensors(broken, lambda t: t.pop(f"{Q}.input.layer_thresholds"), -1)
-        self.refused(broken, f"the thresholds of {Q} are missing", f"{Q}.input.layer_thresholds is missing")
+        self.refused(broken, f"the thresholds of {Q} are missing")
 
     def test_a_missing_norm(self, broken: Path) -> None:
         edit_tensors(broken, lambda t: t.pop("model.layers.0.input_layernorm.weight"))
@@ -88,9 +88,9 @@ class TestDamage:
 
     def test_a_tensor_of_another_model(self, broken: Path) -> None:
         edit_tensors(broken, lambda t: t.update({"model.layers.0.extra": torch.zeros(2)}))
-        self.refused(
-            broken, r"model\.layers\.0\.extra is not part of this model", r"model\.layers\.0\.extra has no hash"
-        )
+        self.refused(broken, r"model\.layers\.0\.extra is not in the index")
+        rehash(broken)
+        self.refused(broken, r"model\.layers\.0\.extra is not part of this model")
 
     def test_a_missing_shard(self, broken: Path) -> None:
         sorted(broken.glob("*.safetensors"))[0].unlink()
@@ -105,8 +105,11 @@ class TestDamage:
             ({"code": "morse"}, "there is no code 'morse'; there are nested, per_slice, per_plane, codebook"),
             ({"slice_bits": None}, "quantization_config lacks slice_bits"),
             ({"group_sise": 16}, "unknown key 'group_sise'. Did you mean 'group_size'"),
-            ({"router": {"class_path": "subprocess.Popen", "init_args": {}}}, "no mobiq_lightning.strategies.Router"),
-            ({"router": {"class_path": "nowhere.Router", "init_args": {}}}, "cannot be imported here"),
+            ({"router": {"class_path": "subprocess.Popen", "init_args": {}}}, "Nothing was imported"),
+            (
+                {"router": {"class_path": "mobiq_lightning.strategies.NoTransform"}},
+                r"no mobiq_lightning.strategies.Router",
+            ),
             (
                 {"router": {"class_path": "mobiq_lightning.strategies.MLPRouter", "init_args": {"x": 1}}},
                 "cannot be built",
@@ -114,11 +117,13 @@ class TestDamage:
         ],
     )
     def test_a_config_that_does_not_fit(self, broken: Path, change: dict[str, Any], message: str) -> None:
-        config = json.loads((broken / "config.json").read_text())
-        config["quantization_config"] |= change
-        config["quantization_config"] = {k: v for k, v in config["quantization_config"].items() if v is not None}
-        (broken / "config.json").write_text(json.dumps(config))
-        self.refused(broken, message, r"config\.json is not what was written")
+        def edit(config: dict[str, Any]) -> None:
+            stored = config["quantization_config"] | change
+            config["quantization_config"] = {k: v for k, v in stored.items() if v is not None}
+
+        edit_json(broken, "config.json", edit)
+        rehash(broken)
+        self.refused(broken, message)
 
     def test_a_model_that_is_not_elastic(self, make_model: Callable[..., Path]) -> None:
         with pytest.raises(CheckpointError, match="holds no elastic model"):
@@ -150,7 +155,7 @@ class TestVerify:
     def test_hashes_that_cannot_be_read_are_named(self, broken: Path) -> None:
         (broken / "hashes.json").write_text("{")
         assert any("hashes.json cannot be read" in problem for problem in verify(broken))
-        with pytest.raises(CheckpointError, match="JSONDecodeError"):
+        with pytest.raises(CheckpointError, match=r"hashes\.json cannot be read: .* not valid JSON"):
             mobiq_lightning.load(broken)
 
     @pytest.mark.parametrize(

@@ -8,10 +8,14 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from mobiq_lightning.checkpoint.card import write_card
-from mobiq_lightning.checkpoint.check import describe_problems, hash_tensor
+from mobiq_lightning.checkpoint.check import describe_problems, hash_tensor, shape_problems
 from mobiq_lightning.checkpoint.contents import Contents, read_contents
 from mobiq_lightning.checkpoint.loading import resolve
+from mobiq_lightning.checkpoint.named_classes import router_class
 from mobiq_lightning.checkpoint.own_files import own_file, unhashed_files
+from mobiq_lightning.checkpoint.quantizer import expected_tensors
+from mobiq_lightning.checkpoint.summary import skeleton
+from mobiq_lightning.checkpoint.values import value_problems
 from mobiq_lightning.checkpoint.write import seal, write_shard
 from mobiq_lightning.console import say
 from mobiq_lightning.errors import BitsError, CheckpointError
@@ -19,6 +23,8 @@ from mobiq_lightning.files import folder_replaced_atomically, write_json
 from mobiq_lightning.nn import held_slices
 from mobiq_lightning.packing import plane_of
 from mobiq_lightning.runs import CARD, CONFIG, HASHES, INDEX, LATER, RESULTS, read_results
+
+_NOTHING = "nothing was exported"
 
 
 def export(source: str | Path, to: str | Path, max_bits: int | None = None, overwrite: bool = False) -> Path:
@@ -40,7 +46,7 @@ def export(source: str | Path, to: str | Path, max_bits: int | None = None, over
     origin = resolve(source)
     folder = _target(origin, to, overwrite)
     contents = read_contents(origin)
-    contents.require_whole("nothing was exported")
+    contents.require_whole(_NOTHING)
     if contents.hashes is None:
         raise CheckpointError(
             f"{origin} has no {HASHES}, so whether it is whole cannot be told; nothing was exported. If you trust it, "
@@ -53,6 +59,7 @@ def export(source: str | Path, to: str | Path, max_bits: int | None = None, over
         raise BitsError(f"max_bits ({n_planes}) is more than the {held} bits that {origin} holds")
     elastic.max_bits = None if n_planes == sum(elastic.slice_bits) else n_planes
     config = {**contents.config, "quantization_config": elastic.to_json()}
+    falls = _check_shapes(contents)
     left_out = unhashed_files(origin, contents.hashes, [path.name for path in contents.shards])
     if left_out:
         say(f"{origin}: {', '.join(left_out)}: no part of the checkpoint (without a hash in {HASHES}); not exported.")
@@ -62,7 +69,7 @@ def export(source: str | Path, to: str | Path, max_bits: int | None = None, over
             shutil.copyfile(own_file(origin, name, nested=True), temporary / name)
         write_json(temporary / CONFIG, config)
         for path in contents.shards:
-            _copy_shard(path, temporary / path.name, n_planes, contents.hashes.tensors)
+            _copy_shard(path, temporary / path.name, n_planes, contents.hashes.tensors, falls)
         seal(temporary)
         write_card(temporary)
     return folder
@@ -121,20 +128,38 @@ def _companions(contents: Contents) -> list[str]:
     return names
 
 
-def _copy_shard(path: Path, target: Path, n_planes: int, hashes: dict[str, str]) -> None:
-    """Copies the tensors of a shard that are kept."""
+def _check_shapes(contents: Contents) -> bool:
+    """Compares the shapes of all tensors with the model that config.json describes, unless its router is of somebody's own.
+
+    Returns:
+        Whether thresholds must fall as budgets rise.
+
+    Raises:
+        CheckpointError: If they do not fit.
+    """
+    try:
+        router = router_class(contents.elastic.router["class_path"])
+    except CheckpointError:
+        return False  # a copy needs no code of somebody else's; whoever loads it says that it may run
+    expected = expected_tensors(skeleton(contents.folder, contents.elastic))
+    contents.problems += shape_problems(contents.headers, contents.where, expected)
+    contents.require_whole(_NOTHING)
+    return router.per_token
+
+
+def _copy_shard(path: Path, target: Path, n_planes: int, hashes: dict[str, str], falls: bool) -> None:
+    """Copies the tensors of a shard that are kept, having looked at their bytes and their values."""
     try:
         with safe_open(path, framework="pt") as file:
             names = [(name, plane_of(name)) for name in file.keys()]  # noqa: SIM118 - not a dict
             kept = [name for name, plane in names if plane is None or plane < n_planes]
             tensors = {name: file.get_tensor(name) for name in kept}
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            describe_problems(path.parent, [f"{path.name}: {error}"], "nothing was exported")
-        ) from error
+        raise CheckpointError(describe_problems(path.parent, [f"{path.name}: {error}"], _NOTHING)) from error
     found = {name: hash_tensor(tensor) for name, tensor in tensors.items()}
-    differing = [name for name in found if hashes.get(name) != found[name]]
-    if differing:
-        lines = [f"{path.name}: the bytes of {name} are not those that were written" for name in differing]
-        raise CheckpointError(describe_problems(path.parent, lines, "nothing was exported"))
+    problems = [
+        f"the bytes of {name} are not those that were written" for name in found if hashes.get(name) != found[name]
+    ] or [problem for name in tensors for problem in value_problems(name, tensors.__getitem__, falls)]
+    if problems:
+        raise CheckpointError(describe_problems(path.parent, [f"{path.name}: {p}" for p in problems], _NOTHING))
     write_shard(target, tensors, found)

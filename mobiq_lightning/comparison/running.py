@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mobiq_lightning.comparison.grid import RULES_SEEDS, Cell, Grid, check_grid, flatten, override, read_grid
 from mobiq_lightning.console import MODULE
-from mobiq_lightning.errors import MobiqError, RecipeError, RunFolderError
+from mobiq_lightning.errors import MobiqError, RecipeError, RunFolderError, shown
 from mobiq_lightning.extras import require
 from mobiq_lightning.jobs import GRIDS, override_arguments, recipe_path
 
@@ -54,6 +54,8 @@ def compare(
         raise RecipeError(
             f"compare: a grid is given by its path or by the name of a shipped one, not as {type(grid).__name__}"
         )
+    if not isinstance(overwrite, bool):
+        raise RecipeError(f"compare: overwrite ({shown(overwrite)}) must be True or False")
     given = {"seeds": seeds, "bits": bits, "folder": folder, "workers": workers}
     changes = {name: value for name, value in given.items() if value is not None}
     read = changed_grid(recipe_path(str(grid), GRIDS), changes, overrides)
@@ -65,7 +67,10 @@ def compare(
 
     check_cells(cells)
     cells = [without_speed(cell) for cell in cells]
-    read.root.mkdir(parents=True, exist_ok=True)
+    try:
+        read.root.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:  # a file of that name, no permission, a name that is too long
+        raise RunFolderError(f"folder: {shown(str(read.root))} cannot be made ({error}); give another") from error
     try:
         with FileLock(read.root / LOCK, timeout=0):
             return _run(read, cells, overwrite, _as_command(read.path, changes, overrides))
@@ -85,10 +90,9 @@ def changed_grid(path: str, changes: Mapping[str, Any], overrides: Mapping[str, 
         RecipeError: If anything is wrong; the message has a line for each thing.
     """
     grid = read_grid(path)
-    grid.seeds = list(changes["seeds"]) if "seeds" in changes else grid.seeds
-    grid.bits = list(changes["bits"]) if "bits" in changes else grid.bits
-    grid.folder = str(changes.get("folder", grid.folder))
-    grid.workers = changes.get("workers", grid.workers)
+    for name, value in changes.items():
+        listed = isinstance(value, (tuple, range))
+        setattr(grid, name, list(value) if listed else str(value) if isinstance(value, Path) else value)
     override(grid, list(flatten(overrides).items()))
     check_grid(grid)
     return grid

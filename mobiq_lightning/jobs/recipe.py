@@ -139,7 +139,7 @@ def _check_value(keys: list[str], value: Any) -> list[str]:
     if isinstance(value, str) and value.endswith((".yaml", ".yml", ".json")) and is_file(value):
         read_recipe_part(value)  # the parser would read it as the value
         return []
-    if key in ("model", "data", "trainer") and value is not None and not isinstance(value, dict):
+    if key in ("model", "data", "trainer", *GROUPS) and value is not None and not isinstance(value, dict):
         return [f"{key}: {shown(value)}; a mapping of keys to values is expected"]
     return range_problems(key, value)
 

@@ -118,7 +118,8 @@ def _run(grid: Grid, cells: Sequence[Cell], overwrite: bool, command: str) -> Co
     if left_out:
         say(f"{grid.root} also holds {', '.join(left_out)}, which the grid does not name; they are left out.")
     if len(grid.seeds) < RULES_SEEDS:
-        say(f"{len(grid.seeds)} seed(s): with fewer than {RULES_SEEDS} no difference can be told from chance.")
+        seeds = f"{len(grid.seeds)} seed{'s' if len(grid.seeds) > 1 else ''}"
+        say(f"{seeds}: with fewer than {RULES_SEEDS} no difference can be told from chance.")
     waiting = [cell for cell in cells if not folder.finished(cell)]
     devices = visible_devices()
     count = max(1, len(devices)) if grid.workers == "auto" else int(grid.workers)
@@ -135,6 +136,12 @@ def _run(grid: Grid, cells: Sequence[Cell], overwrite: bool, command: str) -> Co
 
     Workers(grid.root, count, devices).run(waiting, finished)
     publish(grid, folder, cells, failures, command)
+    if damaged := folder.damaged(cells):
+        lost = [f"{cell.name} ({cell.folder})" for cell in cells if cell.slug in damaged]
+        raise MobiqError(
+            f"{len(damaged)} of {len(cells)} cells are damaged: {'; '.join(lost)}. The others are in the table. Remove the "
+            "folder of a damaged cell, and the same command runs it again"
+        )
     if failures:
         names = [cell.name for cell in cells if cell.slug in failures]
         raise MobiqError(

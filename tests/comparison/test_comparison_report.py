@@ -175,7 +175,8 @@ def test_failures_and_gaps_are_named_and_text_is_escaped(page: Path) -> None:
     assert "<h1>Two &lt;strategies&gt;</h1>" in html
     assert "block 1: loss &lt;nan&gt; &amp; no more" in html
     assert "1 of 5 runs failed" in html
-    assert "other, seed 1: diagnostics.json is missing, so bits per input" in html
+    assert "other, seed 1: bits per input" in html
+    assert "are without this run: diagnostics.json is missing." in html
     assert html.index("plain: routing is ahead of nothing.") < html.index("<h2>")
 
 

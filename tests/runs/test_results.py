@@ -85,7 +85,7 @@ def test_what_is_wrong_in_a_file_is_said_with_its_place_and_what_to_do(change: A
 
 def test_a_file_that_was_cut_off_is_named(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text('{"model": ')
-    with pytest.raises(ResultsError, match=r"results\.json: not valid JSON .* restore it"):
+    with pytest.raises(ResultsError, match=r"results\.json is not valid JSON .* restore it"):
         read_results(tmp_path / "results.json")
     (tmp_path / "results.json").write_text("[]")
     with pytest.raises(ResultsError, match=r"results\.json holds \[\]; a mapping is expected"):

@@ -139,12 +139,21 @@ def _decoded(kind: Any, value: Any, source: str | Path, key: str, limits: tuple[
             return tuple(_decoded(inner, item, source, f"{key}[{i}]", limits) for i, item in enumerate(value))
         if get_origin(option) is Mapping:
             names, inner = get_args(option)
+            if broken := next((n for n in value if not _is_whole(n)), None):
+                raise _unexpected(source, key, "a mapping of names without broken characters", broken)
             known = get_args(names) if get_origin(names) is Literal else value  # newer versions may know more
             return {n: _decoded(inner, v, source, _joined(key, n), limits) for n, v in value.items() if n in known}
+        if option is str and not _is_whole(value):
+            raise _unexpected(source, key, "a text without broken characters", value)
         if option in (int, float):
             _check_limits(value, source, key, limits)
         return value
     raise _unexpected(source, key, _described(kind), value)
+
+
+def _is_whole(text: str) -> bool:
+    """Whether a text can be written: JSON can say one half of a character that takes two."""
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _check_limits(value: float, source: str | Path, key: str, limits: tuple[float, float, bool]) -> None:

@@ -35,4 +35,4 @@ def table_console() -> Console:
     from rich.console import Console
 
     width = None if sys.stdout.isatty() else max(_NO_TERMINAL_COLUMNS, shutil.get_terminal_size().columns)
-    return Console(width=width)
+    return Console(width=width, markup=False)  # names of models and tasks may have brackets in them

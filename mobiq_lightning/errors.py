@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class MobiqError(Exception):
@@ -75,3 +76,12 @@ def nearest(name: str, accepted: Iterable[str], count: int = 3) -> str:
         tails = {key.rsplit(".", 1)[-1]: key for key in accepted}
         found = [tails[t] for t in difflib.get_close_matches(name.rsplit(".", 1)[-1], tails, n=count, cutoff=0.6)]
     return f"Did you mean {' or '.join(repr(f) for f in found)}?" if found else ""
+
+
+def shown(value: Any, width: int = 60) -> str:
+    """A value in a message: on one line as Python writes it, cut to `width` characters."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits; lists that lie too deep in each other
+        text = f"a value of type {type(value).__name__} that is too large to show"
+    return text if len(text) <= width else f"{text[: width - 3]}..."

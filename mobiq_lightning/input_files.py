@@ -140,7 +140,7 @@ def parse_yaml(text: str, where: str, loader: type[yaml.SafeLoader] = yaml.SafeL
     try:
         value = yaml.load(text, loader)
     except yaml.YAMLError as error:
-        raise FileError(f"{where} is not valid YAML: {error}") from error
+        raise FileError(f"{where} is not valid YAML: {_yaml_problem(error)}") from error
     except (ValueError, TypeError, OverflowError, RecursionError) as error:  # a number or date that Python cannot hold
         raise FileError(f"{where} is not valid YAML: {_first_line(error)}") from error
     _check_size(value, where)
@@ -193,6 +193,21 @@ def _reason(error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return "is missing"
     return f"cannot be read ({(getattr(error, 'strerror', None) or _first_line(error)).lower()})"
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    """What is wrong in a YAML text, and in which line, as one line."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark:
+        return f"{error.problem} (line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1})"
+    return _first_line(error)
+
+
+def is_file(path: str | Path) -> bool:
+    """Whether there is a file of that name, of whatever kind but a folder; False for a name that no file can have."""
+    try:
+        return Path(path).exists() and not Path(path).is_dir()
+    except (OSError, ValueError):  # too long, or a zero byte
+        return False
 
 
 def _first_line(error: Exception) -> str:

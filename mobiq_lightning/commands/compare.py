@@ -6,8 +6,6 @@ from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
 
-import yaml
-
 from mobiq_lightning.commands.command import Parser, unknown_option
 from mobiq_lightning.commands.recipe_command import RecipeCommand
 from mobiq_lightning.errors import RecipeError
@@ -48,7 +46,7 @@ class Compare(RecipeCommand):
             if key == "config":
                 given.config = value
             else:
-                given.keys[key] = _value(value)
+                given.keys[key] = _value(value, f"--{key}")
         if not given.config:
             raise RecipeError("compare: --config is missing; give a grid, as in --config recipes/compare/budgets.yaml")
         return given
@@ -73,8 +71,7 @@ def _list(text: str) -> list[Any]:
     return [_value(part) for part in text.strip("[]").split(",") if part.strip()]
 
 
-def _value(text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"compare: {text!r} is not valid YAML: {error}") from error
+def _value(text: str, option: str = "compare") -> Any:
+    from mobiq_lightning.jobs import parse_value
+
+    return parse_value(text, option)

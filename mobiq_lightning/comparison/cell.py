@@ -10,12 +10,12 @@ import os
 import signal
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mobiq_lightning.comparison.file_names import CELL
 from mobiq_lightning.jobs import exit_code, fit
-from mobiq_lightning.runs import RUN_CONFIG, Record
+from mobiq_lightning.runs import RUN_CONFIG, Record, at_least
 
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 
@@ -30,8 +30,8 @@ class CellFigures(Record):
         resumed: Whether the run was resumed.
     """
 
-    seconds: float
-    peak_memory_gb: float
+    seconds: float = field(metadata=at_least(0))
+    peak_memory_gb: float = field(metadata=at_least(0))
     resumed: bool
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,28 @@ from mobiq_lightning.comparison.grid import Cell, Grid
 from mobiq_lightning.comparison.table import CellRow
 from mobiq_lightning.errors import ResultsError, RunFolderError
 from mobiq_lightning.files import write_json, write_text
-from mobiq_lightning.runs import RESULTS, RUN_CONFIG, Measured, RunFolder, differing_keys, read_json, read_results
+from mobiq_lightning.input_files import is_file
+from mobiq_lightning.runs import (
+    RESULTS,
+    RUN_CONFIG,
+    Measured,
+    Record,
+    RunFolder,
+    differing_keys,
+    read_json,
+    read_results,
+)
+
+
+@dataclass(frozen=True)
+class _Stored(Record):
+    """What is read of comparison.json.
+
+    Args:
+        cells: Recipes of all cells, by slug.
+    """
+
+    cells: Mapping[str, Mapping[str, Any]]
 
 
 class ComparisonFolder:
@@ -27,6 +48,9 @@ class ComparisonFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+
+    def __repr__(self) -> str:
+        return f"ComparisonFolder({str(self.path)!r})"
 
     def claim(self, grid: Grid, cells: Sequence[Cell], overwrite: bool) -> list[str]:
         """Notes in comparison.json that the folder holds this grid, whose cells may be added to later, but not changed.
@@ -42,6 +66,7 @@ class ComparisonFolder:
         Raises:
             RunFolderError: If cells that were begun have another recipe now, or cells are there without
                 comparison.json.
+            ResultsError: If comparison.json is damaged.
         """
         if overwrite:
             self.clear()
@@ -92,21 +117,44 @@ class ComparisonFolder:
             raise ResultsError(f"{path} holds no rows of a comparison; run `validate` with the recipe of {cell.name}")
         return measured
 
+    def damaged(self, cells: Sequence[Cell]) -> dict[str, str]:
+        """What is wrong with each finished cell whose results or figures cannot be read, by slug.
+
+        Args:
+            cells: Cells of the grid.
+        """
+        found = {}
+        for cell in (cell for cell in cells if self.finished(cell)):
+            try:
+                self.measured(cell)
+                self.figures(cell)
+            except ResultsError as error:
+                found[cell.slug] = str(error)
+        return found
+
+    def whole(self, cells: Sequence[Cell]) -> list[Cell]:
+        """The cells that are finished and can be read."""
+        damaged = self.damaged(cells)
+        return [cell for cell in cells if self.finished(cell) and cell.slug not in damaged]
+
     def write_rows(self, cells: Sequence[Cell], failures: Mapping[str, str]) -> list[CellRow]:
-        """Writes results.jsonl: a line for each row of each finished cell, and one for each failed cell.
+        """Writes results.jsonl: a line for each row of each finished cell, and one for each that failed or is damaged.
 
         Args:
             cells: All cells of the grid.
             failures: Reasons by slug of the failed cell.
 
         Returns:
-            The rows of the finished cells.
+            The rows of the cells that are finished and can be read.
         """
+        damaged = self.damaged(cells)
         rows: list[CellRow] = []
         lines: list[dict[str, Any]] = []
         for cell in cells:
             which = {"strategy": cell.strategy, "cell_seed": cell.seed}
-            if self.finished(cell):
+            if cell.slug in damaged:
+                lines.append({**which, "status": "damaged", "reason": damaged[cell.slug]})
+            elif self.finished(cell):
                 found = self.measured(cell).rows
                 rows += [CellRow(cell.strategy, cell.seed, row) for row in found]
                 lines += [{**which, "status": "finished", **row.to_json()} for row in found]
@@ -116,8 +164,9 @@ class ComparisonFolder:
         return rows
 
     def _stored(self) -> dict[str, Any]:
+        """Recipes of the cells that the folder was claimed for, by slug."""
         path = self.path / COMPARISON
-        return dict(json.loads(path.read_text(encoding="utf-8"))["cells"]) if path.is_file() else {}
+        return dict(_Stored.from_json(read_json(path), path).cells) if is_file(path) else {}
 
     def _changes(self, cell: Cell, stored: dict[str, Any] | None) -> Iterator[str]:
         """Yields the keys in which the recipe of a cell that was begun differs from what the grid now says."""

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mobiq_lightning.comparison.file_names import CELLS, SHARED
-from mobiq_lightning.errors import RecipeError, nearest
+from mobiq_lightning.comparison.grid_schema import KEYS, name_problems, schema_problems
+from mobiq_lightning.errors import RecipeError, shown
+from mobiq_lightning.input_files import is_file
 from mobiq_lightning.jobs import GROUPS, check_key, check_recipe, read_recipe, recipe_path
 
 RULES_SEEDS = 3
 """With fewer seeds than this, a comparison says that its spreads mean little."""
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
 _SET_BY_GRID = ("seed_everything", "data.seed", "model.random_seeds", "model.shared_work", "trainer.default_root_dir")
 """Keys that every cell has from the grid itself; a change of them would be overwritten."""
+PARTS = ("model", "data", "trainer")
+"""Keys of a recipe that hold all others."""
 _SAME_FOR_ALL = ("model.pretrained", "model.dtype", "data.eval_")
 """Keys, or their beginnings, in which strategies of one comparison must not differ."""
 
@@ -88,26 +88,37 @@ class Grid:
         """The folder of the comparison: `folder`, or by default ``runs/compare/`` and the name."""
         return Path(self.folder or f"runs/compare/{self.name}")
 
+    def base(self) -> dict[str, Any]:
+        """The recipe that all strategies share, as its file says it.
+
+        Raises:
+            RecipeError: If it cannot be read.
+        """
+        path = self.path.parent / self.recipe
+        return read_recipe(str(path) if is_file(path) else recipe_path(self.recipe))
+
     def cells(self) -> list[Cell]:
         """Makes all cells, ordered by seed, so that a comparison that is stopped early has whole seeds.
 
         Raises:
             RecipeError: If a recipe cannot be read.
         """
-        found = []
+        found, base = [], self.base()
         for seed in self.seeds:
             for strategy, changes in self.strategies.items():
                 folder = self.root / CELLS / f"{strategy}-seed-{seed}"
-                found.append(Cell(strategy, seed, self._recipe(strategy, seed, folder), flatten(changes), folder))
+                recipe = self._recipe(base, strategy, seed, folder)
+                found.append(Cell(strategy, seed, recipe, flatten(changes), folder))
         return found
 
-    def _recipe(self, strategy: str, seed: int, folder: Path) -> dict[str, Any]:
+    def _recipe(self, base: dict[str, Any], strategy: str, seed: int, folder: Path) -> dict[str, Any]:
         """The base recipe with the changes of the grid, then those of the strategy, then what every cell must have."""
-        path = self.path.parent / self.recipe
-        recipe = copy.deepcopy(read_recipe(str(path) if path.is_file() else recipe_path(self.recipe)))
+        recipe = copy.deepcopy(base)
         for key, value in {**flatten(self.changes), **flatten(self.strategies[strategy])}.items():
             put(recipe, key, value)
-        model, data, trainer = (recipe.setdefault(part, {}) for part in ("model", "data", "trainer"))
+        for part in PARTS:
+            recipe[part] = recipe.get(part) or {}
+        model, data, trainer = recipe["model"], recipe["data"], recipe["trainer"]
         recipe["seed_everything"] = data["seed"] = seed
         model.setdefault("eval_bits", list(self.bits))
         model["random_seeds"] = [seed]  # the draws of different cells differ; their spread is that over seeds
@@ -129,16 +140,8 @@ def read_grid(path: str) -> Grid:
     """
     if path.startswith("{"):
         raise RecipeError(f"compare: a grid is a file, or the name of a shipped one, and not its content: {path[:60]}")
-    read_recipe(path)  # says if there is no such file
-    try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), _StrictLoader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: {error}") from error
-    known = [name for name in Grid.__dataclass_fields__ if name != "path"]
-    problems = [f"{key}: no such key. {nearest(key, known)}".rstrip() for key in content if key not in known]
-    problems += [f"{key}: missing" for key in ("name", "recipe", "strategies", "seeds", "bits") if key not in content]
-    if problems:
-        raise RecipeError("\n".join(f"{path}: {problem}" for problem in problems))
+    content = read_recipe(path)
+    _raise_all(path, schema_problems(content))
     grid = Grid(**content, path=Path(path))
     check_grid(grid)
     return grid
@@ -150,39 +153,16 @@ def check_grid(grid: Grid) -> None:
     Raises:
         RecipeError: If anything is wrong; the message has a line for each thing.
     """
-    problems = [*_problems(grid)]
-    if not problems:
-        problems = list(dict.fromkeys(_recipe_problems(grid)))
-    if problems:
-        raise RecipeError("\n".join(f"{grid.path}: {problem}" for problem in problems))
+    content = {name: getattr(grid, name) for name in KEYS}
+    for found in (schema_problems, name_problems):
+        _raise_all(grid.path, found(content))
+    _raise_all(grid.path, _recipe_problems(grid))
 
 
-def _problems(grid: Grid) -> Iterator[str]:
-    if not isinstance(grid.seeds, list) or not all(type(seed) is int and seed >= 0 for seed in grid.seeds):
-        yield f"seeds: {grid.seeds!r}; a list of whole numbers is expected, as in [0, 1, 2]"
-    elif not grid.seeds:
-        yield "seeds: none is given; a comparison without seeds has no spread. Give at least three, as in [0, 1, 2]"
-    elif len(set(grid.seeds)) < len(grid.seeds):
-        yield f"seeds: {grid.seeds} holds one twice; the same seed gives the same run"
-    if not isinstance(grid.strategies, dict) or not grid.strategies:
-        yield "strategies: none is given; name at least one, with the keys of the recipe that it changes"
-        return
-    if not isinstance(grid.bits, list) or not grid.bits or not all(isinstance(b, (int, float)) for b in grid.bits):
-        yield f"bits: {grid.bits!r}; a list of numbers is expected, as in [2, 2.5, 3]"
-    for name in [grid.name, *grid.strategies]:
-        if not _NAME.fullmatch(str(name)):
-            yield f"{name!r} cannot name a folder; use letters, digits and . _ + = -"
-    lower: dict[str, str] = {}
-    for name in map(str, grid.strategies):
-        if name.lower() in lower:
-            yield f"strategies: {lower[name.lower()]!r} and {name!r} would share a folder where case does not count"
-        lower[name.lower()] = name
-    if grid.workers != "auto" and (type(grid.workers) is not int or grid.workers < 1):
-        yield f"workers: {grid.workers!r}; a number of at least 1, or auto"
-    named: dict[str, Any] = {"changes": grid.changes, **grid.strategies}
-    for name, changes in named.items():
-        if not isinstance(changes or {}, dict):
-            yield f"{name}: {changes!r}; a mapping from keys of the recipe to values is expected"
+def _raise_all(path: str | Path, problems: Iterable[str]) -> None:
+    lines = [f"{path}: {problem}" for problem in dict.fromkeys(problems)]
+    if lines:
+        raise RecipeError("\n".join(lines))
 
 
 def _recipe_problems(grid: Grid) -> Iterator[str]:
@@ -190,17 +170,21 @@ def _recipe_problems(grid: Grid) -> Iterator[str]:
         "changes": grid.changes,
         **{f"strategies.{n}": c for n, c in grid.strategies.items()},
     }.items():
-        wrong = [problem for key in flatten(changes) for problem in check_key(key.split("."))]
-        wrong += [f"{key}: the grid itself sets it in every cell" for key in flatten(changes) if key in _SET_BY_GRID]
+        flat = flatten(changes)
+        wrong = [problem for key in flat for problem in check_key(key.split("."))]
+        wrong += [f"{key}: {shown(flat[key])}; a mapping of keys to values is expected" for key in PARTS if key in flat]
+        wrong += [f"{key}: the grid itself sets it in every cell" for key in flat if key in _SET_BY_GRID]
         if name != "changes":
-            other = [key for key in flatten(changes) if key.startswith(_SAME_FOR_ALL)]
+            other = [key for key in flat if key.startswith(_SAME_FOR_ALL)]
             wrong += [
                 f"{key}: strategies are compared on one model and one text; set it under changes" for key in other
             ]
         yield from (f"{name}: {problem}" for problem in wrong)
         if wrong:
             return
-    for cell in grid.cells():
+    wrong = [f"recipe: {problem}" for problem in check_recipe(grid.base())]
+    yield from wrong
+    for cell in grid.cells() if not wrong else ():
         yield from (f"strategies.{cell.strategy}: {problem}" for problem in check_recipe(cell.recipe))
 
 
@@ -211,7 +195,7 @@ def flatten(changes: Mapping[str, Any] | None) -> dict[str, Any]:
     """
     flat: dict[str, Any] = {}
     for key, value in (changes or {}).items():
-        if key in ("model", "data", "trainer", *GROUPS) and isinstance(value, dict):
+        if key in (*PARTS, *GROUPS) and isinstance(value, dict):
             flat |= flatten({f"{key}.{inner}": found for inner, found in value.items()})
         else:
             flat[str(key)] = value
@@ -248,19 +232,3 @@ def override(grid: Grid, arguments: Sequence[tuple[str, Any]]) -> None:
         if problems:
             raise RecipeError("\n".join(problems))
         grid.changes = {**flatten(grid.changes), key: value}
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """Refuses a mapping that holds one key twice; YAML itself would keep the last in silence."""
-
-
-def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [str(loader.construct_object(key)) for key, _ in node.value]
-    twice = sorted({key for key in keys if keys.count(key) > 1})
-    if twice:
-        line = node.start_mark.line + 1
-        raise yaml.YAMLError(f"line {line}: {', '.join(twice)} is there twice; two cells need two names")
-    return loader.construct_mapping(node, deep=True)
-
-
-_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)

@@ -11,12 +11,21 @@ from typing import Any
 from mobiq_lightning.comparison.file_names import TABLE, TABLE_CSV
 from mobiq_lightning.comparison.folder import ComparisonFolder
 from mobiq_lightning.comparison.grid import Cell, Grid
-from mobiq_lightning.comparison.report import ReportCell, ReportInput, Value, columns_of, lines_of, write_report
-from mobiq_lightning.comparison.table import INTERPOLATION, TableRow, long_table, points_of
+from mobiq_lightning.comparison.report import (
+    ReportCell,
+    ReportInput,
+    Value,
+    columns_of,
+    lines_of,
+    not_finite,
+    write_report,
+)
+from mobiq_lightning.comparison.table import INTERPOLATION, CellRow, TableRow, long_table, points_of
 from mobiq_lightning.comparison.tracking import log_comparison
 from mobiq_lightning.comparison.verdicts import storage_verdict, verdicts
 from mobiq_lightning.console import say, table_console
 from mobiq_lightning.files import write_json, write_text
+from mobiq_lightning.runs import Row
 
 COLUMNS = (
     "strategy", "allocation", "used_bits", "perplexity_mean", "perplexity_spread", "kl_mean", "kl_spread", "n"
@@ -28,6 +37,9 @@ def publish(
 ) -> None:
     """Writes tables and report of the finished cells of a comparison, prints the table, and logs to W&B if asked for.
 
+    A cell whose files are damaged is named as such, and one whose perplexity is not finite is in the table, but in no chart;
+    neither costs the others anything.
+
     Args:
         grid: The grid.
         folder: Folder of the comparison.
@@ -35,16 +47,17 @@ def publish(
         failures: Reasons by slug of the failed cell.
         command: Command line that makes the comparison, for the report.
     """
-    rows = folder.write_rows(cells, failures)
+    rows, damaged, whole = folder.write_rows(cells, failures), folder.damaged(cells), folder.whole(cells)
     if not rows:
         return
     points = points_of(rows, grid.bits)
     table = long_table(points)
     finished = [s for s in grid.strategies if any(row.strategy == s for row in rows)]
     sentences = verdicts(points, finished, grid.bits, len(grid.seeds)) + storage_verdict(rows, finished)
-    sentences += _not_deployable(folder, cells) + noticed_by_guards(folder, cells)
+    sentences += _not_deployable(folder, whole) + noticed_by_guards(folder, whole) + _not_finite(rows)
+    sentences += [f"{cell.name} is damaged: {damaged[cell.slug]}" for cell in cells if cell.slug in damaged]
     sentences += [f"{cell.name} failed: {failures[cell.slug]}" for cell in cells if cell.slug in failures]
-    first = folder.measured(next(cell for cell in cells if folder.finished(cell)))
+    first = folder.measured(whole[0])
     found = ReportInput(
         title=grid.title or grid.name,
         command=command,
@@ -52,7 +65,7 @@ def publish(
         model=first.model,
         protocol=first.protocol,
         environment=first.environment,
-        cells=[_describe(folder, cell, failures) for cell in cells],
+        cells=[_describe(folder, cell, failures, damaged) for cell in cells],
         table=table,
         interpolation=INTERPOLATION,
     )
@@ -112,8 +125,8 @@ def _not_deployable(folder: ComparisonFolder, cells: Sequence[Cell]) -> list[str
     """A sentence for each strategy whose routers only say how good others could be."""
     stored: dict[str, float] = {}
     for cell in cells:
-        measured = folder.measured(cell) if folder.finished(cell) else None
-        if measured is not None and measured.slices is not None and not measured.deployable:
+        measured = folder.measured(cell)
+        if measured.slices is not None and not measured.deployable:
             stored[cell.strategy] = measured.slices.router_bits
     return [
         f"{strategy} cannot be deployed: its routers store {bits:.1f} bits per weight. It knows the error of each "
@@ -125,7 +138,7 @@ def _not_deployable(folder: ComparisonFolder, cells: Sequence[Cell]) -> list[str
 def noticed_by_guards(folder: ComparisonFolder, cells: Sequence[Cell]) -> list[str]:
     """A sentence for each finished cell in which guards of the calibration noticed something."""
     said = []
-    for cell in (cell for cell in cells if folder.finished(cell)):
+    for cell in folder.whole(cells):
         counts = Counter(f"{event.guard} ({event.action})" for event in folder.measured(cell).guards)
         if counts:
             what = ", ".join(f"{count} x {name}" for name, count in counts.items())
@@ -133,7 +146,20 @@ def noticed_by_guards(folder: ComparisonFolder, cells: Sequence[Cell]) -> list[s
     return said
 
 
-def _describe(folder: ComparisonFolder, cell: Cell, failures: Mapping[str, str]) -> ReportCell:
+def _not_finite(rows: Sequence[CellRow]) -> list[str]:
+    """A sentence for each cell with figures that are not finite."""
+    lost: dict[tuple[str, int], list[Row]] = {}
+    for one in rows:
+        if not one.row.finite:
+            lost.setdefault((one.strategy, one.cell_seed), []).append(one.row)
+    return [f"{strategy}, seed {seed}: {not_finite(found)}." for (strategy, seed), found in lost.items()]
+
+
+def _describe(
+    folder: ComparisonFolder, cell: Cell, failures: Mapping[str, str], damaged: Mapping[str, str]
+) -> ReportCell:
+    if cell.slug in damaged:
+        return ReportCell(cell.strategy, cell.seed, cell.folder, cell.changes, "damaged", reason=damaged[cell.slug])
     if folder.finished(cell):
         return ReportCell(cell.strategy, cell.seed, cell.folder, cell.changes, "finished", **vars(folder.figures(cell)))
     reason = failures.get(cell.slug, "was not run")

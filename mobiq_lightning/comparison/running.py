@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mobiq_lightning.comparison.grid import RULES_SEEDS, Cell, Grid, check_grid, flatten, override, read_grid
 from mobiq_lightning.console import MODULE
-from mobiq_lightning.errors import MobiqError, RecipeError, RunFolderError
+from mobiq_lightning.errors import MobiqError, RecipeError, RunFolderError, shown
 from mobiq_lightning.extras import require
 from mobiq_lightning.jobs import GRIDS, override_arguments, recipe_path
 
@@ -54,6 +54,8 @@ def compare(
         raise RecipeError(
             f"compare: a grid is given by its path or by the name of a shipped one, not as {type(grid).__name__}"
         )
+    if not isinstance(overwrite, bool):
+        raise RecipeError(f"compare: overwrite ({shown(overwrite)}) must be True or False")
     given = {"seeds": seeds, "bits": bits, "folder": folder, "workers": workers}
     changes = {name: value for name, value in given.items() if value is not None}
     read = changed_grid(recipe_path(str(grid), GRIDS), changes, overrides)
@@ -65,7 +67,10 @@ def compare(
 
     check_cells(cells)
     cells = [without_speed(cell) for cell in cells]
-    read.root.mkdir(parents=True, exist_ok=True)
+    try:
+        read.root.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:  # a file of that name, no permission, a name that is too long
+        raise RunFolderError(f"folder: {shown(str(read.root))} cannot be made ({error}); give another") from error
     try:
         with FileLock(read.root / LOCK, timeout=0):
             return _run(read, cells, overwrite, _as_command(read.path, changes, overrides))
@@ -85,10 +90,9 @@ def changed_grid(path: str, changes: Mapping[str, Any], overrides: Mapping[str, 
         RecipeError: If anything is wrong; the message has a line for each thing.
     """
     grid = read_grid(path)
-    grid.seeds = list(changes["seeds"]) if "seeds" in changes else grid.seeds
-    grid.bits = list(changes["bits"]) if "bits" in changes else grid.bits
-    grid.folder = str(changes.get("folder", grid.folder))
-    grid.workers = changes.get("workers", grid.workers)
+    for name, value in changes.items():
+        listed = isinstance(value, (tuple, range))
+        setattr(grid, name, list(value) if listed else str(value) if isinstance(value, Path) else value)
     override(grid, list(flatten(overrides).items()))
     check_grid(grid)
     return grid
@@ -114,7 +118,8 @@ def _run(grid: Grid, cells: Sequence[Cell], overwrite: bool, command: str) -> Co
     if left_out:
         say(f"{grid.root} also holds {', '.join(left_out)}, which the grid does not name; they are left out.")
     if len(grid.seeds) < RULES_SEEDS:
-        say(f"{len(grid.seeds)} seed(s): with fewer than {RULES_SEEDS} no difference can be told from chance.")
+        seeds = f"{len(grid.seeds)} seed{'s' if len(grid.seeds) > 1 else ''}"
+        say(f"{seeds}: with fewer than {RULES_SEEDS} no difference can be told from chance.")
     waiting = [cell for cell in cells if not folder.finished(cell)]
     devices = visible_devices()
     count = max(1, len(devices)) if grid.workers == "auto" else int(grid.workers)
@@ -131,6 +136,12 @@ def _run(grid: Grid, cells: Sequence[Cell], overwrite: bool, command: str) -> Co
 
     Workers(grid.root, count, devices).run(waiting, finished)
     publish(grid, folder, cells, failures, command)
+    if damaged := folder.damaged(cells):
+        lost = [f"{cell.name} ({cell.folder})" for cell in cells if cell.slug in damaged]
+        raise MobiqError(
+            f"{len(damaged)} of {len(cells)} cells are damaged: {'; '.join(lost)}. The others are in the table. Remove the "
+            "folder of a damaged cell, and the same command runs it again"
+        )
     if failures:
         names = [cell.name for cell in cells if cell.slug in failures]
         raise MobiqError(

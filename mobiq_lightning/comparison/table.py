@@ -17,6 +17,7 @@ INTERPOLATION = (
 NEAR = 0.05
 """Used bits by which the end of a curve may miss the bits asked for and still be taken for them."""
 ALLOCATIONS: tuple[Allocation, ...] = ("full", "rtn", "router", *CONTROLS)
+_OVERFLOW = 700.0  # nats; the exponential of more is not finite
 _FLOOR = 1e-9  # nats; below it the logarithm of a KL divergence is that of rounding errors
 
 
@@ -97,15 +98,27 @@ def at_bits(rows: Sequence[Row], bits: float) -> Point | None:
     Returns:
         The point, or None if the curve ends more than `NEAR` bits before.
     """
-    curve = sorted((float(row.used_bits), math.log(row.perplexity), math.log(max(row.kl, _FLOOR))) for row in rows)
+    curve = sorted((float(row.used_bits), _log(row.perplexity), _log(row.kl)) for row in rows)
     if not curve or not curve[0][0] - NEAR <= bits <= curve[-1][0] + NEAR:
         return None
     bits = min(max(bits, curve[0][0]), curve[-1][0])
     below = [point for point in curve if point[0] <= bits][-1]
     above = next(point for point in curve if point[0] >= bits)
     share = 0.0 if above[0] == below[0] else (bits - below[0]) / (above[0] - below[0])
-    perplexity, kl = (math.exp(low + share * (high - low)) for low, high in zip(below[1:], above[1:], strict=True))
+    perplexity, kl = (_mixed(low, high, share) for low, high in zip(below[1:], above[1:], strict=True))
     return Point(perplexity, kl)
+
+
+def _log(figure: float) -> float:
+    """The logarithm of a perplexity or KL divergence; infinite where the figure is not finite, as after a failed run."""
+    return math.log(max(figure, _FLOOR)) if math.isfinite(figure) else math.inf
+
+
+def _mixed(low: float, high: float, share: float) -> float:
+    """The figure between two logarithms; infinite where one that counts is."""
+    if share == 0.0:
+        high = low
+    return math.exp(low + share * (high - low)) if max(low, high) < _OVERFLOW else math.inf
 
 
 Points = dict[tuple[str, Allocation, float], dict[int, Point]]
@@ -164,8 +177,8 @@ def long_table(points: Points) -> list[TableRow]:
 
 
 def spread(values: Sequence[float]) -> float | None:
-    """The sample standard deviation of values; None for a single value, whose spread is not known."""
-    return statistics.stdev(values) if len(values) > 1 else None
+    """The sample standard deviation of values; None where it is not known: for a single value, or one that is not finite."""
+    return statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else None
 
 
 @dataclass(frozen=True)
@@ -195,8 +208,8 @@ class Lead:
 
 
 def lead(one: Mapping[int, Point], other: Mapping[int, Point]) -> Lead | None:
-    """The lead in perplexity of `one` over `other`, points by seed, on the seeds that both have; None without any."""
-    seeds = sorted(set(one) & set(other))
+    """The lead in perplexity of `one` over `other`, points by seed, where both are finite; None if they nowhere are."""
+    seeds = [s for s in sorted(set(one) & set(other)) if math.isfinite(one[s].perplexity + other[s].perplexity)]
     if not seeds:
         return None
     logs = [math.log(other[seed].perplexity / one[seed].perplexity) for seed in seeds]

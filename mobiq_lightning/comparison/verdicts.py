@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 
@@ -56,6 +57,11 @@ def routing_verdict(points: Points, strategy: str, bits: Sequence[float]) -> str
         side = "behind" if "behind" in says else "tied" if "tied" in says else "ahead"
         found[side].append(f"{asked:g} bits ({', '.join(f'{one} against {SHORT[c]}' for c, one in known.items())})")
     if not any(found.values()):
+        mine = [
+            point for key, by_seed in points.items() if key[:2] == (strategy, "router") for point in by_seed.values()
+        ]
+        if any(not math.isfinite(point.perplexity) for point in mine):
+            return f"{strategy}: perplexities are not finite, so nothing can be said of its routing."
         return f"{strategy}: at these bits all allocations read the same weights, so routing has nothing to win."
     names = [SHORT[control] for control in controls]
     together = " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
@@ -106,8 +112,9 @@ def storage_verdict(rows: Sequence[CellRow], strategies: Sequence[str]) -> list[
             if one.strategy == strategy and one.row.allocation == "router"
         )
         for strategy in strategies
+        if any(one.strategy == strategy and one.row.allocation == "router" for one in rows)
     }
-    if max(stored.values()) - min(stored.values()) < 0.01:
+    if not stored or max(stored.values()) - min(stored.values()) < 0.01:
         return []
     figures = ", ".join(f"{strategy} {bits:.2f}" for strategy, bits in stored.items())
     return [

@@ -2,10 +2,11 @@
 from .arguments import override_arguments as override_arguments
 from .cli import ElasticCLI as ElasticCLI
 from .exit_codes import exit_code as exit_code
+from .reading import parse_value as parse_value
+from .reading import read_recipe as read_recipe
 from .recipe import GROUPS as GROUPS
 from .recipe import check_key as check_key
 from .recipe import check_recipe as check_recipe
-from .recipe import read_recipe as read_recipe
 from .recipe_help import describe_keys as describe_keys
 from .running import build as build
 from .running import fit as fit

@@ -9,7 +9,8 @@ from typing import Any, TypeAlias
 
 import yaml
 
-from mobiq_lightning.errors import RecipeError
+from mobiq_lightning.errors import RecipeError, shown
+from mobiq_lightning.input_files import is_file
 from mobiq_lightning.jobs.shipped import recipe_path
 from mobiq_lightning.runs import RunFolder
 
@@ -27,12 +28,16 @@ def command_line(recipe: Recipe, overrides: Mapping[str, Any]) -> list[str]:
             (``{"model": {"rates": {"routers": 0.1}}}``).
 
     Raises:
-        RecipeError: If a value is nothing that YAML can say.
+        RecipeError: If the recipe is none of these, or a value is nothing that YAML can say.
     """
     if isinstance(recipe, Mapping):
         arguments = ["--config", _text("recipe", recipe)]
+    elif isinstance(recipe, (str, Path, RunFolder)):
+        arguments = with_recipe([f"--config={recipe.path if isinstance(recipe, RunFolder) else recipe}"])
     else:
-        arguments = with_recipe([str(recipe.path if isinstance(recipe, RunFolder) else recipe)])
+        raise RecipeError(
+            f"a recipe is a path, the name of a shipped one, a run folder or a mapping, not {shown(recipe)}"
+        )
     return [*arguments, *override_arguments(overrides)]
 
 
@@ -60,11 +65,10 @@ def with_recipe(arguments: Sequence[str]) -> list[str]:
             found.append(name + equals + value)
             continue
         path = value if equals else given.pop(0)
-        run = RunFolder(path)
         if path.startswith("{"):  # the content itself
             found += ["--config", path]
-        elif run.recipe.is_file():  # the run may have been moved since
-            found += ["--config", str(run.recipe), f"--trainer.default_root_dir={path}"]
+        elif path and is_file(recipe := RunFolder(path).recipe):  # the run may have been moved since
+            found += ["--config", str(recipe), f"--trainer.default_root_dir={path}"]
         else:
             found += ["--config", recipe_path(path)]
     return found
@@ -85,9 +89,9 @@ def _text(key: str, value: Any) -> str:
         return str(value)
     try:
         text = yaml.safe_dump(_plain(value), default_flow_style=True, width=math.inf, sort_keys=False)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a class; a number too long; a list in itself
         raise RecipeError(
-            f"{key}: {value!r} is nothing that a recipe can say; give numbers, text, lists and mappings"
+            f"{key}: {shown(value)} is nothing that a recipe can say; give numbers, text, lists and mappings"
         ) from error
     return text.removesuffix("\n").removesuffix("\n...")
 

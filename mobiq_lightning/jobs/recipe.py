@@ -6,15 +6,15 @@ Lightning alone take longer to import than a user waits for a typo. Values and t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-import yaml
-
-from mobiq_lightning.errors import RecipeError, nearest
+from mobiq_lightning.errors import RecipeError, nearest, shown
+from mobiq_lightning.input_files import is_file
 from mobiq_lightning.jobs.known_names import PACKAGE, accepted_keys, fields_of, strategy_classes, words_of
-from mobiq_lightning.jobs.shipped import shipped_recipes
+from mobiq_lightning.jobs.reading import parse_value, read_recipe, read_recipe_part
+from mobiq_lightning.jobs.value_ranges import range_problems
 
 _STRATEGY_KEYS = {
     "model.transform": "transforms",
@@ -39,70 +39,52 @@ _RENAMED_TRAINED = {
     "rounding": "codes, with bounds: [rounding]",
 }
 """Former words of `train` in a stage, with what is written instead."""
-_TOP_LEVEL = ("seed_everything", "trainer", "model", "data", "overwrite")
 
 
 def check_arguments(arguments: Sequence[str]) -> None:
-    """Checks the recipes and the keys of a ``fit`` or ``validate`` command line.
+    """Checks the recipes, the keys and the values of a ``fit`` or ``validate`` command line.
 
     Args:
         arguments: What follows the command.
 
     Raises:
         MissingExtraError: If calibrating is not installed.
-        RecipeError: With one line for every key or class that does not exist.
+        RecipeError: With one line for every key or class that does not exist, and every value that cannot be held.
     """
+    if not arguments:
+        raise RecipeError("no recipe is given. Give a recipe, as in --config recipes/tiny.yaml")
     problems: list[str] = []
     classes: dict[str, str] = {}  # of the strategies, as far as the command line has named them
     pending = list(arguments)
     while pending:
-        argument = pending.pop(0)
-        if not argument.startswith("-") or argument in ("-h", "--help"):
+        name, equals, value = pending.pop(0).partition("=")
+        if name in ("-h", "--help", "--overwrite") or name.startswith("--print_"):
             continue
-        name, equals, value = argument.partition("=")
+        if not name.startswith("-") or not (name.startswith("--") or name == "-c"):
+            problems.append(
+                f"{shown(name + equals + value)}: one recipe is taken, and keys of it, as in --data.n_samples 64"
+            )
+            continue
+        if not equals:
+            if not pending or _is_option(pending[0]):
+                problems += [] if name.endswith(".help") else [f"{name}: a value is missing"]
+                continue
+            value = pending.pop(0)
         if name in ("--config", "-c"):
-            path = value if equals else (pending.pop(0) if pending else "")
-            recipe = read_recipe(path)
-            where = "the recipe" if path.startswith("{") else path
+            recipe = read_recipe(value)
+            where = "the recipe" if value.startswith("{") else value
             problems += [f"{where}: {problem}" for problem in check_recipe(recipe)]
             classes |= {key: _class_name(value) for key, value in _strategies(recipe)}
-        elif name.startswith("--") and not name.startswith("--print_") and not name.endswith(".help"):
+        elif not name.endswith(".help"):
             keys = name[2:].rstrip("+").split(".")
-            given = value if equals else (pending[0] if pending else "")
-            problems += check_key(keys) or _check_override(keys, given, classes)
+            problems += check_key(keys) or _check_override(keys, value, classes)
     if problems:
         raise RecipeError("\n".join(problems))
 
 
-def read_recipe(path: str) -> dict[str, Any]:
-    """The content of a recipe.
-
-    Args:
-        path: Its file; or the content itself, as YAML that begins with a brace.
-
-    Raises:
-        RecipeError: If there is no such file, or it is not YAML.
-    """
-    if not path.startswith("{") and not Path(path).is_file():
-        raise RecipeError(f"--config {path}: no such file. {_nearest_recipe(path)}".rstrip())
-    try:
-        content = yaml.safe_load(path if path.startswith("{") else Path(path).read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise RecipeError(
-            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
-        ) from error
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise RecipeError(f"{path} holds no recipe: a mapping with the keys {', '.join(_TOP_LEVEL[:4])} is expected")
-    return content
-
-
-def _nearest_recipe(path: str) -> str:
-    """The closest recipes beside `path`, else the closest shipped ones, which go by their names."""
-    folder = Path(path).parent
-    beside = nearest(path, [str(p) for p in folder.glob("*.yaml")]) if folder.is_dir() else ""
-    return beside or nearest(path.removeprefix("recipes/").removesuffix(".yaml"), shipped_recipes())
+def _is_option(text: str) -> bool:
+    """Whether the parser takes a text for the name of an option and not for a value."""
+    return text.startswith("-") and " " not in text and not re.fullmatch(r"-|-\.?\d.*", text)
 
 
 def check_recipe(recipe: dict[str, Any]) -> list[str]:
@@ -111,7 +93,11 @@ def check_recipe(recipe: dict[str, Any]) -> list[str]:
         problem
         for keys, value in _walk(recipe, [])
         for problem in (
-            check_key(keys) or _check_group(keys, value) or _check_class(keys, value) or _check_stages(keys, value)
+            check_key(keys)
+            or _check_group(keys, value)
+            or _check_class(keys, value)
+            or _check_stages(keys, value)
+            or _check_value(keys, value)
         )
     ]
 
@@ -133,27 +119,29 @@ def _class_name(value: Any) -> str:
 def _check_override(keys: list[str], value: str, classes: dict[str, str]) -> list[str]:
     """A problem if ``--model.router.init_args.x value`` names no argument of the class that the router has by now."""
     key = ".".join(keys[:2])
-    if len(keys) == 1 or keys == ["model", "stages"] or (key in GROUPS and len(keys) == 2):
-        try:
-            given = yaml.safe_load(value)
-        except yaml.YAMLError:
-            return []  # the parser will say what it makes of it
-        if len(keys) == 1:
-            return check_recipe({key: given}) if isinstance(given, dict) else []
-        return _check_stages(keys, given) or _check_group(keys, given)
-    if key not in _STRATEGY_KEYS:
-        return []
+    given = parse_value(value, f"--{'.'.join(keys)}")
+    if len(keys) == 1 and isinstance(given, dict):
+        return check_recipe({keys[0]: given})
+    if len(keys) == 1 or key not in _STRATEGY_KEYS:
+        return _check_stages(keys, given) or _check_group(keys, given) or _check_value(keys, given)
     if len(keys) == 2 or keys[2] == "class_path":
-        try:
-            spec = yaml.safe_load(value)
-        except yaml.YAMLError:
-            return []  # the parser will say what it makes of it
-        classes[key] = _class_name(spec)
-        return _check_class(keys[:2], spec)
+        classes[key] = _class_name(given)
+        return _check_class(keys[:2], given) or _check_value(keys[:2], given)
     argument = keys[3] if keys[2] == "init_args" and len(keys) > 3 else keys[2]
     if argument in ("init_args", "dict_kwargs"):
         return []
     return _check_class(keys[:2], {"class_path": classes.get(key), "init_args": {argument: value}})
+
+
+def _check_value(keys: list[str], value: Any) -> list[str]:
+    """A problem if a value cannot be one of its key, as far as that can be told here."""
+    key = ".".join(keys)
+    if isinstance(value, str) and value.endswith((".yaml", ".yml", ".json")) and is_file(value):
+        read_recipe_part(value)  # the parser would read it as the value
+        return []
+    if key in ("model", "data", "trainer", *GROUPS) and value is not None and not isinstance(value, dict):
+        return [f"{key}: {shown(value)}; a mapping of keys to values is expected"]
+    return range_problems(key, value)
 
 
 def _walk(value: Any, keys: list[str]) -> Iterator[tuple[list[str], Any]]:
@@ -206,7 +194,9 @@ def _check_class(keys: list[str], value: Any) -> list[str]:
         return []
     spec = value if isinstance(value, dict) else {"class_path": value}
     path = spec.get("class_path")
-    if path is None or not isinstance(path, str) or path.endswith((".yaml", ".yml")):
+    if path is not None and not isinstance(path, str):
+        return [f"{key}: {shown(path)} names no class; give its name, or its dotted path"]
+    if path is None or path.endswith((".yaml", ".yml")):
         return []
     known = strategy_classes(_STRATEGY_KEYS[key])
     name = path.rsplit(".", 1)[-1] if path.startswith("mobiq_lightning.") else path
@@ -215,13 +205,13 @@ def _check_class(keys: list[str], value: Any) -> list[str]:
         return (
             []
             if "." in name
-            else [f"{key}: no class {path!r}. {nearest(name, known) or 'There are ' + ', '.join(known)}"]
+            else [f"{key}: no class {shown(path)}. {nearest(name, known) or 'There are ' + ', '.join(known)}"]
         )
     unknown_parts = [part for part in spec if part not in ("class_path", "init_args", "dict_kwargs")]
     problems = [f"{key}.{part}: arguments of {name} go under init_args" for part in unknown_parts]
     arguments = spec.get("init_args") or {}
     if not isinstance(arguments, dict):
-        return [*problems, f"{key}.init_args: {arguments!r} is no mapping of arguments to values"]
+        return [*problems, f"{key}.init_args: {shown(arguments)} is no mapping of arguments to values"]
     for argument in arguments:
         if argument not in known[name]:
             hint = nearest(argument, known[name]) or f"It has {', '.join(known[name]) or 'none'}."

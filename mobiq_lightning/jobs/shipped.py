@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from mobiq_lightning.errors import RecipeError, nearest
+from mobiq_lightning.input_files import is_file
 
 _PACKAGE = Path(__file__).parents[1]
 GRIDS = "compare"
@@ -60,9 +61,7 @@ def recipe_path(given: str, folder: str = "") -> str:
     Returns:
         The path, or `given` unchanged if it is neither: reading it says what is wrong.
     """
-    if Path(given).is_file() or Path(given).suffix or given not in {*names(folder)}:
-        return given
-    return str(shipped_recipe(given, folder))
+    return str(shipped_recipe(given, folder)) if given in {*names(folder)} and not is_file(given) else given
 
 
 def names(folder: str = "") -> Iterator[str]:

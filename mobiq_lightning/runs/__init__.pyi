@@ -5,6 +5,7 @@ from .diagnostics import BudgetUse as BudgetUse
 from .diagnostics import ClassUse as ClassUse
 from .diagnostics import Diagnostics as Diagnostics
 from .diagnostics import InputSize as InputSize
+from .diagnostics import read_diagnostics as read_diagnostics
 from .file_names import CARD as CARD
 from .file_names import CHECKPOINTS as CHECKPOINTS
 from .file_names import COMPANIONS as COMPANIONS
@@ -50,6 +51,7 @@ from .layer_gains import MethodGains as MethodGains
 from .layer_gains import TokenGains as TokenGains
 from .layer_gains import TokenSpread as TokenSpread
 from .record import Record as Record
+from .record import at_least as at_least
 from .record import read_json as read_json
 from .results import CalibrationText as CalibrationText
 from .results import EvalProtocol as EvalProtocol
@@ -64,6 +66,7 @@ from .results import read_results as read_results
 from .rows import COLUMNS as COLUMNS
 from .rows import CONTROLS as CONTROLS
 from .rows import LABELS as LABELS
+from .rows import MOST_BITS as MOST_BITS
 from .rows import SHORT as SHORT
 from .rows import TIE as TIE
 from .rows import Allocation as Allocation
@@ -72,6 +75,7 @@ from .rows import MeanRow as MeanRow
 from .rows import Metric as Metric
 from .rows import Row as Row
 from .rows import label as label
+from .rows import spread_of as spread_of
 from .rows import summarize as summarize
 from .rows import verdict as verdict
 from .run_folder import RunFolder as RunFolder

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from mobiq_lightning.runs.record import Record
+from mobiq_lightning.errors import ResultsError, shown
+from mobiq_lightning.runs.record import Record, at_least, read_json
+from mobiq_lightning.runs.rows import MOST_BITS
 
 
 @dataclass(frozen=True)
@@ -17,7 +22,7 @@ class InputSize(Record):
     """
 
     name: str
-    weights: int
+    weights: int = field(metadata=at_least(1))
 
 
 @dataclass(frozen=True)
@@ -31,8 +36,8 @@ class ClassUse(Record):
     """
 
     name: str = field(metadata={"key": "class"})
-    tokens: float
-    bits: float
+    tokens: float = field(metadata=at_least(0))
+    bits: float = field(metadata=at_least(0, MOST_BITS))
 
 
 @dataclass(frozen=True)
@@ -47,9 +52,9 @@ class BudgetUse(Record):
         by_frequency: Bits by how often the token occurs in the text.
     """
 
-    target_bits: float
-    mean_bits: tuple[float, ...]
-    depth_share: tuple[tuple[float, ...], ...]
+    target_bits: float = field(metadata=at_least(0, MOST_BITS))
+    mean_bits: tuple[float, ...] = field(metadata=at_least(0, MOST_BITS))
+    depth_share: tuple[tuple[float, ...], ...] = field(metadata=at_least(0, 1 + 1e-6))
     by_position: tuple[ClassUse, ...]
     by_frequency: tuple[ClassUse, ...]
 
@@ -63,8 +68,8 @@ class BlockErrorNote(Record):
         relative_error: For each block, its relative squared error at each depth.
     """
 
-    tokens: int
-    relative_error: tuple[tuple[float, ...], ...]
+    tokens: int = field(metadata=at_least(0))
+    relative_error: tuple[tuple[float, ...], ...] = field(metadata=at_least(0, finite=False))
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,48 @@ class Diagnostics(Record):
     """
 
     inputs: tuple[InputSize, ...]
-    depths: tuple[int, ...]
+    depths: tuple[int, ...] = field(metadata=at_least(1, MOST_BITS))
     budgets: tuple[BudgetUse, ...]
     block_error: BlockErrorNote
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Numbers of inputs, depths, budgets and blocks."""
+        return len(self.inputs), len(self.depths), len(self.budgets), len(self.block_error.relative_error)
+
+
+def read_diagnostics(path: Path) -> Diagnostics:
+    """What a diagnostics.json holds.
+
+    Raises:
+        ResultsError: If it is missing, damaged or from another version, or its tables do not fit each other.
+    """
+    found = Diagnostics.from_json(read_json(path), path)
+    wrong = next(_misfits(found), "")
+    if wrong:
+        raise ResultsError(f"{path}: {wrong}; the file is damaged: restore it, or run `validate` again")
+    return found
+
+
+def _misfits(found: Diagnostics) -> Iterator[str]:
+    """What does not fit each other, one sentence each."""
+    inputs, depths, budgets, blocks = found.shape
+    if not (inputs and depths and budgets and blocks):
+        yield f"{inputs} inputs, {depths} depths, {budgets} budgets and {blocks} blocks; at least one of each is expected"
+    if list(found.depths) != sorted(set(found.depths)):
+        yield f"depths {list(found.depths)} do not rise"
+    if len({budget.target_bits for budget in found.budgets}) < budgets:
+        yield "a budget is there twice"
+    for budget in found.budgets:
+        where = f"at {budget.target_bits:g} bits"
+        if len(budget.mean_bits) != inputs or len(budget.depth_share) != inputs:
+            yield f"{where}: figures of {len(budget.mean_bits)} and {len(budget.depth_share)} inputs, not of {inputs}"
+        if any(len(share) != depths for share in budget.depth_share):
+            yield f"{where}: shares of other than {depths} depths"
+        for classes in (budget.by_position, budget.by_frequency):
+            if classes and not sum(c.tokens for c in classes) > 0:
+                yield f"{where}: classes without tokens"
+            if wrong := [c.name for c in classes if not re.match(r"[0-9]{1,9}(?![0-9])", c.name)]:
+                yield f"{where}: no class is called {shown(wrong[0])}"
+    if any(len(errors) != depths for errors in found.block_error.relative_error):
+        yield f"block errors at other than {depths} depths"

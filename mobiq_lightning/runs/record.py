@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 import json
+import math
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from mobiq_lightning.errors import ResultsError
+from mobiq_lightning.errors import FileError, ResultsError
+from mobiq_lightning.input_files import read_json as read_file
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 _ADVICE = "The file is damaged or from another version: restore it, or remove it and repeat the command that wrote it"
+_ANY = (-math.inf, math.inf, False)
+_LARGEST = 2**63
+"""Whole numbers beyond this are no figures of anything."""
 _NAMES = {float: "a number", int: "a whole number", str: "a text", bool: "true or false", type(None): "null"}
+
+
+def at_least(low: float, high: float = math.inf, finite: bool = True) -> dict[str, Any]:
+    """Metadata of a field whose numbers lie within limits.
+
+    Args:
+        low: The lowest.
+        high: The highest.
+        finite: Whether NaN and infinity are refused, which figures of a run that has failed may be.
+    """
+    return {"limits": (low, high, finite)}
 
 
 @dataclass(frozen=True)
@@ -23,10 +39,12 @@ class Record:
     """Base of dataclasses that JSON files hold.
 
     A field is a key of the file; ``field(metadata={"key": "class"})`` names a key that Python cannot, and
-    ``field(metadata={"flat": True})`` says that the keys of the field's own value lie beside those of the record. A field
-    without a default must be in the file. A field whose default is None may be missing, and is not written while it is
-    None. Keys that no field has are passed over, since a newer version may have written them. Numbers are kept as they are
-    written: a whole number stays one where a float is expected, so that reading and writing a file does not change it.
+    ``field(metadata={"flat": True})`` says that the keys of the field's own value lie beside those of the record.
+    ``field(metadata=at_least(0))`` limits its numbers, and ``field(metadata={"holds": R})`` says that a mapping, which is
+    kept as it is, must have what a record R has. A field without a default must be in the file. A field whose default is
+    None may be missing, and is not written while it is None. Keys that no field has are passed over, since a newer version
+    may have written them. Numbers are kept as they are written: a whole number stays one where a float is expected, so that
+    reading and writing a file does not change it.
     """
 
     @classmethod
@@ -50,7 +68,10 @@ class Record:
                 part = _flat_part(kind, value, source, key)
                 given |= {field.name: part} if part is not None else {}
             elif name in value:
-                given[field.name] = _decoded(kind, value[name], source, _joined(key, name))
+                if (form := field.metadata.get("holds")) and value[name] is not None:
+                    form.from_json(value[name], source, _joined(key, name))
+                limits = field.metadata.get("limits", _ANY)
+                given[field.name] = _decoded(kind, value[name], source, _joined(key, name), limits)
             elif field.default is MISSING and field.default_factory is MISSING:
                 raise ResultsError(
                     f"{source}: {_joined(key, name)} is missing; {_described(kind)} is expected there. {_ADVICE}"
@@ -69,16 +90,16 @@ class Record:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds.
+    """What a JSON file of figures holds.
 
     Raises:
-        ResultsError: If the file is not JSON, as after a full disk.
-        FileNotFoundError: If there is no such file.
+        ResultsError: If there is no such file, or it is not JSON, as after a full disk.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ResultsError(f"{path}: not valid JSON ({error}). {_ADVICE}") from error
+        return read_file(path)
+    except FileError as error:
+        advice = "" if isinstance(error.__cause__, FileNotFoundError) else f". {_ADVICE}"
+        raise ResultsError(f"{error}{advice}") from error
 
 
 def _fields_of(cls: type[Record]) -> tuple[tuple[Field[Any], Any], ...]:
@@ -106,7 +127,7 @@ def _flat_part(kind: Any, value: dict[str, Any], source: str | Path, key: str) -
     return option.from_json(value, source, key) if keys & value.keys() else None
 
 
-def _decoded(kind: Any, value: Any, source: str | Path, key: str) -> Any:
+def _decoded(kind: Any, value: Any, source: str | Path, key: str, limits: tuple[float, float, bool] = _ANY) -> Any:
     """A value of a file as a value of a type; only the types that records have are known."""
     for option in _options(kind):
         if not _fits(option, value):
@@ -115,12 +136,38 @@ def _decoded(kind: Any, value: Any, source: str | Path, key: str) -> Any:
             return option.from_json(value, source, key)
         if get_origin(option) is tuple:
             inner = get_args(option)[0]
-            return tuple(_decoded(inner, item, source, f"{key}[{i}]") for i, item in enumerate(value))
+            return tuple(_decoded(inner, item, source, f"{key}[{i}]", limits) for i, item in enumerate(value))
         if get_origin(option) is Mapping:
-            inner = get_args(option)[1]
-            return {name: _decoded(inner, item, source, _joined(key, name)) for name, item in value.items()}
+            names, inner = get_args(option)
+            if broken := next((n for n in value if not _is_whole(n)), None):
+                raise _unexpected(source, key, "a mapping of names without broken characters", broken)
+            known = get_args(names) if get_origin(names) is Literal else value  # newer versions may know more
+            return {n: _decoded(inner, v, source, _joined(key, n), limits) for n, v in value.items() if n in known}
+        if option is str and not _is_whole(value):
+            raise _unexpected(source, key, "a text without broken characters", value)
+        if option in (int, float):
+            _check_limits(value, source, key, limits)
         return value
     raise _unexpected(source, key, _described(kind), value)
+
+
+def _is_whole(text: str) -> bool:
+    """Whether a text can be written: JSON can say one half of a character that takes two."""
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _check_limits(value: float, source: str | Path, key: str, limits: tuple[float, float, bool]) -> None:
+    low, high, finite = limits
+    if isinstance(value, float) and not math.isfinite(value):
+        if finite:
+            raise _unexpected(source, key, "a finite number", value)
+        inside = math.isnan(value) or value >= low
+    else:
+        inside = low <= value <= high and not (isinstance(value, int) and abs(value) > _LARGEST)
+    if not inside:
+        least = f" of at least {low:g}" if math.isfinite(low) else ""
+        most = f"{' and' if least else ' of'} at most {high if math.isfinite(high) else float(_LARGEST):g}"
+        raise _unexpected(source, key, f"a number{least}{most}", value)
 
 
 def _options(kind: Any) -> Iterator[Any]:

@@ -10,8 +10,9 @@ from typing import Any, Literal
 from mobiq_lightning.files import write_json
 from mobiq_lightning.runs.guard_events import GuardEvent
 from mobiq_lightning.runs.layer_gains import GainsSummary
-from mobiq_lightning.runs.record import Record, read_json
+from mobiq_lightning.runs.record import Record, at_least, read_json
 from mobiq_lightning.runs.rows import Row
+from mobiq_lightning.runs.speed import LatencyNote
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,13 @@ class EvalProtocol(Record):
     """
 
     eval_protocol: str
-    window: int
-    n_windows: int
+    window: int = field(metadata=at_least(0))
+    n_windows: int = field(metadata=at_least(0))
     bos: bool
     tokenizer: str
     data: str
     data_hash: str
-    n_tokens: int
+    n_tokens: int = field(metadata=at_least(0))
     calibration: CalibrationText
 
 
@@ -71,9 +72,9 @@ class SlicesNote(Record):
         threshold_scope: Which table of thresholds the router used.
     """
 
-    slice_bits: tuple[int, ...]
-    overhead_bits: float
-    router_bits: float
+    slice_bits: tuple[int, ...] = field(metadata=at_least(1, 8))
+    overhead_bits: float = field(metadata=at_least(0))
+    router_bits: float = field(metadata=at_least(0))
     threshold_scope: str
 
 
@@ -181,7 +182,7 @@ class Results(Record):
 
     measured: Measured | None = field(default=None, metadata={"flat": True})
     lm_eval: tuple[HarnessEntry, ...] | None = None
-    latency: Mapping[str, Any] | None = None
+    latency: Mapping[str, Any] | None = field(default=None, metadata={"holds": LatencyNote})
 
 
 def read_results(path: Path) -> Results:

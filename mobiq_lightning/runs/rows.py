@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Literal, get_args
 
-from mobiq_lightning.runs.record import Record
+from mobiq_lightning.runs.record import Record, at_least
 
 Control = Literal["static", "layers", "shuffled", "random"]
 CONTROLS: tuple[Control, ...] = get_args(Control)
@@ -18,6 +19,9 @@ Allocation = Literal["full", "rtn", "router", "static", "layers", "shuffled", "r
 
 Metric = Literal["perplexity", "kl"]
 """A figure of a row that charts and tables show."""
+
+MOST_BITS = 64
+"""Bits of a weight in full precision at most."""
 
 TIE = 0.001
 """Relative difference in perplexity below which two allocations count as equal."""
@@ -52,19 +56,24 @@ class Row(Record):
     """
 
     allocation: Allocation
-    target_bits: float
-    used_bits: float
-    all_in_bits: float
-    perplexity: float
+    target_bits: float = field(metadata=at_least(0, MOST_BITS))
+    used_bits: float = field(metadata=at_least(0, MOST_BITS))
+    all_in_bits: float = field(metadata=at_least(0))
+    perplexity: float = field(metadata=at_least(0, finite=False))
     kl: float
     seed: int | None
+
+    @property
+    def finite(self) -> bool:
+        """Whether perplexity and KL divergence are numbers that a curve can go through; after a failed run they are not."""
+        return 0 < self.perplexity < math.inf and math.isfinite(self.kl)
 
     def figure(self, metric: Metric) -> float:
         """The figure of a metric."""
         return self.perplexity if metric == "perplexity" else self.kl
 
 
-COLUMNS = tuple(field.name for field in fields(Row))
+COLUMNS = tuple(column.name for column in fields(Row))
 """Columns of results.csv."""
 
 
@@ -73,7 +82,7 @@ class MeanRow(Row):
     """Rows that differ only in the seed as one: the mean of their figures, and how much they spread.
 
     Args:
-        spread: Standard deviation of the perplexity over seeds; 0 with one seed.
+        spread: Standard deviation of the perplexity over seeds; 0 with one seed, NaN where one is not finite.
         n_seeds: Rows that it is a mean of.
     """
 
@@ -99,13 +108,20 @@ def summarize(rows: Iterable[Row]) -> list[MeanRow]:
             perplexity=statistics.fmean(row.perplexity for row in group),
             kl=statistics.fmean(row.kl for row in group),
             seed=group[0].seed,
-            spread=statistics.stdev(row.perplexity for row in group) if len(group) > 1 else 0.0,
+            spread=spread_of([row.perplexity for row in group]),
             n_seeds=len(group),
         )
         for group in merged.values()
     ]
     order = list(LABELS)
     return sorted(summary, key=lambda row: (row.allocation != "full", row.target_bits, order.index(row.allocation)))
+
+
+def spread_of(values: Sequence[float]) -> float:
+    """The standard deviation of values; 0 for a single one, NaN where one of them is not finite."""
+    if len(values) < 2:
+        return 0.0
+    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def label(allocation: Allocation, deployable: bool = True) -> str:
@@ -133,6 +149,8 @@ def verdict(rows: Iterable[Row]) -> str:
     losses: list[str] = []
     ties: list[str] = []
     for bits, perplexity in by_budget.items():
+        if not all(0 < value < math.inf for value in perplexity.values()):
+            continue  # there is no ratio of what is not finite
         nothing_left = len({round(value, 6) for value in perplexity.values()}) == 1  # at the ends of the range
         if nothing_left or len(perplexity) < 1 + len(controls):
             continue

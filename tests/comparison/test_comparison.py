@@ -92,7 +92,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"strategies": {"x": {"model.budget": "LinaerBudget"}}}, "strategies.x: model.budget: no class 'LinaerBudget'"),
     ({"strategies": {"x": {"model.router": "ResidualSlices"}}}, "no class 'ResidualSlices'"),
     ({"strategies": {"x": {"model.router": "collections.Counter"}}}, "strategies.x: "),
-    ({"strategies": {"x": {"model.epochs_per_block": 0}}}, "model.epochs_per_block (0) must be at least 1"),
+    (
+        {"strategies": {"x": {"model.epochs_per_block": 0}}},
+        "model.epochs_per_block: 0 is out of range; a whole number of at least 1",
+    ),
     ({"strategies": {"x": {"model.pretrained": "other"}}}, "x: model.pretrained: strategies are compared on one model"),
     ({"strategies": {"x": {"data.eval_seq_len": 8}}}, "x: data.eval_seq_len: strategies are compared on one model"),
     ({"changes": {"data.seed": 3}}, "changes: data.seed: the grid itself sets it in every cell"),
@@ -114,7 +117,7 @@ def test_a_wrong_grid_is_answered_before_anything_runs(
 def test_two_cells_of_one_name_are_refused(tmp_path: Path) -> None:
     path = write_grid(tmp_path)
     path.write_text(path.read_text().replace("  mlp: {}\n", "  mlp: {}\n  mlp: {model.rates.ranges: 1}\n"))
-    with pytest.raises(RecipeError, match="mlp is there twice; two cells need two names"):
+    with pytest.raises(RecipeError, match="mlp is there twice; two things need two names"):
         read_grid(str(path))
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -175,7 +177,8 @@ def test_failures_and_gaps_are_named_and_text_is_escaped(page: Path) -> None:
     assert "<h1>Two &lt;strategies&gt;</h1>" in html
     assert "block 1: loss &lt;nan&gt; &amp; no more" in html
     assert "1 of 5 runs failed" in html
-    assert "other, seed 1: diagnostics.json is missing, so bits per input" in html
+    assert "other, seed 1: bits per input" in html
+    assert "are without this run: diagnostics.json is missing." in html
     assert html.index("plain: routing is ahead of nothing.") < html.index("<h2>")
 
 
@@ -247,10 +250,57 @@ def test_files_that_cannot_be_read_are_gaps(comparison: ReportInput, tmp_path: P
     (folder / "metrics.jsonl").write_text('{"step": 1, "blo')
     (strategy,), missing = read_strategies([ReportCell("a", 3, folder, {}, "finished")])
     assert strategy.runs[0].diagnostics is None
-    assert [m.split(" (")[0] for m in missing] == [
-        "a, seed 3: metrics.jsonl cannot be read",
-        "a, seed 3: diagnostics.json cannot be read",
+    assert [m.partition("are without this run: ")[2].partition(" (")[0] for m in missing] == [
+        "metrics.jsonl, line 1 is not valid JSON",
+        "diagnostics.json: inputs is missing; a list is expected there. The file is damaged or from another version: restore "
+        "it, or remove it and repeat the command that wrote it.",
     ]
+    (folder / "metrics.jsonl").unlink()
+    os.mkfifo(folder / "metrics.jsonl")
+    _, missing = read_strategies([ReportCell("a", 3, folder, {}, "finished")])
+    assert "metrics.jsonl is a named pipe, not a regular file" in missing[0]
+
+
+def test_diagnostics_of_another_shape_are_left_out_and_the_others_drawn(
+    comparison: ReportInput, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(comparison.cells[0].folder, tmp_path / "run")
+    diagnostics = json.loads((folder / "diagnostics.json").read_text())
+    diagnostics["inputs"][0]["name"] = "another"
+    (folder / "diagnostics.json").write_text(json.dumps(diagnostics))
+    cells = [comparison.cells[0], replace(comparison.cells[1], folder=folder)]
+    (strategy,), missing = read_strategies(cells)
+    assert [run.diagnostics is None for run in strategy.runs] == [False, True]
+    assert "diagnostics.json has other inputs, depths, budgets or blocks than the first run" in missing[0]
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 0.0])
+def test_a_perplexity_that_is_not_finite_is_in_the_tables_and_in_no_chart(
+    comparison: ReportInput, tmp_path: Path, value: float
+) -> None:
+    folder = shutil.copytree(comparison.cells[0].folder, tmp_path / "run")
+    results = json.loads((folder / "results.json").read_text())
+    router = [row for row in results["rows"] if row["allocation"] == "router"]
+    router[0]["perplexity"] = value
+    (folder / "results.json").write_text(json.dumps(results))
+    cells = [replace(comparison.cells[0], folder=folder, seed=7), *comparison.cells[1:]]
+    rows = [
+        CellRow(cell.strategy, cell.seed, row)
+        for cell in cells
+        if cell.status == "finished"
+        for row in measured_of(cell.folder).rows
+    ]
+    table = long_table(points_of(rows, [2, 2.5]))
+    html = write_report(tmp_path, replace(comparison, cells=cells, table=table)).read_text(encoding="utf-8")
+    assert "plain, seed 7: perplexity or KL is not finite (router at 2 bits); charts leave it out." in html
+    assert (tmp_path / "pareto-perplexity.png").is_file()
+    if value > 0 or value != value:
+        assert "inf" in html
+
+
+def test_text_with_dollar_signs_is_no_formula(comparison: ReportInput, tmp_path: Path) -> None:
+    write_report(tmp_path, replace(comparison, title=r"cost $\nothing{ $"))
+    assert (tmp_path / "pareto-perplexity.png").is_file()
 
 
 def test_a_comparison_of_which_nothing_finished_still_has_a_report(comparison: ReportInput, tmp_path: Path) -> None:

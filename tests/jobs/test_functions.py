@@ -81,7 +81,7 @@ def test_what_is_wrong_is_raised(tmp_path: Path) -> None:
         mobiq_lightning.fit("tiny", model={"routr": "MLPRouter"})
     with pytest.raises(RecipeError, match=r"the recipe: modle: no such key"):
         mobiq_lightning.fit({"modle": {}})
-    with pytest.raises(RecipeError, match=r"tini: no such file. Did you mean 'tiny'"):
+    with pytest.raises(RecipeError, match=r"tini: no such file, run folder or shipped recipe. Did you mean 'tiny'"):
         mobiq_lightning.fit("tini")
     with pytest.raises(RecipeError, match=r"seeds: \[\]|seeds: none is given"):
         mobiq_lightning.compare("budgets", seeds=[], folder=tmp_path)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mobiq_lightning.errors import ResultsError
-from mobiq_lightning.runs import LayerGainsFile, Results, add_to_results, read_results
+from mobiq_lightning.runs import LayerGainsFile, Results, add_to_results, read_results, summarize, verdict
 
 SHIPPED = sorted((Path(__file__).parents[2] / "benchmarks" / "results").glob("*.json"))
 OF_RUNS = [path for path in SHIPPED if "slices" in json.loads(path.read_text())]
@@ -72,6 +73,19 @@ def test_parts_that_were_not_measured_are_not_written() -> None:
         (lambda r: r["router"].update({"class": 3}), "router.class holds 3; a text is expected"),
         (lambda r: r["slices"].update(slice_bits=[2, 1.5]), r"slices.slice_bits\[1\] holds 1.5; a whole number"),
         (lambda r: r.update(layer_gains=[]), r"layer_gains holds \[\]; a mapping or a text is expected"),
+        (lambda r: r["rows"][1].update(perplexity=-1), r"rows\[1\].perplexity holds -1; a number of at least 0"),
+        (lambda r: r["rows"][1].update(kl=10**300), r"rows\[1\].kl holds 10+\.\.\.; a number of at most 9"),
+        (lambda r: r["rows"][1].update(used_bits=float("nan")), r"rows\[1\].used_bits holds NaN; a finite number"),
+        (
+            lambda r: r["rows"][1].update(used_bits=1e6),
+            r"rows\[1\].used_bits holds 1000000.0; a number of at least 0 and",
+        ),
+        (
+            lambda r: r["slices"].update(slice_bits=[2, 0]),
+            r"slices.slice_bits\[1\] holds 0; a number of at least 1 and",
+        ),
+        (lambda r: r.update(latency={"device": "cpu"}), "latency.what is missing; a text is expected there"),
+        (lambda r: r.update(model="\ud800"), r'model holds "\\ud800"; a text without broken characters is expected'),
     ],
 )
 def test_what_is_wrong_in_a_file_is_said_with_its_place_and_what_to_do(change: Any, message: str) -> None:
@@ -85,7 +99,7 @@ def test_what_is_wrong_in_a_file_is_said_with_its_place_and_what_to_do(change: A
 
 def test_a_file_that_was_cut_off_is_named(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text('{"model": ')
-    with pytest.raises(ResultsError, match=r"results\.json: not valid JSON .* restore it"):
+    with pytest.raises(ResultsError, match=r"results\.json is not valid JSON .* restore it"):
         read_results(tmp_path / "results.json")
     (tmp_path / "results.json").write_text("[]")
     with pytest.raises(ResultsError, match=r"results\.json holds \[\]; a mapping is expected"):
@@ -97,9 +111,10 @@ def test_adding_a_part_keeps_what_only_another_version_knows(tmp_path: Path) -> 
     assert add_to_results(path, lm_eval=[ENTRY]) == Results.from_json({"lm_eval": [ENTRY]}, path)
     stored = {**shipped(), "of_the_future": 1}
     path.write_text(json.dumps(stored))
-    found = add_to_results(path, latency={"budgets": []})
-    assert found.latency == {"budgets": []}
-    assert json.loads(path.read_text()) == {**stored, "latency": {"budgets": []}}
+    latency = {"device": "cpu", "what": "w", "plain": "float32", "budgets": [], "of_the_future": 1}
+    found = add_to_results(path, latency=latency)
+    assert found.latency == latency
+    assert json.loads(path.read_text()) == {**stored, "latency": latency}
     path.write_text(json.dumps({"rows": 1}))
     with pytest.raises(ResultsError, match="model is missing"):
         add_to_results(path, latency={})
@@ -117,3 +132,32 @@ def test_gains_lie_flat_in_their_rows_in_the_order_in_which_they_were_measured(m
     assert found.rows[0].gains == dict.fromkeys(methods, 0.25)
     assert (found.rows[0].tokens is not None) == ("probes" in methods)
     assert json.dumps(found.to_json()) == json.dumps(stored)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: p.write_bytes(b"\xff\xfe{"),
+        lambda p: p.write_text("[" * 100_000),
+        lambda p: p.write_text("{}x"),
+        lambda p: p.write_text(""),
+        lambda p: p.write_text("9" * 5000),
+        lambda p: p.write_text("[1]"),
+        lambda p: os.truncate(p, 2**40) if p.write_text("{") else None,
+    ],
+)
+def test_a_file_that_holds_no_results_is_refused_by_name(tmp_path: Path, make: Any) -> None:
+    make(tmp_path / "results.json")
+    with pytest.raises(ResultsError, match=r"results\.json"):
+        read_results(tmp_path / "results.json")
+
+
+def test_infinite_perplexities_are_read_and_told_apart() -> None:
+    stored = shipped()
+    for row in stored["rows"]:
+        row["perplexity"] = row["kl"] = float("inf")
+    measured = Results.from_json(stored, "x").measured
+    assert measured is not None
+    assert not any(row.finite for row in measured.rows)
+    assert summarize([*measured.rows, *measured.rows])[0].perplexity == float("inf")
+    assert verdict(measured.rows) == ""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from mobiq_lightning.comparison.report.runs import CurvePoint, Run, Strategy, mean_of, spread_of
+from mobiq_lightning.comparison.report.runs import CurvePoint, Run, Strategy, mean_of
 from mobiq_lightning.comparison.report.style import (
     GREY,
     INK,
@@ -20,6 +21,10 @@ from mobiq_lightning.comparison.report.style import (
     key_of,
     scale_log,
 )
+from mobiq_lightning.runs import spread_of
+
+_MOST_ERROR = 1e30
+"""Largest relative error that is drawn; a block that has overflowed may have any."""
 
 
 def error_chart(strategies: Sequence[Strategy]) -> Chart | None:
@@ -29,6 +34,9 @@ def error_chart(strategies: Sequence[Strategy]) -> Chart | None:
         return None
     panels = [Panel("mean over blocks", partial(_draw_means, strategies=drawn))]
     every = [error for s in drawn for found in s.diagnosed for row in found.block_error.relative_error for error in row]
+    every = [error for error in every if 0 < error < _MOST_ERROR]  # what is not finite is left out
+    if not every:
+        return None
     limits = (0.7 * min(every), 1.4 * max(every))  # the same for all strategies
     panels += [Panel(f"{s.name}: by block", partial(_draw_blocks, strategy=s, limits=limits)) for s in drawn]
     depths = sorted({depth for s in drawn for found in s.diagnosed for depth in found.depths})
@@ -48,6 +56,7 @@ def _draw_means(axes: Any, strategies: Sequence[Strategy]) -> None:
             CurvePoint(depth, statistics.fmean(values), spread_of(values))
             for depth, values in zip(found[0].depths, zip(*means, strict=True), strict=True)
         ]
+        points = [point for point in points if 0 < point.mean < _MOST_ERROR]
         draw_curve(axes, points, strategy, 0.03 * (number - (len(strategies) - 1) / 2))
     scale_log(axes)
     axes.set_xlabel("depth in bits")
@@ -56,7 +65,8 @@ def _draw_means(axes: Any, strategies: Sequence[Strategy]) -> None:
 def _draw_blocks(axes: Any, strategy: Strategy, limits: tuple[float, float]) -> None:
     errors = mean_of([found.block_error.relative_error for found in strategy.diagnosed])
     for depth, values in zip(strategy.diagnosed[0].depths, zip(*errors, strict=True), strict=True):
-        axes.plot(range(len(errors)), values, color=depth_color(depth), marker=".", linewidth=1.3)
+        shown = [value if value < _MOST_ERROR else math.nan for value in values]
+        axes.plot(range(len(errors)), shown, color=depth_color(depth), marker=".", linewidth=1.3)
     axes.set_ylim(*limits)
     scale_log(axes)
     axes.set_xlabel("block")

@@ -20,25 +20,26 @@ class ReportCell:
         seed: Seed of the run.
         folder: The run folder, with results.json, diagnostics.json, metrics.jsonl.
         changes: Keys of the recipe that make the strategy, with their values.
-        status: ``finished`` or ``failed``; only finished runs are drawn, of failed ones the reason is shown.
+        status: ``finished``, ``failed``, or ``damaged`` if it was finished and cannot be read; only finished runs are drawn, of
+            the others the reason is shown.
         seconds: Seconds that the run took, if known.
         peak_memory_gb: Most memory that the run needed in GB, if known.
         resumed: Whether the run was resumed, if known; the seconds are then those of its last part alone.
-        reason: Reason why the run failed.
+        reason: Reason why the run failed or cannot be read.
     """
 
     strategy: str
     seed: int
     folder: Path
     changes: Mapping[str, Any]
-    status: Literal["finished", "failed"]
+    status: Literal["finished", "failed", "damaged"]
     seconds: float | None = None
     peak_memory_gb: float | None = None
     resumed: bool | None = None
     reason: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """The run as table.json has it, with time and memory if it is finished, and with the reason if it failed."""
+        """The run as table.json has it, with time and memory if it is finished, and else with the reason."""
         found = {
             "strategy": self.strategy,
             "seed": self.seed,
@@ -46,7 +47,7 @@ class ReportCell:
             "folder": str(self.folder),
             "status": self.status,
         }
-        if self.status == "failed":
+        if self.status != "finished":
             return {**found, "reason": self.reason}
         return {**found, "seconds": self.seconds, "peak_memory_gb": self.peak_memory_gb, "resumed": self.resumed}
 

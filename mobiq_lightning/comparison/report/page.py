@@ -46,7 +46,7 @@ def write_report(folder: Path, comparison: ReportInput) -> Path:
         write_png(chart, folder, comparison.title)
     page = _render(
         report=comparison,
-        failures=[cell for cell in comparison.cells if cell.status == "failed"],
+        failures=[cell for cell in comparison.cells if cell.status != "finished"],
         missing=missing,
         seeds=sorted({cell.seed for cell in comparison.cells}),
         results=[_on_page(chart) for chart in results],

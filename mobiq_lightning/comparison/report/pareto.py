@@ -8,11 +8,11 @@ from functools import partial
 from typing import Any
 
 from mobiq_lightning.comparison.report.input import ReportInput
-from mobiq_lightning.comparison.report.runs import CurvePoint, Strategy, against, curve, spread_of
+from mobiq_lightning.comparison.report.runs import CurvePoint, Strategy, against, curve
 from mobiq_lightning.comparison.report.style import GREY, INK, Chart, KeyEntry, Panel, draw_curve, key_of, scale_log
 from mobiq_lightning.comparison.report.tables import columns_of
 from mobiq_lightning.comparison.table import at_bits
-from mobiq_lightning.runs import SHORT, Control, Metric
+from mobiq_lightning.runs import SHORT, Control, Metric, spread_of
 
 CONTROLS: dict[Control, str] = {"static": "4 2", "layers": "7 2", "shuffled": "4 2 1 2", "random": "1 2.5"}
 """Dashes of each control's line, as lengths of strokes and gaps."""
@@ -112,7 +112,7 @@ def _between(
         by_seed: dict[int, list[float]] = {}
         for strategy in strategies:
             for run in strategy.runs:
-                point = at_bits([row for row in run.rows if row.allocation == "router"], asked)
+                point = at_bits([row for row in run.drawn if row.allocation == "router"], asked)
                 if point is not None:
                     by_seed.setdefault(run.seed, []).append(point.figure(metric))
         whole = [values for values in by_seed.values() if len(values) == len(strategies)]

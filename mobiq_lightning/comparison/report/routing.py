@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
-from mobiq_lightning.comparison.report.runs import CurvePoint, Strategy, mean_of, spread_of
-from mobiq_lightning.comparison.report.style import INK, Chart, KeyEntry, Panel, depth_color, draw_curve, key_of
-from mobiq_lightning.runs import BudgetUse, ClassUse, Diagnostics
+from mobiq_lightning.comparison.report.runs import CurvePoint, Strategy, mean_of
+from mobiq_lightning.comparison.report.style import INK, Chart, KeyEntry, Panel, depth_color, draw_curve, key_of, plain
+from mobiq_lightning.runs import BudgetUse, ClassUse, Diagnostics, spread_of
 
 _LABELLED = 48
 """Up to this many inputs, each has its name and figures in a chart; with more, the first of each block has its name."""
@@ -214,7 +214,7 @@ def _name_inputs(axes: Any, strategy: Strategy) -> None:
     places = list(range(len(short)))
     if len(short) > _LABELLED:
         places = [i for i in places if i == 0 or short[i].split(".")[0] != short[i - 1].split(".")[0]]
-    axes.set_yticks(places, [short[i] for i in places], fontsize=7)
+    axes.set_yticks(places, [plain(short[i]) for i in places], fontsize=7)
 
 
 def _stack(bar: Any, shares: Sequence[Sequence[float]], depths: Sequence[int]) -> None:

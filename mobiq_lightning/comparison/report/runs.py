@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-import json
+import math
+import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from mobiq_lightning.comparison.report.input import ReportCell
-from mobiq_lightning.errors import ResultsError
+from mobiq_lightning.errors import FileError, ResultsError
+from mobiq_lightning.input_files import parse_json, read_text
 from mobiq_lightning.runs import (
     DIAGNOSTICS,
     JOURNAL,
+    MOST_BITS,
     RESULTS,
+    SHORT,
     Allocation,
     Control,
     Diagnostics,
     Metric,
+    Record,
     Results,
     Row,
+    at_least,
+    read_diagnostics,
+    read_json,
+    spread_of,
 )
 
 _PARTS = {
@@ -48,6 +58,11 @@ class Run:
     epochs: Sequence[Mapping[str, float]] = ()
     steps: Sequence[Mapping[str, float]] = ()
 
+    @property
+    def drawn(self) -> list[Row]:
+        """The rows that charts show: those whose figures are finite."""
+        return [row for row in self.rows if row.finite]
+
 
 @dataclass(frozen=True)
 class Strategy:
@@ -74,43 +89,96 @@ def read_strategies(cells: Sequence[ReportCell]) -> tuple[list[Strategy], list[s
 
     Returns:
         Strategies in the order of the cells, also those without a finished run; and a sentence for everything that is
-        missing or cannot be read.
+        missing, cannot be read, or cannot be drawn.
     """
     missing: list[str] = []
     runs: dict[str, list[Run]] = {}
     for cell in cells:
         done = runs.setdefault(cell.strategy, [])
         if cell.status == "finished":
-            done.append(_read_run(cell, missing))
+            done.append(_read_run(cell, done, missing))
     return [Strategy(name, number, done) for number, (name, done) in enumerate(runs.items())], missing
 
 
-def _read_run(cell: ReportCell, missing: list[str]) -> Run:
-    def read(name: str, parse: Callable[[str], Any]) -> Any:
+def _read_run(cell: ReportCell, others: Sequence[Run], missing: list[str]) -> Run:
+    """Reads a run whose strategy has the given other ones."""
+    who = f"{cell.strategy}, seed {cell.seed}"
+
+    def read(name: str, parse: Callable[[Path], Any]) -> Any:
         try:
-            return parse((cell.folder / name).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            problem = f"{name} is missing"
-        except (ValueError, KeyError, OSError, ResultsError) as error:
-            problem = f"{name} cannot be read ({type(error).__name__}: {error})"
-        missing.append(f"{cell.strategy}, seed {cell.seed}: {problem}, so {_PARTS[name]} are without this run.")
+            return parse(cell.folder / name)
+        except (ResultsError, FileError) as error:
+            said = str(error).removeprefix(f"{cell.folder}{os.sep}").rstrip(".")
+            missing.append(f"{who}: {_PARTS[name]} are without this run: {said}.")
         return None
 
-    measured = read(RESULTS, lambda text: Results.from_json(json.loads(text), RESULTS).measured)
-    epochs, steps = read(JOURNAL, _read_journal) or ([], [])
-    diagnostics = read(DIAGNOSTICS, lambda text: Diagnostics.from_json(json.loads(text), DIAGNOSTICS))
-    return Run(cell.seed, measured.rows if measured is not None else (), diagnostics, epochs, steps)
+    results = read(RESULTS, lambda path: Results.from_json(read_json(path), path))
+    rows = results.measured.rows if results is not None and results.measured is not None else ()
+    epochs, steps = read(JOURNAL, read_journal) or ([], [])
+    diagnostics = read(DIAGNOSTICS, read_diagnostics)
+    known = next((run.diagnostics for run in others if run.diagnostics is not None), None)
+    if diagnostics is not None and known is not None and _tables(diagnostics) != _tables(known):
+        missing.append(
+            f"{who}: {_PARTS[DIAGNOSTICS]} are without this run: {DIAGNOSTICS} has other inputs, depths, budgets or blocks than "
+            "the first run of the strategy."
+        )
+        diagnostics = None
+    if lost := [row for row in rows if not row.finite]:
+        missing.append(f"{who}: {not_finite(lost)}; charts leave it out.")
+    return Run(cell.seed, rows, diagnostics, epochs, steps)
 
 
-def _read_journal(text: str) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
-    """Epochs and steps of a journal. A resumed run writes some steps again; the later line counts."""
+def not_finite(rows: Sequence[Row]) -> str:
+    """Which rows have no finite perplexity and KL divergence, as a clause."""
+    places = [f"{SHORT[row.allocation]} at {row.target_bits:g} bits" for row in rows]
+    shown = ", ".join(places[:4]) + (f" and {len(places) - 4} more" if len(places) > 4 else "")
+    return f"perplexity or KL is not finite ({shown})"
+
+
+def _tables(found: Diagnostics) -> tuple[Any, ...]:
+    """What must be the same in runs whose tables are averaged."""
+    budgets = [budget.target_bits for budget in found.budgets]
+    return found.shape, found.depths, budgets, [entry.name for entry in found.inputs]
+
+
+@dataclass(frozen=True)
+class _Entry(Record):
+    """What a line of metrics.jsonl has where a loss was logged.
+
+    Args:
+        step: The step.
+        loss: The loss; not finite where a calibration has failed.
+        target_bits: Bits per weight that were asked for.
+        index: Index of the block, from 0.
+        routed_bits: Bits that the gates spent, where the objective measures it.
+    """
+
+    step: int = field(metadata=at_least(0))
+    loss: float
+    target_bits: float = field(metadata=at_least(0, MOST_BITS))
+    index: float = field(metadata=at_least(0, 10**6))
+    routed_bits: float | None = field(default=None, metadata=at_least(0, MOST_BITS))
+
+
+def read_journal(path: Path) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
+    """Epochs and steps of a journal. A resumed run writes some steps again; the later line counts.
+
+    Raises:
+        FileError: If the journal is missing, or a line is not JSON.
+        ResultsError: If a line does not hold what a loss is logged with.
+    """
     found: dict[str, dict[int, dict[str, float]]] = {"_epoch": {}, "_step": {}}
-    for line in text.splitlines():
-        entry = json.loads(line)
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        where = f"{path}, line {number}"
+        entry = parse_json(line, where)
+        if not isinstance(entry, dict):
+            raise ResultsError(f"{where} holds no mapping")
         for kind, by_step in found.items():
             if f"block/loss{kind}" in entry:
                 logged = {k.removeprefix("block/").removesuffix(kind): v for k, v in entry.items() if "block/" in k}
-                by_step[entry["step"]] = {"step": entry["step"], **logged}
+                checked = _Entry.from_json({**logged, "step": entry.get("step")}, where)
+                loss = checked.loss if math.isfinite(checked.loss) else math.nan  # which a chart leaves out
+                by_step[checked.step] = {**checked.to_json(), "loss": loss}
     epochs, steps = (sorted(by_step.values(), key=lambda e: e["step"]) for by_step in found.values())
     return epochs, steps
 
@@ -133,7 +201,7 @@ class CurvePoint:
 def curve(runs: Sequence[Run], allocation: Allocation, metric: Metric) -> list[CurvePoint]:
     """A strategy's curve of a metric over used bits with one allocation: mean over runs, and draws of controls."""
     by_budget: dict[float, list[Row]] = {}
-    for row in (row for run in runs for row in run.rows if row.allocation == allocation):
+    for row in (row for run in runs for row in run.drawn if row.allocation == allocation):
         by_budget.setdefault(row.target_bits, []).append(row)
     points = [_point([r.used_bits for r in group], [r.figure(metric) for r in group]) for group in by_budget.values()]
     return sorted(points, key=lambda point: point.x)
@@ -143,10 +211,10 @@ def against(runs: Sequence[Run], control: Control, metric: Metric) -> list[Curve
     """A strategy's curve over used bits of the percent by which its router is above a control of the same run."""
     by_budget: dict[float, list[tuple[float, float]]] = {}
     for run in runs:
-        for row in (r for r in run.rows if r.allocation == "router"):
+        for row in (r for r in run.drawn if r.allocation == "router"):
             others = [
                 other.figure(metric)
-                for other in run.rows
+                for other in run.drawn
                 if other.allocation == control and other.target_bits == row.target_bits
             ]
             if others and statistics.fmean(others) > 0:
@@ -158,11 +226,6 @@ def against(runs: Sequence[Run], control: Control, metric: Metric) -> list[Curve
 
 def _point(bits: Sequence[float], values: Sequence[float]) -> CurvePoint:
     return CurvePoint(statistics.fmean(bits), statistics.fmean(values), spread_of(values))
-
-
-def spread_of(values: Sequence[float]) -> float:
-    """The standard deviation of values over runs; 0 for a single one, which has no error bar."""
-    return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def mean_of(tables: Sequence[Sequence[Sequence[float]]]) -> list[list[float]]:

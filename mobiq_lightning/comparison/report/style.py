@@ -126,6 +126,11 @@ def key_of(strategies: Sequence[Strategy]) -> list[KeyEntry]:
     return [KeyEntry(s.name, color_of(s), marker_of(s)) for s in strategies]
 
 
+def plain(text: str) -> str:
+    """A text as a chart shows it as it is: matplotlib would read what stands between two dollar signs as a formula."""
+    return text.replace("\\", "\\\\").replace("$", r"\$") if "$" in text else text
+
+
 def draw_curve(axes: Any, points: Sequence[CurvePoint], strategy: Strategy, shift: float = 0.0) -> None:
     """Draws a strategy's curve with error bars into axes, moved sideways by `shift` so that bars do not overlap."""
     axes.errorbar(
@@ -210,7 +215,7 @@ def write_png(chart: Chart, folder: Path, title: str) -> None:
             panel.draw(axes)
         for axes in grid[len(chart.panels) :]:
             axes.set_axis_off()
-        figure.suptitle(f"{title}: {chart.heading}", fontsize=12)
+        figure.suptitle(plain(f"{title}: {chart.heading}"), fontsize=12)
         if chart.key:
             longest = max(len(entry.label) for entry in chart.key)
             fitting = max(1, int(size[0] / (0.6 + 0.085 * longest)))  # inches: mark and gap, and letters

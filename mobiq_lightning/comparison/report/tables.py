@@ -10,10 +10,10 @@ from typing import Any
 import yaml
 
 from mobiq_lightning.comparison.report.input import ReportCell
-from mobiq_lightning.comparison.report.runs import Run, Strategy, spread_of
+from mobiq_lightning.comparison.report.runs import Run, Strategy
 from mobiq_lightning.comparison.report.style import color_of
 from mobiq_lightning.comparison.table import TableRow
-from mobiq_lightning.runs import LABELS, Allocation, Metric, Row
+from mobiq_lightning.runs import LABELS, Allocation, Metric, Row, spread_of
 
 _DIGITS: dict[Metric, int] = {"perplexity": 2, "kl": 4}
 _SHARED = ("full", "rtn")  # the same for all strategies that share model, text and groups

@@ -98,7 +98,7 @@ class _Runner:
 
         self.names, self.manager, self.limit = names, manager, limit
         self.num_fewshot, self.batch_size = num_fewshot, batch_size
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
     def run(self, model: Any) -> Any:
         """Runs the tasks on a model and returns what the harness gives.
@@ -110,7 +110,9 @@ class _Runner:
         from lm_eval.models.huggingface import HFLM
 
         with _global_seeds_kept():
-            wrapped = HFLM(pretrained=model, tokenizer=self.tokenizer, batch_size=self.batch_size)
+            wrapped = HFLM(
+                pretrained=model, tokenizer=self.tokenizer, batch_size=self.batch_size, trust_remote_code=False
+            )
             try:
                 results = simple_evaluate(
                     model=wrapped,

@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from mobiq_lightning.errors import FileError, ModelError
 from mobiq_lightning.input_files import read_mapping
 from mobiq_lightning.sources.model_files import check_files, tensors_of, weight_files
+from mobiq_lightning.sources.overflow import is_finite
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _MAPPINGS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-_AT_ONCE = 2**24
-"""Numbers of a weight that are looked at in one go."""
 
 
 def check_folder(folder: Path, pretrained: str) -> tuple[dict[str, Any], list[Path]]:
@@ -136,7 +135,7 @@ def check_finite(model: nn.Module, where: str, saved_dtype: str = "None") -> Non
     Raises:
         ModelError: Naming the first weight that is, how many of its numbers, and how many other weights are.
     """
-    broken = [(name, weight) for name, weight in _weights(model) if not _is_finite(weight)]
+    broken = [(name, weight) for name, weight in _weights(model) if not is_finite(weight)]
     if not broken:
         return
     name, weight = broken[0]
@@ -152,12 +151,3 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, weight in (*model.named_parameters(), *model.named_buffers()):
         if weight.is_floating_point() and weight.numel():
             yield name, weight.detach()
-
-
-def _is_finite(weight: Tensor) -> bool:
-    """Whether all numbers are finite, found without a copy of the size of the weight."""
-    for part in weight.flatten().split(_AT_ONCE):
-        low, high = torch.aminmax(part)
-        if not bool(torch.isfinite(low) & torch.isfinite(high)):
-            return False
-    return True

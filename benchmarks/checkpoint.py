@@ -46,7 +46,7 @@ def make_checkpoint(folder: Path) -> Path:
         for routed in block.routed_inputs():
             table = torch.linspace(0.5, -4.5, 25).expand(len(SLICE_BITS), -1)
             routed.set_tables(table, table)
-    source = Source("random", model, None, "", "", folder / "source")
+    source = Source("random", model, None, "", folder / "source")
     stored = ElasticFormat(
         slice_bits=list(SLICE_BITS), group_size=128, router=describe_factory(router), layout=dataclasses.asdict(layout)
     )

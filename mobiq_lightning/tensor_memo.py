@@ -12,11 +12,14 @@ from torch import Tensor
 T = TypeVar("T")
 
 
+_State = tuple[int | None, int | None, torch.device, bool, bool]
+
+
 class _Entry(NamedTuple):
     """A value, the tensor it was made of, and the state that the tensor was in."""
 
     tensor: weakref.ref[Tensor]
-    state: tuple[int | None, int | None, torch.device]
+    state: _State
     value: Any
 
 
@@ -27,6 +30,9 @@ class TensorMemo(Generic[T]):
     stood) nor exchanged (its address and its device are what they were). The tensor is referred to weakly, and the
     value is given up with it, so that neither outlives its use. A value whose autograd graph has saved the tensor is
     the exception: it holds the tensor, and is given up at the next tensor or at `forget`.
+
+    A value is kept for the mode that it was made in: one without gradients is not given where gradients are asked for, and
+    one of inference mode is not given outside of it.
 
     Tensors made in inference mode do not count their changes. They are the same by identity and address, which suits
     activations, unless the memo is told to keep nothing of them.
@@ -73,7 +79,7 @@ class TensorMemo(Generic[T]):
         """Gives up what is kept. Call it when something else than the tensor, on which the value depends, changes."""
         self._entry = None
 
-    def _keep(self, tensor: Tensor, state: tuple[int | None, int | None, torch.device], value: T) -> None:
+    def _keep(self, tensor: Tensor, state: _State, value: T) -> None:
         if state[0] is None and not self.trust_uncounted:
             self._entry = None
             return
@@ -91,11 +97,12 @@ class TensorMemo(Generic[T]):
         return {**self.__dict__, "_entry": None}
 
 
-def _state_of(tensor: Tensor) -> tuple[int | None, int | None, torch.device]:
-    """What changes with the data: version (None if it is not counted), address (None if there is none) and device."""
+def _state_of(tensor: Tensor) -> _State:
+    """What changes with the data: version (None if it is not counted), address (None if there is none) and device; and the
+    modes: whether gradients are recorded, and whether inference mode is on."""
     version = None if tensor.is_inference() else tensor._version
     try:
         address = tensor.data_ptr()
     except RuntimeError:  # wrappers, as transforms of functions use them, have no storage of their own
         address = None
-    return version, address, tensor.device
+    return version, address, tensor.device, torch.is_grad_enabled(), torch.is_inference_mode_enabled()

@@ -20,7 +20,7 @@ JOBS = {"fit", "validate", "compare"}
 COLLECTED = pytest.StashKey[list[pytest.Function]]()
 """In the stash of pytest's configuration: all tests that were collected, also those that `-m` leaves out."""
 
-USE_KERNELS = {"use_kernels", "attach_kernels", "KernelProducts"}
+USE_KERNELS = {"switch_kernels", "attach_kernels", "KernelProducts"}
 """Names whose use brings a model or a product onto the kernels."""
 
 

@@ -197,6 +197,43 @@ def test_only_the_text_module_imports_datasets() -> None:
     assert users == {"text.py"}
 
 
+def test_code_that_comes_with_a_model_is_never_run() -> None:
+    # transformers asks on a terminal where nothing is said, and a pipe of yes answers.
+    wrong = []
+    for path in MODULES:
+        if room(path) == "checkpoint":
+            continue
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(call, ast.Call) and may_run_code(call):
+                given = {k.arg: ast.unparse(k.value) for k in call.keywords}
+                if given.get("trust_remote_code") != "False":
+                    wrong.append(f"{path.relative_to(PACKAGE)}:{call.lineno}: {ast.unparse(call)[:80]}")
+    assert wrong == []
+
+
+def may_run_code(call: ast.Call) -> bool:
+    """Whether a call makes a model, a config or a tokenizer of what its files name."""
+    if isinstance(call.func, ast.Name):
+        return call.func.id == "HFLM"
+    owner = call.func.value if isinstance(call.func, ast.Attribute) else None
+    makes = isinstance(call.func, ast.Attribute) and call.func.attr in ("from_pretrained", "from_config")
+    return makes and isinstance(owner, ast.Name) and owner.id.startswith("Auto")
+
+
+@pytest.mark.parametrize(
+    ("call", "may"),
+    [
+        ("AutoTokenizer.from_pretrained(x)", True),
+        ("AutoModelForCausalLM.from_config(x)", True),
+        ("HFLM(pretrained=x)", True),
+        ("LlamaConfig(x)", False),
+        ("model.save_pretrained(x)", False),
+    ],
+)
+def test_calls_that_may_run_code_are_found(call: str, may: bool) -> None:
+    assert may_run_code(ast.parse(call, mode="eval").body) == may  # type: ignore[arg-type]
+
+
 def loaded_by(code: str) -> set[str]:
     """Libraries that a fresh interpreter has loaded after running `code`."""
     code += "; import sys; print(*{name.split('.')[0] for name in sys.modules})"

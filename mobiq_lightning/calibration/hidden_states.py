@@ -8,11 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+from mobiq_lightning.sources import check_output
+
+TARGETS = "targets"
+"""Name of the table of targets, beside the names of input streams."""
 
 Storage = Literal["device", "host", "disk"]
 Reading = Callable[[int, int], AbstractContextManager[Any]]
@@ -150,6 +156,10 @@ class HiddenStates:
         batch_size: Windows per call of a block.
         storage: Where the tables lie.
         folder: The folder of the tables, if they lie on disk.
+
+    Raises:
+        ModelError: If the full-precision model gives inputs or targets that are not finite, here or later.
+        GuardError: If calibrated blocks give inputs that are not finite.
     """
 
     def __init__(
@@ -168,7 +178,7 @@ class HiddenStates:
         inputs = self._place(caller.embed_all(input_ids), "embedding")
         # Until the first block is done all streams are the embedding: one table serves them.
         self.inputs: dict[str, Tensor] = dict.fromkeys(streams, inputs)
-        self.targets = self._through(0, inputs, "targets", full_precision)
+        self.targets = self._through(0, inputs, TARGETS, full_precision)
 
     def advance(self, block: int) -> None:
         """Moves on to `block`: inputs go through the calibrated blocks before it, targets through it."""
@@ -178,7 +188,7 @@ class HiddenStates:
                 name: self._through(done, self.inputs[name], name, reading) for name, reading in self.streams.items()
             }
             self.block = done + 1
-            self.targets = self._through(self.block, self.targets, "targets", self.full_precision)
+            self.targets = self._through(self.block, self.targets, TARGETS, self.full_precision)
 
     def batch(self, name: str, index: Tensor) -> Tensor:
         """(B, T, H) inputs of a stream for windows `index` (B,), on the device of the blocks."""
@@ -197,9 +207,17 @@ class HiddenStates:
         out = self._place(torch.empty_like(table, device="meta"), f"{name}-{block % 2}")
         for number, start in enumerate(range(0, table.shape[0], self.batch_size)):
             with reading(block, number):
-                rows = self.caller.call(block, table[start : start + self.batch_size])
-            out[start : start + self.batch_size] = rows.to(out.device, out.dtype)
+                call = partial(self.caller.call, block, table[start : start + self.batch_size])
+                rows = call().to(out.device, out.dtype)
+                self._check(rows, block, call, name)
+            out[start : start + self.batch_size] = rows
         return out
+
+    def _check(self, rows: Tensor, block: int, call: Callable[[], Tensor], name: str) -> None:
+        """Refuses rows that are not finite before anything is trained on them."""
+        reading = "" if name == TARGETS else f"{name} bits" if name.isdecimal() else f"{name} depths"
+        place = f"block {block + 1}/{len(self.caller.blocks)}"
+        check_output(rows, self.caller.blocks[block], call, place, reading)
 
     def _place(self, table: Tensor, name: str) -> Tensor:
         """`table`, or an empty one if it is on the meta device, where the tables lie."""

@@ -20,6 +20,7 @@ from mobiq_lightning.nn import (
     record_gates,
     record_live_scores,
 )
+from mobiq_lightning.sources import check_output
 from mobiq_lightning.strategies.thresholds import threshold_for_budget, with_budget_gradient
 
 
@@ -34,6 +35,9 @@ class ModelBatch:
         depths: Fixed depths in the loss, in bits, with their weights; None: those of the objective.
         recompute: Compute the inside of each block again in the backward pass instead of keeping it (gradient
             checkpointing): one forward pass more, and the memory of one block instead of all.
+
+    Raises:
+        ModelError: If the full-precision model gives logits that are not finite.
     """
 
     def __init__(
@@ -49,6 +53,7 @@ class ModelBatch:
         self.depths, self.recompute = depths, recompute
         with torch.no_grad(), full_precision(inputs):
             self.target: Tensor = model(input_ids=input_ids, use_cache=False).logits
+            check_output(self.target, model, lambda: model(input_ids=input_ids, use_cache=False), "the whole model")
 
     def at_depth(self, bits: int) -> Tensor:
         """(B, T, V) logits with all weights read at `bits`."""

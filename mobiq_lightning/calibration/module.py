@@ -152,7 +152,7 @@ class ElasticCalibration(LightningModule):
             )
         source = self.sliced.source
         write = writing_once(source, self.trainer, self.shared_work)
-        text.read(source.tokenizer, source.tokenizer_hash, stage, self.shared_work, write)
+        text.read(source.tokenizer, source.tokenizer_hash, stage, self.shared_work, write, source.n_embeddings)
         if stage == "fit" and len(self.blocks) == 0:
             self.sliced.slice_blocks()
             self.schedule = Schedule(self.stages, self.epochs_per_block, len(self.blocks))

@@ -16,7 +16,9 @@ from mobiq_lightning.calibration.guarding import (
     DepthShare,
     ExplodingProbe,
     Guard,
+    LinearWeight,
     Measured,
+    OutlierWeight,
     Probe,
     ProbeReading,
     Sighting,
@@ -52,6 +54,9 @@ class Guards(CalibrationCallback):
     *Collapsed router.* More than 99.5 % of the tokens of an input read one depth at a budget between two depths. Repair: static
     depths for that input at such budgets. Looked at when the router's stage is done, and again by `ThresholdTuning`.
 
+    *Outlier weight.* A single weight that is more than 1000 times the typical magnitude of its row and its linear: the range of
+    its group has no steps left for the others. It is noticed before its block is calibrated, and has no repair.
+
     All decisions are functions of the training state and the text, and are saved with training checkpoints.
 
     Args:
@@ -62,6 +67,7 @@ class Guards(CalibrationCallback):
         probe_factor: How many times the perplexity of the rounded model is too much, above 1.
         collapsed_router: Action where a router cannot tell tokens apart.
         windows: Calibration windows to look at, the first ones.
+        outlier_weight: Action where a single weight is far larger than the others; `repair` does what `record` does.
     """
 
     order = -20  # looks at a block before it is measured, exported and saved
@@ -77,6 +83,7 @@ class Guards(CalibrationCallback):
         probe_factor: float = 2.0,
         collapsed_router: Action = "repair",
         windows: int = 4,
+        outlier_weight: Action = "record",
     ) -> None:
         if worse_tolerance < 0:
             raise RecipeError(f"Guards: worse_tolerance ({worse_tolerance:g}) must be at least 0")
@@ -87,6 +94,7 @@ class Guards(CalibrationCallback):
         self.worse_block = WorseBlock(worse_block, worse_tolerance)
         self.exploding_probe = ExplodingProbe(exploding_probe, probe_factor)
         self.collapsed_router = CollapsedRouter(collapsed_router)
+        self.outlier_weight = OutlierWeight(outlier_weight)
         self.windows = windows
         self._probe: tuple[int, Probe] | None = None
         self._before: State | None = None
@@ -94,7 +102,9 @@ class Guards(CalibrationCallback):
     # ------------------------------------------------------------------ when
 
     def on_train_epoch_start(self, trainer: Trainer, module: ElasticCalibration) -> None:
-        """Keeps what a stage of the whole model begins with, where it may have to go back there."""
+        """Looks at weights that are about to be sliced, and keeps what a stage of the whole model begins with."""
+        if module.current_epoch == module.segment.visit.start and module.segment.sweep == 0:
+            self._look_at_weights(module)
         if module.block_index is not None:
             self._before = None
         elif module.current_epoch == module.segment.visit.start and self._may_repair():
@@ -121,6 +131,20 @@ class Guards(CalibrationCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what `state_dict` gave."""
         self._before = state_dict["before_stage"]
+
+    # ------------------------------------------------------------------ weights
+
+    def _look_at_weights(self, module: ElasticCalibration) -> None:
+        if self.outlier_weight.action == "off":
+            return
+        block = module.block_index
+        for index in range(len(module.blocks)) if block is None else [block]:
+            calibrated = module.sliced.block_at(index)
+            depth = calibrated.routed_inputs()[0].depths[-1]
+            for key, linear in zip(calibrated.schemes, calibrated.sliced_linears(), strict=True):
+                name = f"{module.layout.blocks}.{index}.{key.replace('-', '.')}"
+                seen = self.outlier_weight.look(LinearWeight(name, linear.weight, depth))
+                self._act(module, self.outlier_weight, seen)
 
     # ------------------------------------------------------------------ codes
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from mobiq_lightning.callbacks.base import CalibrationCallback
 from mobiq_lightning.console import say
 from mobiq_lightning.errors import MobiqError
 from mobiq_lightning.runs import check_identity
+from mobiq_lightning.sources import former_fingerprint
 from mobiq_lightning.strategies.base import SliceScheme
 
 
@@ -31,7 +34,8 @@ class LayerwiseCalibration(CalibrationCallback):
     def on_fit_start(self, trainer: Trainer, module: ElasticCalibration) -> None:
         """Sets the number of epochs, and makes sure that an interrupted run had this model and this text."""
         if trainer.is_global_zero:
-            check_identity(module.run_folder, _identity(module))
+            former = partial(_former_identity, module.sliced.source.folder)
+            check_identity(module.run_folder, _identity(module), former)
         trainer.fit_loop.max_epochs = module.schedule.n_epochs
 
     def on_train_start(self, trainer: Trainer, module: ElasticCalibration) -> None:
@@ -114,3 +118,8 @@ def _identity(module: ElasticCalibration) -> dict[str, str]:
         "tokenizer": module.sliced.source.tokenizer_hash,
         "calibration tokens": module.text.calibration_digest,
     }
+
+
+def _former_identity(folder: Path) -> dict[str, str]:
+    """What a run of an earlier version has of the model in a folder."""
+    return {"source weights": former_fingerprint(folder)}

@@ -137,7 +137,7 @@ def _harness_table(entries: Sequence[HarnessEntry]) -> str:
     for entry in entries:
         error = f" ± {entry.stderr:.4f}" if entry.stderr is not None else ""
         used = f"{entry.used_bits:.2f}" if entry.used_bits is not None else ""
-        lines.append(f"| {entry.task} | {entry.metric} | {entry.bits_text} | {used} | {entry.value:.4f}{error} |")
+        lines.append(f"| {entry.task} | {entry.metric_text} | {entry.bits_text} | {used} | {entry.value:.4f}{error} |")
     return "\n".join(lines)
 
 

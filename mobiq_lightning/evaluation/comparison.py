@@ -28,7 +28,7 @@ from mobiq_lightning.nn import (
 )
 from mobiq_lightning.packing import n_groups
 from mobiq_lightning.runs import CONTROLS, Allocation, Row
-from mobiq_lightning.sources import IGNORED, ComparisonPass
+from mobiq_lightning.sources import IGNORED, ComparisonPass, check_output
 from mobiq_lightning.strategies import ResidualSlices, StaticRouter
 from mobiq_lightning.strategies.base import DEFAULT_SLICE_BITS
 from mobiq_lightning.strategies.thresholds import Scope
@@ -135,11 +135,16 @@ class Comparison:
             batch: ``input_ids`` (B, T) and ``labels`` (B, T), `IGNORED` where padded.
             number: Pass that the batch belongs to.
             batch_idx: Number of the batch; with the seed it decides what random allocations draw.
+
+        Raises:
+            ModelError: If the full-precision model gives logits that are not finite: there is nothing to compare with.
         """
         ids, labels = batch["input_ids"].to(self.device), batch["labels"].to(self.device)
         scored, wanted = labels[:, 1:] != IGNORED, labels[:, 1:]
         with full_precision(self.rounded):
-            reference = log_probabilities(self.full(input_ids=ids, use_cache=False).logits[:, :-1][scored])
+            logits = self.full(input_ids=ids, use_cache=False).logits[:, :-1][scored]
+            check_output(logits, self.full, lambda: self.full(input_ids=ids, use_cache=False), "the whole model")
+        reference = log_probabilities(logits)
         reference_probs, wanted = reference.exp(), wanted[scored]
         for arm in self.first if number is ComparisonPass.ROUTER else self.second:
             log_probs = reference

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import random
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,8 @@ import yaml
 from mobiq_lightning.checkpoint import load, resolve, write_card
 from mobiq_lightning.console import say
 from mobiq_lightning.environment import environment
-from mobiq_lightning.errors import DataError, MissingExtraError, RecipeError, nearest
+from mobiq_lightning.errors import BitsError, DataError, FileError, MissingExtraError, MobiqError, RecipeError, nearest
+from mobiq_lightning.input_files import parse_yaml, read_text
 from mobiq_lightning.runs import ELASTIC, RESULTS, HarnessEntry, add_to_results, read_results
 
 
@@ -67,8 +69,7 @@ def evaluate_checkpoint(
         say(f"{', '.join(names)} at {bits:g} bits")
         with model.bits(bits):
             raw = runner.run(model)
-        used = model.bits_used()
-        found = list(runner.entries(raw, bits, used.code_bits, used.all_in_bits))
+        found = list(runner.entries(raw, bits, *_used_bits(model, bits)))
         _append(folder, found)  # at once: nothing finished is lost
         entries += found
     if source is not None:
@@ -98,7 +99,7 @@ class _Runner:
 
         self.names, self.manager, self.limit = names, manager, limit
         self.num_fewshot, self.batch_size = num_fewshot, batch_size
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
     def run(self, model: Any) -> Any:
         """Runs the tasks on a model and returns what the harness gives.
@@ -110,7 +111,9 @@ class _Runner:
         from lm_eval.models.huggingface import HFLM
 
         with _global_seeds_kept():
-            wrapped = HFLM(pretrained=model, tokenizer=self.tokenizer, batch_size=self.batch_size)
+            wrapped = HFLM(
+                pretrained=model, tokenizer=self.tokenizer, batch_size=self.batch_size, trust_remote_code=False
+            )
             try:
                 results = simple_evaluate(
                     model=wrapped,
@@ -120,9 +123,12 @@ class _Runner:
                     task_manager=self.manager,
                     log_samples=False,
                 )
-            except (OSError, ValueError, ConnectionError) as error:
+            except MobiqError:
+                raise
+            except Exception as error:  # of whatever kind: tasks are programs of others
+                said = " ".join(str(error).split())[:300]
                 raise DataError(
-                    f"evaluate: {', '.join(self.names)} cannot be run ({type(error).__name__}: {str(error)[:300]}). "
+                    f"evaluate: {', '.join(self.names)} cannot be run ({type(error).__name__}: {said}). "
                     "Tasks of the harness load their data from the Hugging Face hub; offline give a task YAML whose "
                     "dataset_path is json and whose data_files is a local file"
                 ) from error
@@ -141,15 +147,20 @@ class _Runner:
             all_in_bits: Used bits with all that is stored beside the codes; None in full precision.
         """
         for task, metrics in results["results"].items():
+            version_of = results.get("versions", {}).get(task)
+            better = results.get("higher_is_better", {}).get(task) or {}
+            metadata = _plain(results.get("configs", {}).get(task, {}).get("metadata"))
             for key, value in metrics.items():
-                metric, _, _ = key.partition(",")
-                if not isinstance(value, float) or metric.endswith("_stderr"):
+                metric, _, kind = key.partition(",")
+                if not isinstance(value, (int, float)) or isinstance(value, bool) or metric.endswith("_stderr"):
+                    continue
+                if "," not in key:  # not a metric, but a property of the task such as sample_len
                     continue
                 error = metrics.get(key.replace(metric, f"{metric}_stderr", 1))
                 yield HarnessEntry(
                     task=task,
                     metric=metric,
-                    value=value,
+                    value=float(value),
                     stderr=error if isinstance(error, float) else None,
                     n_examples=results["n-samples"][task]["effective"] if task in results["n-samples"] else None,
                     num_fewshot=results["n-shot"].get(task),
@@ -159,7 +170,32 @@ class _Runner:
                     bits=bits,
                     used_bits=used_bits,
                     all_in_bits=all_in_bits,
+                    filter=None if kind in ("", "none") else kind,
+                    task_version=None if version_of is None else str(version_of),
+                    higher_is_better=better.get(metric) if isinstance(better.get(metric), bool) else None,
+                    metadata=metadata or None,
                 )
+
+
+def _used_bits(model: Any, bits: float) -> tuple[float | None, float | None]:
+    """Code bits and all-in bits that the tasks read; None, and a word to the user, if nothing was counted."""
+    try:
+        used = model.bits_used()
+    except BitsError as error:
+        say(
+            f"The bits that the tasks read at {bits:g} bits are not known ({error}); their scores are stored without them."
+        )
+        return None, None
+    return used.code_bits, used.all_in_bits
+
+
+def _plain(metadata: Any) -> dict[str, Any]:
+    """What a task says of itself beside its version, as far as it is plain values, which results.json can hold."""
+    try:
+        plain = json.loads(json.dumps(metadata))
+    except (TypeError, ValueError):
+        return {}
+    return {key: value for key, value in plain.items() if key != "version"} if isinstance(plain, dict) else {}
 
 
 def _known_tasks(tasks: Sequence[str], include_path: Path | None) -> tuple[list[str], Any]:
@@ -182,10 +218,9 @@ def _known_tasks(tasks: Sequence[str], include_path: Path | None) -> tuple[list[
     for task in tasks:
         path = Path(task)
         if path.suffix in (".yaml", ".yml"):
-            if not path.is_file():
+            if not path.exists():
                 raise RecipeError(f"evaluate: there is no task file {path}")
-            text = path.read_text(encoding="utf-8")
-            names.append(str(yaml.load(text, _TaskLoader)["task"]))
+            names.append(_task_in(path))
             folders.append(path.parent)
         else:
             names.append(task)
@@ -199,6 +234,21 @@ def _known_tasks(tasks: Sequence[str], include_path: Path | None) -> tuple[list[
     return names, manager
 
 
+def _task_in(path: Path) -> str:
+    """Name of the task that a file describes.
+
+    Raises:
+        RecipeError: If the file is damaged, or describes none.
+    """
+    try:
+        found = parse_yaml(read_text(path), str(path), _TaskLoader)
+    except FileError as error:
+        raise RecipeError(f"evaluate: {error}") from error
+    if not isinstance(found, dict) or not isinstance(found.get("task"), str):
+        raise RecipeError(f"evaluate: {path} describes no task; its key `task` is to name one")
+    return str(found["task"])
+
+
 class _TaskLoader(yaml.SafeLoader):
     """Reads task files; the harness's own tags, such as ``!function``, are left alone."""
 
@@ -209,10 +259,10 @@ _TaskLoader.add_multi_constructor("!", lambda loader, suffix, node: None)
 def _append(folder: Path, entries: Sequence[HarnessEntry]) -> None:
     """Appends entries to results.json of the checkpoint, and of the run that it lies in."""
     _append_to(folder / RESULTS, entries)
-    write_card(folder)
     of_run = folder.parent / RESULTS
     if folder.name == ELASTIC and of_run.is_file():  # not whatever lies beside an exported copy
         _append_to(of_run, entries)
+    write_card(folder)  # last, since it can be made again
 
 
 def _append_to(path: Path, entries: Sequence[HarnessEntry]) -> None:

@@ -126,6 +126,6 @@ def print_harness(entries: Sequence[HarnessEntry]) -> None:
     for entry in entries:
         used = "" if entry.used_bits is None else f"{entry.used_bits:.2f}"
         error = "" if entry.stderr is None else f" ± {entry.stderr:.4f}"
-        values = [entry.task, entry.metric, entry.bits_text, used, f"{entry.value:.4f}{error}"]
+        values = [entry.task, entry.metric_text, entry.bits_text, used, f"{entry.value:.4f}{error}"]
         table.add_row(*values, str(entry.n_examples))
     table_console().print(table)

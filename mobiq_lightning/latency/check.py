@@ -125,7 +125,7 @@ def check_subnormals(device: torch.device) -> None:
         raise KernelError(
             f"{torch.cuda.get_device_name(device)} drops subnormal bfloat16 numbers in its products ({wrong} of 256 codes "
             "came out wrong), and the kernels unpack codes into such numbers: they cannot be used here. Call "
-            "model.use_kernels(False)"
+            "model.switch_kernels(False)"
         )
 
 
@@ -134,7 +134,7 @@ def _note(worst: dict[str, float], kernel: str, made: Tensor, wanted: Tensor, wh
     if not error <= TOLERANCE:  # NaN is not
         raise KernelError(
             f"the kernel {kernel} is wrong on this device: {where}: relative error {error:.3g}, up to {TOLERANCE:g} is "
-            "rounding. Nothing was timed. Call model.use_kernels(False), and report this with the versions of torch and "
+            "rounding. Nothing was timed. Call model.switch_kernels(False), and report this with the versions of torch and "
             "Triton"
         )
     worst[kernel] = max(worst[kernel], error)

@@ -109,7 +109,7 @@ def plain_model(size: ModelSize, device: torch.device, dtype: torch.dtype) -> An
     )
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
         torch.manual_seed(0)
-        made: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        made: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     return made.eval().requires_grad_(False)
 
 

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 KEPT_BYTES = 2 * 2**30
@@ -31,12 +32,15 @@ class KeptWeights:
         self._requests = 0
 
     def get(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
-        """Gives the weight of `key`; `make` is called if it is not kept, and the result is kept if there is room."""
+        """Gives the weight of `key`; `make` is called if it is not kept, and the result is kept if there is room.
+
+        It is an ordinary tensor also if it is made in inference mode, since gradients may be asked of a later product.
+        """
         self._requests += 1
         if key in self._kept:
             weight = self._kept[key][0]
         else:
-            weight = make()
+            weight = make() if torch.compiler.is_compiling() else _ordinary(make)
             if not self._make_room(weight.nbytes):
                 return weight
             self.n_bytes += weight.nbytes
@@ -63,3 +67,8 @@ class KeptWeights:
     def __getstate__(self) -> dict[str, Any]:
         """State for copies and pickles, without the kept weights, which can be made anew."""
         return {**self.__dict__, "_kept": OrderedDict(), "n_bytes": 0}
+
+
+def _ordinary(make: Callable[[], Tensor]) -> Tensor:
+    with torch.no_grad(), torch.inference_mode(False):
+        return make()

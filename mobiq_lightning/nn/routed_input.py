@@ -174,7 +174,7 @@ class RoutedInput(nn.Module):
         Returns:
             Whether the counters were replaced by others.
         """
-        if len(self.bits_read) == rows:
+        if len(self.bits_read) == rows and not self.bits_read.is_inference():
             self.bits_read.zero_()
             self.tokens_read.zero_()
             return False

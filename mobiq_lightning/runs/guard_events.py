@@ -9,7 +9,7 @@ from typing import Literal
 
 from mobiq_lightning.runs.record import Record
 
-GuardName = Literal["worse_block", "exploding_probe", "collapsed_router"]
+GuardName = Literal["worse_block", "exploding_probe", "collapsed_router", "outlier_weight"]
 GuardAction = Literal["stop", "repair", "record"]
 """What was done about an event: the run ended, it was mended, or nothing."""
 
@@ -27,12 +27,12 @@ class GuardEvent(Record):
     Args:
         guard: The guard.
         block: Index of the block, from 0; None if the whole model was looked at.
-        input: Name of the input whose router collapsed; None for the other guards.
+        input: Name of the input whose router collapsed, or of the linear with an outlier; None for the other guards.
         action: What was done about it.
         epoch: Epoch in which it was seen, from 0.
         depth: Depth or budget at which it was seen, in bits.
-        value: What was measured: a relative error, a KL divergence in nats, a perplexity, or a share of the tokens; None
-            in files if it was not finite.
+        value: What was measured: a relative error, a KL divergence in nats, a perplexity, a share of the tokens, or how many
+            times the typical magnitude a weight is; None in files if it was not finite.
         limit: What it should not have exceeded; None in files if it was not finite.
     """
 
@@ -61,15 +61,19 @@ def sentence(event: GuardEvent, n_epochs: int | None = None) -> str:
             f"Router collapse: at {event.depth:g} bits, {event.value:.1%} of the tokens of {event.input} read the same depth "
             f"(limit {event.limit:.1%})"
         )
+    elif event.guard == "outlier_weight":
+        what = (
+            f"Outlier weight: the largest weight of {event.input} is {value} times the typical magnitude there (limit {limit}), "
+            f"so a range that holds it rounds the others of its group to one value, at all depths up to {event.depth:g} bits"
+        )
     elif event.guard == "worse_block":
         measure = "a relative error" if of_block else "a KL divergence"
         what = f"Worse than round-to-nearest: {place} at {event.depth:g} bits has {measure} of {value}, limit {limit}"
     else:
         what = f"Exploding perplexity: {value} on calibration windows after {place}, at {event.depth:g} bits; limit {limit}"
     epoch = f"epoch {event.epoch + 1}" + ("" if n_epochs is None else f" of {n_epochs}")
-    collapsed = event.guard == "collapsed_router"
-    known = ("collapsed_router", True) if collapsed else ("worse_block", of_block)
-    done = {"repair": _DONE[known], "record": "nothing was changed", "stop": "the run stops"}[event.action]
+    mended = _DONE.get((event.guard, True)) if event.guard == "collapsed_router" else _DONE["worse_block", of_block]
+    done = {"repair": mended, "record": "nothing was changed", "stop": "the run stops"}[event.action]
     return f"{what} ({epoch}); {done}."
 
 

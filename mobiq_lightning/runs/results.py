@@ -146,8 +146,12 @@ class HarnessEntry(Record):
         lm_eval: Version of the harness.
         environment: Versions and machine, see `environment`.
         bits: Bits per weight that were asked for, or ``full`` for the source model.
-        used_bits: Mean code bits per weight that tokens read; None in full precision.
-        all_in_bits: Used bits with scales, biases, routers and tables; None in full precision.
+        used_bits: Mean code bits per weight that tokens read; None in full precision, or if nothing was counted.
+        all_in_bits: Used bits with scales, biases, routers and tables; None where `used_bits` is.
+        filter: Name of what the harness made of the answers before it scored them, where a task has several.
+        task_version: Version of the task; scores of two versions do not compare.
+        higher_is_better: Whether larger values are better; None if the harness does not say.
+        metadata: What else the task says of itself, such as the lengths that it was made for.
     """
 
     task: str
@@ -162,6 +166,15 @@ class HarnessEntry(Record):
     bits: float | Literal["full"]
     used_bits: float | None
     all_in_bits: float | None
+    filter: str | None = None
+    task_version: str | None = None
+    higher_is_better: bool | None = None
+    metadata: Mapping[str, Any] | None = None
+
+    @property
+    def metric_text(self) -> str:
+        """The metric as tables show it, with its filter."""
+        return self.metric if self.filter is None else f"{self.metric} ({self.filter})"
 
     @property
     def bits_text(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -156,8 +156,15 @@ class RunFolder:
         return retries[block]
 
 
-def check_identity(folder: Path, identity: dict[str, str]) -> None:
+def check_identity(
+    folder: Path, identity: dict[str, str], former: Callable[[], dict[str, str]] = dict[str, str]
+) -> None:
     """Compares model and data with those that the run in `folder` was started with.
+
+    Args:
+        folder: The run folder.
+        identity: Hashes of model and data.
+        former: What earlier versions took for some of them, which runs that they started have.
 
     Raises:
         RunFolderError: Naming what has changed.
@@ -168,6 +175,8 @@ def check_identity(folder: Path, identity: dict[str, str]) -> None:
         return
     stored = json.loads(path.read_text(encoding="utf-8"))
     changed = [f"{k}: {stored.get(k)} then, {v} now" for k, v in identity.items() if stored.get(k) != v]
+    if changed and all(stored.get(k) == former().get(k, v) for k, v in identity.items()):
+        return
     if changed:
         raise RunFolderError(
             f"{folder} holds a run of this recipe on something else:\n  " + "\n  ".join(changed) + "\n"

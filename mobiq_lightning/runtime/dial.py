@@ -219,7 +219,7 @@ class Dial:
         by_device: dict[torch.device, list[int]] = {}
         for row, routed in enumerate(self.inputs):
             routed.forget()
-            if routed.router.threshold.shape != shape:
+            if routed.router.threshold.shape != shape or routed.router.threshold.is_inference():
                 with torch.inference_mode(False):  # or the dial could not be turned outside of it
                     routed.router.threshold = routed.router.threshold.new_empty(shape)
                 self.replaced += 1

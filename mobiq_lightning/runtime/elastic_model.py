@@ -97,7 +97,7 @@ class ElasticModel:
         self.find_kernels()
         return "kernels" if self.kernels.missing is None else f"reference: {self.kernels.missing}"
 
-    def use_kernels(self, wanted: bool = True) -> None:
+    def switch_kernels(self, wanted: bool = True) -> None:
         """Makes the model multiply by the Triton kernels from now on, or by the reference.
 
         Args:

@@ -81,7 +81,7 @@ class KernelInput:
             return self._compiled(x, index)
         if torch.is_grad_enabled() and x.requires_grad:
             raise KernelError(
-                "gradients were asked for, which the kernels do not give; use torch.no_grad(), or model.use_kernels(False)"
+                "gradients were asked for, which the kernels do not give; use torch.no_grad(), or model.switch_kernels(False)"
             )
         y = self._product.get(x, lambda: self._product_of_all(x))
         self._waiting -= 1

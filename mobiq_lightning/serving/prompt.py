@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 
 from mobiq_lightning.checkpoint import load
 from mobiq_lightning.runtime import BitsUsed
+from mobiq_lightning.sources import check_ids
 
 
 def continue_prompt(
@@ -33,10 +34,15 @@ def continue_prompt(
 
     Returns:
         The prompt with its continuation; the bits used, over all tokens that the model read.
+
+    Raises:
+        DataError: If a token of the prompt has no row in the model's embedding.
     """
     model = load(run, max_bits=max_bits, device="cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
+    tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path, trust_remote_code=False)
     encoded = tokenizer(prompt, return_tensors="pt").to(model.device)
+    rows = model.get_input_embeddings().num_embeddings
+    check_ids(encoded["input_ids"].tolist(), tokenizer, rows, "--prompt")
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}

@@ -18,11 +18,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 from filelock import FileLock
 
 from mobiq_lightning.errors import ModelError
 from mobiq_lightning.sources.builtin_text import builtin_documents
+from mobiq_lightning.sources.model_files import cache_folder
 
 _FORMAT_VERSION = 1  # part of the cache key; raise it with any change here that changes the trained model
 
@@ -99,8 +99,8 @@ def ensure_builtin_model(cache_dir: Path | None = None, seed: int = 0, spec: Bui
         ModelError: If the cache cannot be written.
     """
     spec = spec or BuiltinModelSpec()
-    base = cache_dir or os.environ.get("MOBIQ_CACHE") or platformdirs.user_cache_dir("mobiq_lightning")
-    target = Path(base).expanduser() / f"llama-{_cache_key(seed, spec)}"
+    base = cache_folder() if cache_dir is None else Path(cache_dir).expanduser()
+    target = base / f"llama-{_cache_key(seed, spec)}"
     if target.is_dir():
         return target
 

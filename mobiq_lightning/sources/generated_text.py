@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from mobiq_lightning.console import say
 from mobiq_lightning.errors import DataError, ModelError
@@ -52,7 +52,7 @@ class SourceWriter:
 
         Raises:
             DataError: If the tokenizer has neither BOS nor EOS to begin with, or the model ends its texts at once.
-            ModelError: If the model does not fit on the device.
+            ModelError: If the model does not fit on the device, or gives logits that are not finite.
         """
         model, tokenizer = self.source.model, self.source.tokenizer
         first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
@@ -107,6 +107,7 @@ class SourceWriter:
                 attention_mask=torch.ones_like(begin),
                 generation_config=sampling,
                 stopping_criteria=StoppingCriteriaList([progress]),
+                logits_processor=LogitsProcessorList([_Finite(self.source.name, str(model.dtype))]),
             )
         return [_until(document, eos) for document in ids.tolist()]
 
@@ -157,6 +158,22 @@ class _Progress(StoppingCriteria):
                 f"ETA {left // 60}:{left % 60:02}"
             )
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+class _Finite(LogitsProcessor):
+    """A logits processor that changes nothing, but refuses logits that nothing can be sampled from."""
+
+    def __init__(self, name: str, dtype: str) -> None:
+        self.name, self.dtype = name, dtype.removeprefix("torch.")
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        bad = scores.isnan() | (scores == torch.inf)
+        if bool(bad.any()):
+            raise ModelError(
+                f"data.n_generated: {self.name} gives {int(bad.sum())} of {scores.numel()} logits that are NaN or infinite in "
+                f"{self.dtype}, at token {input_ids.shape[1] + 1} of its own text. Use model.dtype bfloat16 or float32"
+            )
+        return scores
 
 
 def _until(document: list[int], eos: int | None) -> list[int]:

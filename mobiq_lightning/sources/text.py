@@ -6,18 +6,16 @@ No other module imports `datasets`.
 from __future__ import annotations
 
 import hashlib
-import re
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from mobiq_lightning.errors import DataError, nearest
+from mobiq_lightning.sources.text_files import find_file, read_file, texts_of
 
 Split = Literal["train", "eval"]
 Protocol = Literal["packed", "documents"]
 
-_SEPARATOR = re.compile(r"^\s*<\|endoftext\|>\s*$", re.MULTILINE)
 _UNKNOWN_LIMIT = 0.01  # share of <unk> tokens above which the tokenizer is taken to be the wrong one
 
 
@@ -55,14 +53,14 @@ def read_documents(source: str, split: Split, key: str) -> list[str]:
     """Reads the documents of a text source.
 
     Args:
-        source: Source of the text: ``builtin``, ``wikitext2``, ``c4``, or a path to a .txt, .jsonl or .parquet file.
-            Documents are rows of jsonl and parquet (their ``text``), or the parts of a .txt between lines
+        source: Source of the text: ``builtin``, ``wikitext2``, ``c4``, or a path to a .txt, .jsonl or .parquet file in
+            UTF-8. Documents are rows of jsonl and parquet (their ``text``), or the parts of a .txt between lines
             ``<|endoftext|>``.
         split: Part of a named source, ``train`` or ``eval``; a path is read whole.
         key: Recipe key that names the source, for messages.
 
     Raises:
-        DataError: If the source is unknown, cannot be reached or holds no text.
+        DataError: If the source is unknown, cannot be reached, holds no text, or something else where text is expected.
     """
     if source == "builtin":
         from mobiq_lightning.sources.builtin_text import builtin_documents
@@ -70,19 +68,11 @@ def read_documents(source: str, split: Split, key: str) -> list[str]:
         return builtin_documents("train" if split == "train" else "heldout")
     if source in _HUB:
         return _read_hub(source, _HUB[source][split], key)
-    path = Path(source).expanduser()
-    if not path.is_file():
+    path = find_file(source)
+    if path is None:
         hint = nearest(source, NAMES)
         raise DataError(f"{key}: {source!r} is neither a file nor one of {', '.join(NAMES)}. {hint}".rstrip())
-    if path.suffix not in (".txt", ".jsonl", ".parquet"):
-        raise DataError(f"{key}: {path.name} ends in {path.suffix!r}; .txt, .jsonl and .parquet can be read")
-    if path.suffix == ".txt":
-        documents = _SEPARATOR.split(path.read_text(encoding="utf-8"))
-        # A text without separators is one document and stays as it is, to the last newline.
-        documents = [d.strip("\n") for d in documents] if len(documents) > 1 else documents
-        documents = [d for d in documents if d.strip()]
-    else:
-        documents = _read_rows(path, key)
+    documents = read_file(path, key)
     if not any(d.strip() for d in documents):
         raise DataError(f"{key}: {source} holds no text")
     return documents
@@ -91,24 +81,13 @@ def read_documents(source: str, split: Split, key: str) -> list[str]:
 def describe_source(source: str, split: Split) -> dict[str, Any]:
     """Describes what the text of a source depends on, as far as can be told without reading it, for use as a key."""
     described: dict[str, Any] = {"source": source, "split": split}
-    path = Path(source).expanduser()
+    path = None if source in NAMES else find_file(source)
     if source == "builtin":
         described["python"] = sys.version
-    elif source not in _HUB and path.is_file():
+    elif path is not None:
         stat = path.stat()
         described |= {"path": str(path.resolve()), "bytes": stat.st_size, "modified": stat.st_mtime_ns}
     return described
-
-
-def _read_rows(path: Path, key: str) -> list[str]:
-    from datasets import load_dataset
-
-    kind = "json" if path.suffix == ".jsonl" else "parquet"
-    try:
-        rows: Any = load_dataset(kind, data_files=str(path), split="train")
-    except Exception as error:
-        raise DataError(f"{key}: {path} cannot be read as {path.suffix[1:]}: {error}") from error
-    return _text_column(rows, f"{key}: {path}")
 
 
 def _read_hub(source: str, hub: HubText, key: str) -> list[str]:
@@ -128,7 +107,7 @@ def _read_hub(source: str, hub: HubText, key: str) -> list[str]:
 def _text_column(rows: Any, where: str) -> list[str]:
     if "text" not in rows.column_names:
         raise DataError(f"{where} has no column 'text'; columns are {', '.join(rows.column_names)}")
-    return [str(text) for text in rows["text"] if text is not None]
+    return texts_of(rows["text"], where)
 
 
 def tokenize(documents: list[str], tokenizer: Any, protocol: Protocol, where: str) -> list[list[int]]:
@@ -162,6 +141,26 @@ def tokenize(documents: list[str], tokenizer: Any, protocol: Protocol, where: st
             "the tokenizer does not fit this text. Give text in the model's language, or the model's own tokenizer"
         )
     return streams
+
+
+def check_ids(streams: list[list[int]], tokenizer: Any, rows: int, where: str) -> None:
+    """Checks that the model has an embedding for every token that occurs.
+
+    Args:
+        streams: Token ids.
+        tokenizer: Hugging Face tokenizer that gave them.
+        rows: Rows of the model's embedding.
+        where: Recipe key that names the source of the text, for messages.
+
+    Raises:
+        DataError: If a token's id reaches the size of the embedding.
+    """
+    highest = max((max(ids, default=-1) for ids in streams), default=-1)
+    if highest >= rows:
+        raise DataError(
+            f"{where}: the tokenizer gives {tokenizer.convert_ids_to_tokens(highest)!r} in this text the id {highest}, but the "
+            f"model's embedding has {rows} rows. Give text without that token, or the tokenizer that belongs to the model"
+        )
 
 
 def digest(streams: list[list[int]]) -> str:

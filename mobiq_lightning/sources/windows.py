@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
 from mobiq_lightning.errors import DataError
 from mobiq_lightning.runs import CalibrationText, EvalProtocol, SharedWork
-from mobiq_lightning.sources.text import Protocol, Split, describe_source, digest, read_documents, tokenize
+from mobiq_lightning.sources.text import Protocol, Split, check_ids, describe_source, digest, read_documents, tokenize
 
 IGNORED = -100
 """Label of positions that are not predicted: padding."""
@@ -100,6 +100,7 @@ class TextWindows(LightningDataModule):
         self.evaluation: Windows | None = None
         self._protocol: EvalProtocol | None = None
         self.calibration_digest = ""
+        self._rows: int | None = None
         self.shared = SharedWork(None)
 
     @property
@@ -115,6 +116,7 @@ class TextWindows(LightningDataModule):
         stage: str,
         shared: SharedWork | None = None,
         write: Write | None = None,
+        rows: int | None = None,
     ) -> None:
         """Reads and tokenizes the text; the model's own tokenizer is needed, so the model calls this in its `setup`.
 
@@ -124,10 +126,13 @@ class TextWindows(LightningDataModule):
             stage: Stage of the trainer: ``fit`` reads both sources, any other the evaluation source alone.
             shared: Store in which runs on the same text leave its tokens for each other.
             write: Function that writes the windows of `n_generated`; not needed without them.
+            rows: Rows of the model's embedding, which no token that occurs may reach; None if it is not known.
 
         Raises:
-            DataError: If a source cannot be read, or gives fewer windows than asked for.
+            DataError: If a source cannot be read, has tokens that the model does not know, or gives fewer windows than
+                asked for.
         """
+        self._rows = rows
         self.shared = shared or self.shared
         if stage == "fit" and self.calibration is None:
             self.calibration = self._read_calibration(tokenizer, tokenizer_hash, write)
@@ -166,7 +171,10 @@ class TextWindows(LightningDataModule):
             return tokenize(read_documents(source, split, key), tokenizer, self.eval_protocol, key)
 
         described = {**describe_source(source, split), "tokenizer": tokenizer_hash, "protocol": self.eval_protocol}
-        return self.shared.tokens(described, make)
+        streams = self.shared.tokens(described, make)
+        if self._rows is not None:
+            check_ids(streams, tokenizer, self._rows, key)
+        return streams
 
     def _read_evaluation(self, tokenizer: Any, tokenizer_hash: str) -> Windows:
         key = "data.eval_source"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from mobiq_lightning.calibration.hidden_states import BlockCaller, HiddenStates
+from mobiq_lightning.errors import GuardError, ModelError
 from mobiq_lightning.sources import load_source
 
 
@@ -97,3 +98,46 @@ def test_a_block_tried_again_runs_in_float32_and_goes_back_to_its_dtype(make_mod
     caller.release()
     after = model.state_dict()
     assert all(torch.equal(before[name], after[name]) and after[name].dtype == torch.bfloat16 for name in before)
+
+
+def overflowing(make_model: Callable[..., Path], dtype: torch.dtype, block: int) -> BlockCaller:
+    """A model whose block gives numbers that float16 cannot hold."""
+    model = load_source(str(make_model(dtype=dtype))).model
+    model.model.layers[block].self_attn.o_proj.weight.data.mul_(3e4)
+    return BlockCaller(model, list(model.model.layers), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("block", [0, 1])
+def test_targets_that_overflow_float16_are_refused_with_layer_size_and_dtype(
+    make_model: Callable[..., Path], block: int
+) -> None:
+    ids = torch.randint(3, 300, (4, 8), generator=torch.Generator().manual_seed(0))
+    said = (
+        rf"block {block + 1}/2 gives \d+ of 512 numbers .*self_attn\.o_proj was given .* float16.*model\.dtype bfloat16"
+    )
+
+    def advance(dtype: torch.dtype) -> None:
+        HiddenStates(overflowing(make_model, dtype, block), ids, {"2": reading}, reading, batch_size=2).advance(1)
+
+    with pytest.raises(ModelError, match=said):
+        advance(torch.float16)
+    advance(torch.float32)
+
+
+def test_inputs_that_calibrated_blocks_make_infinite_are_no_matter_of_the_model(
+    make_model: Callable[..., Path],
+) -> None:
+    model = load_source(str(make_model())).model
+    caller = BlockCaller(model, list(model.model.layers), torch.device("cpu"))
+
+    @contextmanager
+    def ruined(block: int, batch: int) -> Iterator[None]:
+        weight = model.model.layers[block].mlp.up_proj.weight
+        before = weight.detach().clone()
+        weight.data[0] = torch.inf
+        yield
+        weight.data.copy_(before)
+
+    hidden = HiddenStates(caller, torch.randint(3, 300, (4, 8)), {"2": ruined}, reading, batch_size=2)
+    with pytest.raises(GuardError, match=r"block 1/2 read at 2 bits gives .* mlp\.up_proj was given .*Set worse_block"):
+        hidden.advance(1)

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mobiq_lightning.calibration.guarding import CollapsedRouter, DepthShare, Measured, ProbeReading, WorseBlock
+from mobiq_lightning.calibration.guarding.outlier_weight import outlier_ratio
 from mobiq_lightning.callbacks import Guards
 from mobiq_lightning.cli import main
 from mobiq_lightning.comparison.results import noticed_by_guards
@@ -231,6 +233,74 @@ def test_a_collapsed_router_is_noticed_when_its_block_is_done(
     row = next(r for r in results["rows"] if r["allocation"] == "router" and r["target_bits"] == 2.5)
     # Left alone, all tokens of all inputs read the same depth.
     assert (row["used_bits"] == pytest.approx(2.5, abs=0.1)) == (action == "repair")
+
+
+def with_weights(folder: Path, to: Path, change: Any) -> str:
+    """The argument for a copy of a model with other weights."""
+    copy = shutil.copytree(folder, to)
+    tensors = load_file(copy / "model.safetensors")
+    change(tensors)
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    return f"--model.pretrained={copy}"
+
+
+def test_one_weight_that_costs_its_neighbours_their_bits_is_recorded_with_its_linear(
+    recipe_arguments: list[str], make_model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "model.layers.1.mlp.down_proj"
+    model = with_weights(
+        make_model(), tmp_path / "m", lambda tensors: tensors[f"{name}.weight"][3].narrow(0, 5, 1).fill_(1e4)
+    )
+    quick = ["--model.eval_bits=[2]", "--data.eval_max_windows=2", "--model.random_seeds=[]"]
+    assert main(["fit", *recipe_arguments, model, guarded(), *quick]) == 0
+    assert f"Outlier weight: the largest weight of {name} is" in capsys.readouterr().err
+    events = [e for e in results_of(tmp_path / "run")["guards"] if e["guard"] == "outlier_weight"]
+    assert [(e["block"], e["input"], e["action"], e["depth"], e["limit"]) for e in events] == [
+        (1, name, "record", 8, 1000)
+    ]
+    assert 1e4 < events[0]["value"] < 1e6
+    said = sentence(GuardEvent.from_json(events[0], "results.json"))
+    assert "rounds the others of its group to one value, at all depths up to 8 bits" in said
+    assert said in (tmp_path / "run" / "elastic" / "README.md").read_text()
+
+
+def test_float16_that_overflows_is_named_before_training_and_learning_rates_are_not(
+    recipe_arguments: list[str], make_model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def enlarge(tensors: dict[str, Tensor]) -> None:
+        for part in ("gate_proj", "up_proj"):
+            tensors[f"model.layers.1.mlp.{part}.weight"].mul_(300)
+
+    model = with_weights(make_model(dtype=torch.float16), tmp_path / "m", enlarge)
+    assert main(["fit", *recipe_arguments, model]) == 1
+    error = capsys.readouterr().err
+    assert "block 2/2 gives" in error
+    assert "mlp.down_proj was given numbers up to" in error
+    assert "computes in float16, which ends at 65504. Use model.dtype bfloat16 or float32" in error
+    assert "rates" not in error
+    assert "epoch" not in error.split("block 2/2")[1]
+
+
+class TestOutliers:
+    @pytest.mark.parametrize("rows", [1, 8, 256])
+    def test_ordinary_weights_have_none(self, rows: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        normal = torch.randn(rows, 512, generator=generator)
+        heavy = normal / torch.rand(rows, 512, generator=generator).pow(
+            0.25
+        )  # tails of Student's t, 4 degrees of freedom
+        scales = torch.logspace(-2, 2, rows)[:, None]  # rows of very different size
+        for weight in (normal, heavy, normal * scales, (normal * 1e4).bfloat16(), torch.zeros(rows, 512)):
+            assert outlier_ratio(weight) < 100
+
+    def test_one_far_larger_than_the_others_is_one_and_a_large_row_is_none(self) -> None:
+        weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+        weight[3, 5] = -1e4
+        assert 1e4 < outlier_ratio(weight) < 2e4
+        weight[3] = 1e4
+        assert outlier_ratio(weight) == 1
+        weight[:40] = 0  # most rows are dead: nothing is typical
+        assert outlier_ratio(weight) == 0
 
 
 def test_a_comparison_says_in_which_runs_guards_noticed_something() -> None:

@@ -150,7 +150,7 @@ def test_the_kernels_are_refused_by_name_and_the_reference_says_why_it_runs(
     why = f"the weights are in the {linear.code} code"
     assert model.path.startswith(f"reference: {why}")
     with pytest.raises(KernelError, match=why):
-        model.use_kernels()
+        model.switch_kernels()
     with pytest.raises(ValueError, match=f"not {linear.code}"):
         relay([linear.packed])
     to = ["--to", str(tmp_path), "--sections", "decode", "--minutes", "1e-6"]

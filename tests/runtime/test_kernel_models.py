@@ -34,8 +34,8 @@ def both(finished: tuple[Path, list[str]]) -> tuple[Any, Any]:
     ours, theirs = mobiq_lightning.load(finished[0], **where), mobiq_lightning.load(finished[0], **where)
     spread_scores(ours)
     spread_scores(theirs)
-    ours.use_kernels()
-    theirs.use_kernels(False)
+    ours.switch_kernels()
+    theirs.switch_kernels(False)
     return ours, theirs
 
 
@@ -200,7 +200,7 @@ def test_the_kernels_refuse_to_give_gradients(both: tuple[Any, Any]) -> None:
 def test_kernels_that_cannot_run_are_refused_with_the_reason(finished: tuple[Path, list[str]]) -> None:
     model = mobiq_lightning.load(finished[0], dtype=torch.float64)
     with pytest.raises(KernelError, match="float64"):
-        model.use_kernels()
+        model.switch_kernels()
 
 
 def test_compiled_models_go_through_one_operator(both: tuple[Any, Any]) -> None:

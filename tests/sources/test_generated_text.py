@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mobiq_lightning.errors import DataError
+from mobiq_lightning.errors import DataError, ModelError
 from mobiq_lightning.runs import SharedWork
 from mobiq_lightning.sources import Source, SourceWriter, TextWindows, generated_text, load_source
 
@@ -132,3 +132,11 @@ def test_progress_names_tokens_and_the_time_left(
 def test_fewer_than_none_is_refused() -> None:
     with pytest.raises(DataError, match=r"data\.n_generated \(-1\) must be at least 0"):
         TextWindows(n_generated=-1)
+
+
+def test_logits_that_nothing_can_be_sampled_from_are_refused_with_the_dtype(make_model: Make) -> None:
+    source = load_source(str(make_model(dtype=torch.float16, tied=False)))
+    with torch.no_grad():
+        source.model.lm_head.weight.mul_(3e4)
+    with pytest.raises(ModelError, match=r"logits that are NaN or infinite in float16.*model\.dtype bfloat16"):
+        writer_of(source).write(100, 16, seed=0)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -148,3 +150,114 @@ def test_padding_is_on_the_right_and_not_predicted() -> None:
 def test_sizes_below_one_are_refused(key: str) -> None:
     with pytest.raises(DataError, match=f"data.{key} \\(0\\)"):
         TextWindows(**{key: 0})
+
+
+def write_parquet(path: Path, values: list[Any], kind: Any) -> Path:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    parquet.write_table(pa.table({"text": pa.array(values, kind)}), path)
+    return path
+
+
+def test_bytes_are_read_as_utf8(tmp_path: Path) -> None:
+    import pyarrow as pa
+
+    path = write_parquet(tmp_path / "a.parquet", ["café".encode(), None, b"b"], pa.binary())
+    assert read_documents(str(path), "train", "k") == ["café", "b"]
+    path = write_parquet(tmp_path / "b.parquet", [b"a", b"caf\xe9"], pa.binary())
+    with pytest.raises(DataError, match=r"b\.parquet: the text of row 2 is not UTF-8"):
+        read_documents(str(path), "train", "k")
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ([{"role": "user", "content": "hi"}], "a list of messages.*apply_chat_template"),
+        ([1], "a list,"),
+        ({"content": "hi"}, "a mapping,"),
+        (3, "a number,"),
+        (True, "true or false,"),
+        ("\ud800", "is not UTF-8"),
+    ],
+)
+def test_rows_that_are_no_text_are_refused_with_row_and_type(value: Any, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"text": "fine"}) + "\n" + json.dumps({"text": value}) + "\n")
+    with pytest.raises(DataError, match=f"row 2 .*{said}"):
+        read_documents(str(path), "train", "k")
+
+
+def test_rows_of_other_types_in_parquet_are_refused(tmp_path: Path) -> None:
+    import pyarrow as pa
+
+    path = write_parquet(tmp_path / "a.parquet", [None, 1], pa.timestamp("s"))
+    with pytest.raises(DataError, match="row 2 is datetime, not text"):
+        read_documents(str(path), "train", "k")
+
+
+def test_a_text_that_looks_like_a_date_stays_text(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "2020-01-01"}\n\n{"body": 1}\n')
+    assert read_documents(str(tmp_path / "a.jsonl"), "train", "k") == ["2020-01-01"]
+
+
+def test_a_name_with_brackets_is_a_name_and_a_long_line_is_fine(tmp_path: Path) -> None:
+    (tmp_path / "setv.jsonl").write_text('{"text": "what a pattern would find"}\n')
+    path = tmp_path / "set[v2].jsonl"
+    path.write_text(json.dumps({"text": "a" * 2**20}))
+    assert read_documents(str(path), "train", "k") == ["a" * 2**20]
+
+
+def test_a_mark_in_front_is_no_text_and_line_ends_are_those_of_any_system(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes("\ufeff<|endoftext|>\r\nHello\r\nyou\r\n<|endoftext|>\r\nB".encode())
+    assert read_documents(str(path), "train", "k") == ["Hello\nyou", "B"]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "said"),
+    [
+        ("latin-1", r"not UTF-8 text.*at byte 3\). Convert"),
+        ("utf-16", "UTF-16"),
+        ("utf-16-le", "UTF-16"),
+        ("utf-32", "UTF-16"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["txt", "jsonl"])
+def test_other_encodings_are_refused_with_what_to_do(encoding: str, said: str, suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a.{suffix}"
+    path.write_bytes("café".encode(encoding))
+    with pytest.raises(DataError, match=rf"k: .*{said}.*iconv"):
+        read_documents(str(path), "train", "k")
+
+
+def test_what_is_no_file_with_rows_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "folder.jsonl").mkdir()
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "list.jsonl").write_text('["a"]\n')
+    (tmp_path / "no.parquet").write_bytes(b"PAR1 and no more")
+    for name, said in [
+        ("pipe.txt", "a named pipe"),
+        ("folder.jsonl", "a folder"),
+        ("empty.jsonl", "holds no text"),
+        ("list.jsonl", "line 1 holds a list"),
+        ("no.parquet", "cannot be read as parquet"),
+        ("x" * 300 + ".txt", "neither a file nor one of"),
+        ("a\0b", "neither a file nor one of"),
+    ]:
+        with pytest.raises(DataError, match=f"data.source: .*{said}"):
+            read_documents(str(tmp_path / name), "train", "data.source")
+
+
+def test_a_token_that_the_model_has_no_embedding_for_is_named_only_where_it_occurs(
+    text_file: Path, tokenizer: Any
+) -> None:
+    highest = max(max(w.tolist()) for w in windows(text_file, tokenizer).calibration_ids())
+    data = TextWindows(source=str(text_file), eval_source=str(text_file), n_samples=6, seq_len=32)
+    data.read(tokenizer, "hash", "fit", rows=len(tokenizer))
+    data = TextWindows(source=str(text_file), eval_source=str(text_file), n_samples=6, seq_len=32)
+    with pytest.raises(
+        DataError, match=rf"data\.source: the tokenizer gives '.+' in this text the id \d+, .* {highest} rows"
+    ):
+        data.read(tokenizer, "hash", "fit", rows=highest)

@@ -169,8 +169,8 @@ def test_kernels_multiply_what_is_transformed_in_front_of_them(equivalent: Run) 
     if torch.cuda.is_available():
         pytest.skip("the interpreter's figures are compared")
     ours, theirs = load(equivalent[0], bits=3.2), load(equivalent[0], bits=3.2)
-    ours.use_kernels()
-    theirs.use_kernels(False)
+    ours.switch_kernels()
+    theirs.switch_kernels(False)
     assert ours.path == "kernels"
     x = torch.randn(1, 3, 32, generator=torch.Generator().manual_seed(0))
     attentions = [model.model.layers[0].self_attn for model in (ours, theirs)]

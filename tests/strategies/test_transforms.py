@@ -212,7 +212,7 @@ def random_source(family: str = "Llama", **settings: Any) -> Source:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = getattr(transformers, f"{family}ForCausalLM")(config).eval().requires_grad_(False)
-    return Source("tiny", model, None, "", "", Path())
+    return Source("tiny", model, None, "", Path())
 
 
 class TestLearnableEquivalentTransform:

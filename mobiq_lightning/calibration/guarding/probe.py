@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from mobiq_lightning.calibration.sliced_source import SlicedSource
 from mobiq_lightning.nn import fixed_depth, full_precision, transformed_by
+from mobiq_lightning.sources import check_output
 from mobiq_lightning.strategies.base import SliceScheme
 from mobiq_lightning.strategies.objectives.block_reconstruction import relative_error
 from mobiq_lightning.strategies.objectives.logit_distillation import divergence
@@ -73,7 +74,7 @@ class Probe:
         while self.block < block:
             calibrated = self._calibrated(self.block, self.streams)
             if self._passed is None:
-                full, (rounded, _) = self._full(self.block, self.full), self._rounded(self.block)
+                full, (rounded, _) = self._target(self.block, self.full), self._rounded(self.block)
             else:  # measured before: neither depends on what was learned
                 full, rounded = self._passed
             self.full, self.streams, self._passed = full, {**calibrated, **rounded}, None
@@ -89,7 +90,7 @@ class Probe:
             others_sliced: Whether the blocks behind it are calibrated already; else they are in full precision.
         """
         block, found = self.block, Measured()
-        target = self._full(block, self.full)
+        target = self._target(block, self.full)
         rounded, same_inputs = self._rounded(block)
         self._passed = (target, rounded)
         outputs = {**self._calibrated(block, self.streams), **rounded}
@@ -97,7 +98,7 @@ class Probe:
             found.error["calibrated", depth] = float(relative_error(outputs["calibrated", depth], target))
             found.error["rounded", depth] = float(relative_error(same_inputs[depth], target))
         for later in range(block + 1, len(self.sliced.blocks)):
-            target = self._full(later, target)
+            target = self._target(later, target)
             if others_sliced:
                 with uncalibrated(self.sliced, later):
                     rounded = {key: self._at(later, key[1], outputs[key]) for key in outputs if key[0] == "rounded"}
@@ -136,6 +137,14 @@ class Probe:
     def _full(self, block: int, hidden: Tensor) -> Tensor:
         with full_precision(self.sliced.block_at(block).routed_inputs()):
             return self._call(block, hidden)
+
+    def _target(self, block: int, hidden: Tensor) -> Tensor:
+        """What the block makes of the full-precision model's own hidden states, refused if it is not finite."""
+        with full_precision(self.sliced.block_at(block).routed_inputs()):
+            output = self._call(block, hidden)
+            module, place = self.sliced.caller.blocks[block], f"block {block + 1}/{len(self.sliced.blocks)}"
+            check_output(output, module, lambda: self._call(block, hidden), place)
+        return output
 
     def _at(self, block: int, depth: int, hidden: Tensor) -> Tensor:
         with fixed_depth(self.sliced.block_at(block).routed_inputs(), depth):

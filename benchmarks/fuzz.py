@@ -21,6 +21,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 
+from tests.conftest import make_tokenizer
+from tests.fuzz_checkpoints import checkpoint_readers
 from tests.fuzz_readers import Reader, readers
 from tests.fuzzing import ACCEPTED, CLEAN, outcome
 
@@ -102,7 +104,8 @@ def main() -> int:
     faults, total = 0, 0
     print(f"{'reader':34} {'inputs':>7} {'clean':>7} {'accepted':>9} {'other':>6} {SLOW:>6} {LARGE:>7} {'seconds':>8}")
     with tempfile.TemporaryDirectory() as scratch:
-        for reader in readers(Path(scratch) / "files"):
+        written = Path(scratch)
+        for reader in [*readers(written / "files"), *checkpoint_readers(written / "checkpoints", make_tokenizer)]:
             if given.only not in reader.name:
                 continue
             started = time.monotonic()

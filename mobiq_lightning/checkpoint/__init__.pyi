@@ -3,6 +3,8 @@ from .card import write_card as write_card
 from .exporting import export as export
 from .format import QUANT_METHOD as QUANT_METHOD
 from .format import ElasticFormat as ElasticFormat
+from .load_call import LoadCall as LoadCall
+from .load_call import answering as answering
 from .loading import load as load
 from .loading import resolve as resolve
 from .provenance import describe_provenance as describe_provenance

@@ -206,7 +206,7 @@ def _end_of(name: str, entry: Any) -> int:
     """Where the bytes of a tensor end, counted from the end of the header; raises ValueError if its entry makes no sense."""
     fields = entry if isinstance(entry, dict) else {}
     offsets: Any = fields.get("data_offsets")
-    sizes_fit = _are_sizes(fields.get("shape")) and _are_sizes(offsets) and len(offsets) == 2
+    sizes_fit = len(fields) == 3 and _are_sizes(fields.get("shape")) and _are_sizes(offsets) and len(offsets) == 2
     if not sizes_fit or not isinstance(fields.get("dtype"), str):
         raise ValueError(f"its header says of {name!r}: {str(entry)[:80]}")
     return int(offsets[1])

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LoadCall:
-    """What a call of `load` asks for.
+    """What a call of `load`, or the command that makes it, asks for.
 
     Args:
         check_hashes: Whether files and tensors are compared with hashes.json.

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from mobiq_lightning.checkpoint.check import describe_problems
 from mobiq_lightning.checkpoint.contents import read_contents
 from mobiq_lightning.checkpoint.keywords import HUB_KEYWORDS, checked_keywords, refuse_unknown
-from mobiq_lightning.checkpoint.load_call import LoadCall, answering
+from mobiq_lightning.checkpoint.load_call import LoadCall, answering, current_call
 from mobiq_lightning.checkpoint.named_classes import router_class
 from mobiq_lightning.errors import BitsError, CheckpointError, MobiqError
 from mobiq_lightning.runs import CONFIG, ELASTIC
@@ -61,7 +61,7 @@ def load(
     """
     given = checked_keywords({**kwargs, "dtype": dtype, "device": device})
     path = resolve(source, **{name: given.pop(name) for name in HUB_KEYWORDS if name in given})
-    with answering(LoadCall(check_hashes, trust_router)):
+    with answering(LoadCall(check_hashes, trust_router or current_call().trust_router)):
         model = _load(path, max_bits, given)
     if device is not None:
         model.to(device)

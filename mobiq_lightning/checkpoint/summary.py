@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from mobiq_lightning.checkpoint.check import describe_problems, shape_problems
 from mobiq_lightning.checkpoint.contents import read_contents
 from mobiq_lightning.checkpoint.format import ElasticFormat
-from mobiq_lightning.checkpoint.load_call import LoadCall, answering
+from mobiq_lightning.checkpoint.load_call import LoadCall, answering, current_call
 from mobiq_lightning.checkpoint.loading import resolve
 from mobiq_lightning.checkpoint.provenance import read_provenance
 from mobiq_lightning.checkpoint.quantizer import expected_tensors, insert_elastic_linears
@@ -95,7 +95,7 @@ def summarize_checkpoint(source: str | Path, trust_router: str | None = None) ->
     contents = read_contents(folder)
     contents.require_whole("its summary would be wrong")
     elastic = contents.elastic
-    with answering(LoadCall(trust_router=trust_router)):
+    with answering(LoadCall(trust_router=trust_router or current_call().trust_router)):
         model = skeleton(folder, elastic)
     problems = shape_problems(contents.headers, contents.where, expected_tensors(model))
     if problems:

@@ -47,7 +47,7 @@ def verify(folder: str | Path, report: Report | None = None, trust_router: str |
         ("scales, codes and thresholds", _check_values),
         ("tensors fit the model, and a forward pass at every depth", _check_model),
     ]
-    with answering(LoadCall(check_hashes=False, trust_router=trust_router)):
+    with answering(LoadCall(check_hashes=False, trust_router=trust_router or current_call().trust_router)):
         for name, check in steps:
             if problems and check is _check_model:
                 break  # the model would not load, for the reasons already found
@@ -113,7 +113,7 @@ def _check_model(folder: Path) -> list[str]:
     from mobiq_lightning.nn import ElasticLinear
 
     try:
-        model = load(folder, check_hashes=False, trust_router=current_call().trust_router)
+        model = load(folder, check_hashes=False)
     except MobiqError as error:
         return [str(error)]
     problems: list[str] = []

@@ -64,6 +64,8 @@ class Command(ABC):
     """Its arguments as the list of commands shows them."""
     needs: ClassVar[str] = ""
     """Extra of the installation without which it cannot run; empty for none."""
+    loads_checkpoint: ClassVar[bool] = False
+    """Whether it loads an elastic checkpoint, which may name a router that is none of this package."""
 
     def __call__(self, arguments: Sequence[str]) -> None:
         """Runs the command.
@@ -83,7 +85,13 @@ class Command(ABC):
         given = self.parse(parser, arguments)
         if self.needs:
             require(self.needs, self.name)
-        self.run(given)
+        if not self.loads_checkpoint:
+            self.run(given)
+            return
+        from mobiq_lightning.checkpoint import LoadCall, answering
+
+        with answering(LoadCall(trust_router=given.trust_router)):
+            self.run(given)
 
     @classmethod
     def summary(cls) -> str:
@@ -105,6 +113,12 @@ class Command(ABC):
             formatter_class=_Formatter,
         )
         self.add_arguments(parser)
+        if self.loads_checkpoint:
+            parser.add_argument(
+                "--trust-router",
+                metavar="CLASS",
+                help="dotted path of RUN's router if it is one of your own: it is imported and run",
+            )
         return parser
 
     def parse(self, parser: Parser, arguments: Sequence[str]) -> Namespace:

@@ -14,6 +14,7 @@ class Generate(Command):
 
     name = "generate"
     usage = 'RUN --prompt "..." [--bits 3.2] [options]'
+    loads_checkpoint = True
 
     def add_arguments(self, parser: Parser) -> None:
         """Declares the run, the prompt, and how it is continued."""

@@ -12,6 +12,7 @@ class Inspect(Command):
 
     name = "inspect"
     usage = "RUN"
+    loads_checkpoint = True
 
     def add_arguments(self, parser: Parser) -> None:
         """Declares the run."""

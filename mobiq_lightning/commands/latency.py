@@ -17,6 +17,7 @@ class Latency(Command):
 
     name = "latency"
     usage = "[RUN] [--shapes NAMES] [--sections NAMES] [--to FOLDER] [--tune | --warm-up] [options]"
+    loads_checkpoint = True
     needs = "report"
 
     def add_arguments(self, parser: Parser) -> None:

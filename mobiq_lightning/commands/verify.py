@@ -13,6 +13,7 @@ class Verify(Command):
 
     name = "verify"
     usage = "RUN"
+    loads_checkpoint = True
 
     def add_arguments(self, parser: Parser) -> None:
         """Declares the run."""

@@ -13,7 +13,7 @@ from mobiq_lightning.checkpoint.check import OTHER_FILE
 from mobiq_lightning.cli import main
 from mobiq_lightning.errors import CheckpointError
 from mobiq_lightning.runs import HASHES, INDEX
-from tests.checkpoints import edit_json, tensors_of
+from tests.checkpoints import edit_json, tensors_of, write_checkpoint
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -136,3 +136,27 @@ class TestSource:
         assert "not exported" in said
         assert not {"notes.txt", ".model-00001-of-00003.safetensors.1.tmp"} & contents(tmp_path / "copy").keys()
         assert verify(tmp_path / "copy") == []
+
+
+class TestCompanions:
+    """What belongs to the source model beside its weights."""
+
+    @pytest.fixture
+    def source(self, make_model: Any, tmp_path: Path) -> Path:
+        return shutil.copytree(make_model(), tmp_path / "source")
+
+    def test_templates_in_a_folder_below_come_along_and_have_hashes(self, source: Path, tmp_path: Path) -> None:
+        (source / "additional_chat_templates").mkdir()
+        (source / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
+        export(write_checkpoint(source, tmp_path / "elastic"), tmp_path / "copy")
+        template = tmp_path / "copy" / "additional_chat_templates" / "tool_use.jinja"
+        assert template.read_text() == "{{ messages }}"
+        template.write_text("{{ other }}")
+        assert verify(tmp_path / "copy") == [f"additional_chat_templates/tool_use.jinja{OTHER_FILE}"]
+
+    def test_a_link_to_elsewhere_is_not_published(self, source: Path, tmp_path: Path) -> None:
+        (tmp_path / "secret").write_text("secret")
+        (source / "LICENSE").symlink_to(tmp_path / "secret")
+        with pytest.raises(CheckpointError, match="LICENSE would be copied into the checkpoint, and is a link"):
+            write_checkpoint(source, tmp_path / "elastic")
+        assert not (tmp_path / "elastic").exists()

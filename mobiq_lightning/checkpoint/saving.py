@@ -32,7 +32,7 @@ def saved_with_hashes(folder: Path, n_planes: int, keep: bool) -> Iterator[None]
             f"{folder} holds a checkpoint of {there} bits, and this model only the first {n_planes}: the others would be "
             "lost. Save to another folder"
         )
-    kept = read_hashes(folder) if keep and there else None
+    known = read_hashes(folder) if there else None
     before = {path: path.stat().st_mtime_ns for path in [*folder.glob("*.json"), *folder.glob("*.safetensors")]}
     (folder / HASHES).unlink(missing_ok=True)  # if this is interrupted, no hashes are better than wrong ones
     yield
@@ -41,11 +41,10 @@ def saved_with_hashes(folder: Path, n_planes: int, keep: bool) -> Iterator[None]
         (folder / old).unlink()
     shards = {folder / name for name in read_index(folder).values()}
     tensors = {name: hash_tensor(value) for path in shards for name, value in read_tensors(path, read_header(path))}
-    files = None
-    if kept is not None:
-        written = [path for path in folder.glob("*.json") if before.get(path) != path.stat().st_mtime_ns]
-        files = {name: value for name, value in kept.files.items() if (folder / name).exists()}
-        files |= {path.name: sha256(path) for path in written if path.name not in LATER}
+    files = {n: v for n, v in (known.files if known is not None else {}).items() if (folder / n).is_file()}
+    written = [path.name for path in folder.glob("*.json") if before.get(path) != path.stat().st_mtime_ns]
+    again = [*written, *(() if keep else files)]
+    files |= {name: sha256(folder / name) for name in again if name not in LATER}
     write_hashes(folder, tensors, files)
 
 

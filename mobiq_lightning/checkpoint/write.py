@@ -116,14 +116,14 @@ def write_hashes(folder: Path, tensors: Mapping[str, str], files: Mapping[str, s
         files: SHA-256 of each file that is no tensor in hex, by name; by default of all that are there.
     """
     if files is None:
-        kept = (path for path in folder.rglob("*") if path.is_file() and _is_part(path.relative_to(folder)))
+        kept = (path for path in folder.rglob("*") if path.is_file() and _is_part(path))
         files = {path.relative_to(folder).as_posix(): sha256(path) for path in kept}
     write_json(folder / HASHES, {"files": dict(sorted(files.items())), "tensors": dict(sorted(tensors.items()))})
 
 
-def _is_part(name: Path) -> bool:
+def _is_part(path: Path) -> bool:
     """Whether a file of a folder that is being completed is a part of the checkpoint: not what an interrupted write left."""
-    return name.suffix not in (".safetensors", _NOTED) and not name.name.startswith(".") and name.name not in LATER
+    return path.suffix not in (".safetensors", _NOTED) and not path.name.startswith(".") and path.name not in LATER
 
 
 def add_results(folder: Path, results: Results) -> None:

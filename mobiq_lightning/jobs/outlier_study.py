@@ -43,6 +43,7 @@ from mobiq_lightning.outliers import (
 )
 from mobiq_lightning.runs import OUTLIERS, OUTLIERS_PLOT, OUTLIERS_TABLE, SharedWork
 from mobiq_lightning.sources import Source, load_source
+from mobiq_lightning.strategies.class_paths import describe_factory
 
 
 class OutlierStudy(ElasticCLI):
@@ -128,7 +129,9 @@ class OutlierStudy(ElasticCLI):
         rounded = None
         for name in (*map(str, self.bits), ALL):
             say(f"reading calibrated at {name} at {', '.join(map(str, self.bits))} bits")
-            elastic = load(root / f"calibrated-at-{name}", dtype=full.dtype, device=self.trainer.strategy.root_device)
+            trusted = describe_factory(self.model.router)["class_path"]  # the recipe names it
+            device = self.trainer.strategy.root_device
+            elastic = load(root / f"calibrated-at-{name}", dtype=full.dtype, device=device, trust_router=trusted)
             if rounded is None:
                 linear = next(m for m in elastic.modules() if isinstance(m, ElasticLinear))
                 rounded, _ = wrap_for_rounding(full, self.model.layout, linear.group_size, linear.slice_bits)

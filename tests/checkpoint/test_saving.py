@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +34,14 @@ def test_what_is_saved_loads_and_verifies(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(logits(mobiq_lightning.load(to), 3.3), logits(model, 3.3))
+
+
+def test_what_else_lies_in_the_folder_is_left_alone(elastic: Path, tmp_path: Path) -> None:
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "diary.txt").write_text("mine")
+    mobiq_lightning.load(elastic).save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "diary.txt").read_text() == "mine"
+    assert "diary.txt" not in json.loads((tmp_path / "saved" / HASHES).read_text())["files"]
 
 
 def test_a_copy_of_what_was_saved_can_be_exported(elastic: Path, tmp_path: Path) -> None:

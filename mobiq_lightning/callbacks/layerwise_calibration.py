@@ -8,8 +8,16 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 
-from mobiq_lightning.calibration import ElasticCalibration, begin_stage, end_stage, initialize_transforms, move_model
+from mobiq_lightning.calibration import (
+    ElasticCalibration,
+    begin_stage,
+    end_stage,
+    initialize_transforms,
+    move_model,
+    say_if_short,
+)
 from mobiq_lightning.callbacks.base import CalibrationCallback
+from mobiq_lightning.callbacks.cut_short import check_epoch_is_whole
 from mobiq_lightning.console import say
 from mobiq_lightning.errors import MobiqError
 from mobiq_lightning.runs import check_identity
@@ -32,6 +40,7 @@ class LayerwiseCalibration(CalibrationCallback):
         """Sets the number of epochs, and makes sure that an interrupted run had this model and this text."""
         if trainer.is_global_zero:
             check_identity(module.run_folder, _identity(module))
+            say_if_short(module)
         trainer.fit_loop.max_epochs = module.schedule.n_epochs
 
     def on_train_start(self, trainer: Trainer, module: ElasticCalibration) -> None:
@@ -76,6 +85,7 @@ class LayerwiseCalibration(CalibrationCallback):
 
     def on_train_epoch_end(self, trainer: Trainer, module: ElasticCalibration) -> None:
         """At the end of a block, shows routers its final weights, and makes sure that all processes learned the same."""
+        check_epoch_is_whole(trainer, module)
         end_stage(module)
         if not module.schedule.ends_visit(module.current_epoch):
             return

@@ -13,6 +13,7 @@ from .summary import VALUE_TABLES as VALUE_TABLES
 from .summary import Summary as Summary
 from .summary import skeleton as skeleton
 from .summary import summarize_checkpoint as summarize_checkpoint
+from .verification import check_files as check_files
 from .verification import verify as verify
 from .write import CheckpointWriter as CheckpointWriter
 from .write import add_results as add_results

@@ -183,3 +183,6 @@ def _check_model(folder: Path) -> list[str]:
         if bits in (depths[0], depths[-1]) and used != bits:
             problems.append(f"at {bits:g} bits the model used {used:g}")
     return problems
+
+
+check_files = _check_files

@@ -49,6 +49,11 @@ def make_streams_usable() -> None:
         sys.stdout.reconfigure(errors="replace")  # standard error has a way of its own
 
 
+def as_utf8(text: str) -> str:
+    """A text of the command line, which is UTF-8 whatever the locale says; bytes that are not become replacement characters."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 def program() -> str:
     """How this program was started, as a user would type it again: the installed script, or Python with the package."""
     return SCRIPT if Path(sys.argv[0]).stem == SCRIPT else MODULE

@@ -38,7 +38,7 @@ def _cut_short(trainer: Trainer, module: ElasticCalibration, epochs: int, steps:
     kept = RunFolder(module.run_folder).epochs_kept
     return CutShortError(
         f"{_cause(trainer)} ended the run after {epochs} of {module.schedule.n_epochs} epochs{steps}. Nothing is exported; "
-        f"{kept} finished epochs are kept in {module.run_folder}, and the same command without that limit goes on after them"
+        f"epochs kept in {module.run_folder}: {kept}; the same command without that limit goes on after them"
     )
 
 

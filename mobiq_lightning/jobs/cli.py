@@ -158,7 +158,7 @@ class ElasticCLI(LightningCLI):
             RecipeError: If one of them is not set.
         """
         trainer = self._get(self.config, "trainer")
-        folder = os.path.expandvars(str(trainer.default_root_dir))
+        folder = os.path.expandvars(str(trainer.default_root_dir or ""))
         if "$" in folder:
             raise RecipeError(f"trainer.default_root_dir: {folder} names an environment variable that is not set")
         trainer.default_root_dir = folder

@@ -98,7 +98,7 @@ def run_job(command: Literal["fit", "validate"], arguments: Sequence[str]) -> Ru
     arguments = with_recipe(arguments)
     check_arguments(arguments)
     with (
-        interruptible("nothing was begun; the same command starts again") as told,
+        interruptible("its work had not begun") as told,
         disk_errors(lambda: told.how_it_goes_on()),
     ):
         from mobiq_lightning.jobs.cli import ElasticCLI

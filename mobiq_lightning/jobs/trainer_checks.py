@@ -19,7 +19,11 @@ def _is_whole(part: Any) -> bool:
 
 
 _REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "default_root_dir": (lambda value: value == "", "it is empty; give the folder of the run"),
+    "default_root_dir": (lambda value: value in (None, ""), "it is empty; give the folder of the run"),
+    "precision": (
+        lambda value: str(value) not in ("None", "32", "32-true"),
+        "what is learned is float32, and the model computes in model.dtype; leave it out, or set model.dtype",
+    ),
     "barebones": (bool, "a run needs its callbacks, loggers and checkpoints; leave it out"),
     "enable_checkpointing": (
         lambda value: value is False,
@@ -31,6 +35,12 @@ _REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "limit_train_batches": (lambda value: not _is_whole(value), "give fewer windows with data.n_samples"),
     "limit_val_batches": (lambda value: not _is_whole(value), "give fewer windows with data.eval_max_windows"),
+    "accumulate_grad_batches": (lambda value: isinstance(value, int) and value < 1, "give 1 or more"),
+    "gradient_clip_val": (lambda value: value is not None and value < 0, "give 0 or more"),
+    "val_check_interval": (
+        lambda value: not _is_whole(value),
+        "nothing is validated before all is calibrated; leave it out",
+    ),
     "overfit_batches": (bool, "the comparison would be on calibration text; leave it out, or lower data.n_samples"),
 }
 """By key of the trainer: whether a value is refused, and why or what to use."""
@@ -69,4 +79,5 @@ def trainer_errors(building: bool = False) -> Iterator[None]:
         if not building and not isinstance(error, MisconfigurationException):
             raise
         said = " ".join(str(error).split()) or type(error).__name__
-        raise RecipeError(f"trainer: {said}") from error
+        advice = " Without it, give --trainer.accelerator cpu" if "backend" in said or "not met" in said else ""
+        raise RecipeError(f"trainer: {said}{advice}") from error

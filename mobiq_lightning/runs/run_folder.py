@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -96,11 +97,10 @@ class RunFolder:
                 remove_leftovers(self.path / name)
         except (OSError, ValueError) as error:  # a ValueError for a name with a zero byte
             self.release()
-            if self.finished and getattr(error, "errno", None) in (errno.EROFS, errno.EACCES):
+            if getattr(error, "errno", None) in (errno.EROFS, errno.EACCES) and self.finished:
                 return  # nothing more is written there
             raise RunFolderError(
-                f"trainer.default_root_dir: {_shortened(self.path)} cannot be made or written to ({_reason(error)}); give "
-                "another folder"
+                f"{_shortened(self.path)}: this folder cannot be made or written to ({_reason(error)}); give another"
             ) from error
         for name in restored:
             say(f"{self.path / name} was being replaced when a run was killed; what it held before is back.")
@@ -108,6 +108,19 @@ class RunFolder:
     def release(self) -> None:
         """Lets other runs in again."""
         self._lock.release()
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other runs out of the folder within it.
+
+        Raises:
+            RunFolderError: If `lock` raises it.
+        """
+        self.lock()
+        try:
+            yield
+        finally:
+            self.release()
 
     def check_in_place(self) -> None:
         """Makes sure that the folder which this run has locked is still there, before more is written to it.

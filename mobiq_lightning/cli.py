@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Sequence
 
 from mobiq_lightning.commands import COMMANDS, WIDTH
-from mobiq_lightning.console import program
+from mobiq_lightning.console import make_streams_usable, program
 from mobiq_lightning.errors import RecipeError, nearest
 from mobiq_lightning.jobs import exit_code
 from mobiq_lightning.version import __version__
@@ -34,8 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The command line without the program; by default that of the process.
 
     Returns:
-        The exit code: 0 done, 1 failed, 2 asked for something that does not exist or is not installed, 130 interrupted.
+        The exit code: 0 done, 1 failed, 2 asked for something that does not exist or is not installed, 130 interrupted,
+        143 terminated.
     """
+    make_streams_usable()
     given = sys.argv[1:] if arguments is None else list(arguments)
     if not given or given[0] in ("-h", "--help", "help"):
         print(help_text(), end="")

@@ -21,8 +21,37 @@ _NO_TERMINAL_COLUMNS = 120
 
 def say(message: str) -> None:
     """Tells the user something, on standard error: standard output is for results. Of several processes only the first does."""
-    if all(os.environ.get(name, "0") == "0" for name in _RANKS):
+    if is_first_process():
         print(message, file=sys.stderr, flush=True)
+
+
+def is_first_process() -> bool:
+    """Whether this is the first of the processes that share a job, or the only one."""
+    return all(os.environ.get(name, "0") == "0" for name in _RANKS)
+
+
+def make_streams_usable() -> None:
+    """Has the standard streams take whatever is written: closed ones lead nowhere, and what one cannot encode becomes ``?``.
+
+    Were a closed stream left closed, the next file that is opened would take its place, and get what libraries print.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            if nowhere != number:
+                os.dup2(nowhere, number)
+                os.close(nowhere)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))  # noqa: SIM115
+    if getattr(sys.stdout, "errors", None) == "strict" and hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # standard error has a way of its own
+
+
+def as_utf8(text: str) -> str:
+    """A text of the command line, which is UTF-8 whatever the locale says; bytes that are not become replacement characters."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def program() -> str:

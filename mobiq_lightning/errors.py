@@ -15,6 +15,10 @@ class FileError(MobiqError):
     """A file that cannot be read as what it should be: missing, no regular file, too large, or not text, JSON or YAML."""
 
 
+class DiskError(MobiqError):
+    """Something that the system refuses: a full disk, a read-only one, no rights, too many open files."""
+
+
 class RecipeError(MobiqError):
     """A recipe key, value or class name that cannot be used."""
 
@@ -29,6 +33,10 @@ class DataError(MobiqError):
 
 class RunFolderError(MobiqError):
     """The run folder holds something else than what this command would continue."""
+
+
+class CutShortError(MobiqError):
+    """A run that a limit of the trainer, or a callback, ended before its time; what it has finished is kept."""
 
 
 class NonFiniteError(MobiqError):

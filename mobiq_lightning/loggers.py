@@ -29,6 +29,7 @@ class JsonlLogger(Logger):
     def __init__(self, folder: str | Path) -> None:
         super().__init__()
         self.path = Path(folder) / JOURNAL
+        self._folder_made = False
 
     @property
     def name(self) -> str:
@@ -43,7 +44,9 @@ class JsonlLogger(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Appends one line with the time in seconds, the step and the metrics."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if not self._folder_made:  # once: a run folder that somebody removes must not come back as half of one
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._folder_made = True
         line = {"time": round(time.time(), 3), "step": step, **{k: float(v) for k, v in metrics.items()}}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -62,7 +65,8 @@ class WandbLogger(LightningWandbLogger):
         name: Name of the run.
         job_type: Kind of run, such as ``calibrate``.
         save_dir: Folder that offline runs are written to, in a folder ``wandb`` in it; by default the run folder.
-        offline: Whether to write to disk only; by default if neither ``WANDB_API_KEY`` nor a login is found.
+        offline: Whether to write to disk only; by default as ``WANDB_MODE`` says, or if neither ``WANDB_API_KEY``
+            nor a login is found. Where ``WANDB_MODE`` is ``disabled``, nothing is written at all.
     """
 
     def __init__(
@@ -75,6 +79,13 @@ class WandbLogger(LightningWandbLogger):
         offline: bool | None = None,
     ) -> None:
         require("wandb", "trainer.logger: WandbLogger")
+        mode = (
+            "disabled" if os.environ.get("WANDB_DISABLED", "").lower() == "true" else os.environ.get("WANDB_MODE", "")
+        )
+        if mode == "disabled":
+            offline = False
+        elif mode and offline is None:
+            offline = mode in ("offline", "dryrun")
         if offline is None:
             offline = not _has_key()
             if offline:
@@ -82,6 +93,9 @@ class WandbLogger(LightningWandbLogger):
         super().__init__(
             name=name, save_dir=save_dir or ".", project=project, group=group, job_type=job_type, offline=offline
         )
+        if mode == "disabled":
+            self._wandb_init["mode"] = mode
+            say("W&B is disabled (WANDB_MODE): nothing is logged there, and nothing is written.")
 
     def use_folder(self, folder: Path) -> None:
         """Has the run written into a run folder, unless `save_dir` was given."""

@@ -1,27 +1,71 @@
-"""How training checkpoints are written: atomically, each with its hash."""
+"""How training checkpoints are written and read: atomically, each with its hash; and nothing in them runs."""
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from mobiq_lightning.errors import CheckpointError
 from mobiq_lightning.files import sha256, write_atomically, write_text
+
+_UNREADABLE = (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError, KeyError, AttributeError, TypeError)
+"""What torch raises for a file that is damaged, or that would run code."""
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
-    """Writes training checkpoints atomically, each with its SHA-256 beside it."""
+    """Writes training checkpoints atomically, each with its SHA-256 beside it, and reads tensors and plain values alone.
+
+    Args:
+        before_writing: Called before each is written; it raises if the run must not write any more.
+    """
+
+    def __init__(self, before_writing: Callable[[], None] | None = None) -> None:
+        super().__init__()
+        self._before_writing = before_writing
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Writes one; a kill at any moment leaves the ones before it whole."""
-        import torch
+        """Writes one; a kill at any moment leaves the ones before it whole.
 
+        Raises:
+            OSError: If it cannot be written; the ones before it are whole.
+        """
+        if self._before_writing is not None:
+            self._before_writing()
         path = Path(path)
         write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))
         write_text(path.with_suffix(".sha256"), sha256(path))
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = lambda storage, loc: storage, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Reads one; whatever the environment says, nothing but tensors and plain values is ever made of it.
+
+        Raises:
+            CheckpointError: If it is damaged, or holds something else, which might run code.
+        """
+        try:
+            found: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True)
+        except _UNREADABLE as error:
+            raise CheckpointError(
+                f"{path} is damaged, or not safe to load; remove it, and an older one is used"
+            ) from error
+        return found
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Removes one and its hash."""
         super().remove_checkpoint(path)
         Path(path).with_suffix(".sha256").unlink(missing_ok=True)
+
+
+def can_be_read(path: Path) -> bool:
+    """Whether a training checkpoint holds tensors and plain values alone; its tensors are not read from disk."""
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except _UNREADABLE:
+        return False
+    return isinstance(found, dict) and "state_dict" in found

@@ -10,8 +10,16 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 
-from mobiq_lightning.calibration import ElasticCalibration, begin_stage, end_stage, initialize_transforms, move_model
+from mobiq_lightning.calibration import (
+    ElasticCalibration,
+    begin_stage,
+    end_stage,
+    initialize_transforms,
+    move_model,
+    say_if_short,
+)
 from mobiq_lightning.callbacks.base import CalibrationCallback
+from mobiq_lightning.callbacks.cut_short import check_epoch_is_whole
 from mobiq_lightning.console import say
 from mobiq_lightning.errors import MobiqError
 from mobiq_lightning.runs import check_identity
@@ -36,6 +44,7 @@ class LayerwiseCalibration(CalibrationCallback):
         if trainer.is_global_zero:
             former = partial(_former_identity, module.sliced.source.folder)
             check_identity(module.run_folder, _identity(module), former)
+            say_if_short(module)
         trainer.fit_loop.max_epochs = module.schedule.n_epochs
 
     def on_train_start(self, trainer: Trainer, module: ElasticCalibration) -> None:
@@ -80,6 +89,7 @@ class LayerwiseCalibration(CalibrationCallback):
 
     def on_train_epoch_end(self, trainer: Trainer, module: ElasticCalibration) -> None:
         """At the end of a block, shows routers its final weights, and makes sure that all processes learned the same."""
+        check_epoch_is_whole(trainer, module)
         end_stage(module)
         if not module.schedule.ends_visit(module.current_epoch):
             return

@@ -6,6 +6,7 @@ import sys
 from argparse import Namespace
 
 from mobiq_lightning.commands.command import RUN_HELP, Command, Parser
+from mobiq_lightning.console import as_utf8
 from mobiq_lightning.errors import RecipeError
 
 
@@ -42,8 +43,9 @@ class Generate(Command):
         from mobiq_lightning.serving import continue_prompt
 
         no_progress_bars()
+        prompt = as_utf8(given.prompt)
         text, used = continue_prompt(
-            given.run, given.prompt, given.bits, given.max_new_tokens, given.temperature, given.seed, given.max_bits
+            given.run, prompt, given.bits, given.max_new_tokens, given.temperature, given.seed, given.max_bits
         )
         print(text)
         print(

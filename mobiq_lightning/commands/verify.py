@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 
 from mobiq_lightning.commands.command import RUN_HELP, Command, Parser
+from mobiq_lightning.console import program
 from mobiq_lightning.errors import CheckpointError
 
 
@@ -23,11 +24,18 @@ class Verify(Command):
         """Prints a line for each check, and what is damaged."""
         from mobiq_lightning.checkpoint import verify
         from mobiq_lightning.commands.progress import no_progress_bars
+        from mobiq_lightning.runs import CHECKPOINTS, RunFolder
 
         no_progress_bars()
         problems = verify(given.run, _print_check)
         if problems:
-            raise CheckpointError(f"{given.run}: {len(problems)} problem(s). Copy or export the checkpoint again")
+            run = RunFolder(given.run)
+            again = (
+                f"`{program()} fit {given.run}` builds it again from {CHECKPOINTS}/"
+                if run.epochs_kept
+                else "Copy it again"
+            )
+            raise CheckpointError(f"{given.run}: {len(problems)} problem(s). {again}")
 
 
 def _print_check(name: str, problems: list[str]) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mobiq_lightning.comparison.file_names import CELL
+from mobiq_lightning.console import make_streams_usable
 from mobiq_lightning.jobs import exit_code, fit
 from mobiq_lightning.runs import RUN_CONFIG, Record, at_least
 
@@ -77,6 +78,7 @@ def die_with(parent: int) -> None:
 
 
 if __name__ == "__main__":
+    make_streams_usable()
     if "LOCAL_RANK" not in os.environ:  # the first process; those that Lightning starts end with it
         die_with(os.getppid() if len(sys.argv) < 4 else int(sys.argv[3]))
     sys.exit(run_cell(sys.argv[1], Path(sys.argv[2])))

@@ -24,8 +24,5 @@ TABLE_CSV = "table.csv"
 """File with the long table alone; written by `publish`."""
 REPORT = "report.html"
 """File with the report; written by `write_report`, with a PNG beside it for each chart."""
-LOCK = ".lock"
-"""File whose lock the process holds that runs the comparison; the file stays behind."""
-
 COMPARISON_FILES = (COMPARISON, CELLS, RECIPES, LOGS, SHARED, ROWS, TABLE, TABLE_CSV, REPORT, WANDB)
 """Names of all that a comparison writes into its folder, and that starting it anew removes together with the PNGs."""

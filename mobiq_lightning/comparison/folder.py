@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from mobiq_lightning.comparison.cell import CellFigures
-from mobiq_lightning.comparison.file_names import CELL, CELLS, COMPARISON, COMPARISON_FILES, ROWS
+from mobiq_lightning.comparison.file_names import CELL, CELLS, COMPARISON, COMPARISON_FILES, RECIPES, ROWS, SHARED
 from mobiq_lightning.comparison.grid import Cell, Grid
 from mobiq_lightning.comparison.table import CellRow
 from mobiq_lightning.errors import ResultsError, RunFolderError
-from mobiq_lightning.files import write_json, write_text
+from mobiq_lightning.files import remove, remove_leftovers, write_json, write_text
 from mobiq_lightning.input_files import is_file
 from mobiq_lightning.runs import (
     RESULTS,
-    RUN_CONFIG,
     Measured,
     Record,
     RunFolder,
@@ -68,6 +66,9 @@ class ComparisonFolder:
                 comparison.json.
             ResultsError: If comparison.json is damaged.
         """
+        remove_leftovers(self.path, COMPARISON_FILES)
+        for name in (RECIPES, SHARED):
+            remove_leftovers(self.path / name)
         if overwrite:
             self.clear()
         stored = self._stored()
@@ -85,12 +86,20 @@ class ComparisonFolder:
         return sorted(set(stored) - set(named))
 
     def clear(self) -> None:
-        """Removes the files and folders that a comparison writes, and nothing else."""
-        for path in [*(self.path / name for name in COMPARISON_FILES), *self.path.glob("*.png")]:
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+        """Removes the files and folders that a comparison writes, and nothing else; of links the links alone.
+
+        Raises:
+            RunFolderError: If something cannot be removed.
+        """
+        names = [name for name in COMPARISON_FILES if name != COMPARISON]
+        try:
+            for path in [*(self.path / name for name in [*names, COMPARISON]), *self.path.glob("*.png")]:
+                remove(path)
+        except OSError as error:
+            raise RunFolderError(
+                f"--overwrite: {error.filename or self.path} cannot be removed ({error.strerror or error}); remove it by "
+                "hand, or give another folder"
+            ) from error
 
     def finished(self, cell: Cell) -> bool:
         """Whether a cell's run is finished, with its results and cell.json."""
@@ -169,8 +178,8 @@ class ComparisonFolder:
         return dict(_Stored.from_json(read_json(path), path).cells) if is_file(path) else {}
 
     def _changes(self, cell: Cell, stored: dict[str, Any] | None) -> Iterator[str]:
-        """Yields the keys in which the recipe of a cell that was begun differs from what the grid now says."""
-        if stored is not None and (cell.folder / RUN_CONFIG).is_file():
+        """Yields the keys in which the recipe of a cell that has finished an epoch differs from what the grid now says."""
+        if stored is not None and RunFolder(cell.folder).finished_work:
             for difference in differing_keys(stored, _as_json(cell.recipe)):
                 yield f"{cell.name}: {difference}"
 

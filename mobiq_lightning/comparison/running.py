@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from mobiq_lightning.comparison.grid import RULES_SEEDS, Cell, Grid, check_grid, flatten, override, read_grid
 from mobiq_lightning.console import MODULE
-from mobiq_lightning.errors import MobiqError, RecipeError, RunFolderError, shown
+from mobiq_lightning.errors import MobiqError, RecipeError, shown
 from mobiq_lightning.extras import require
-from mobiq_lightning.jobs import GRIDS, override_arguments, recipe_path
+from mobiq_lightning.jobs import GRIDS, disk_errors, interruptible, override_arguments, recipe_path
+from mobiq_lightning.runs import RunFolder
 
 if TYPE_CHECKING:
     from mobiq_lightning.comparison.folder import ComparisonFolder
@@ -60,22 +61,13 @@ def compare(
     changes = {name: value for name, value in given.items() if value is not None}
     read = changed_grid(recipe_path(str(grid), GRIDS), changes, overrides)
     cells = read.cells()
-    from filelock import FileLock, Timeout
-
     from mobiq_lightning.comparison.check import check_cells, without_speed
-    from mobiq_lightning.comparison.file_names import LOCK
 
     check_cells(cells)
     cells = [without_speed(cell) for cell in cells]
-    try:
-        read.root.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:  # a file of that name, no permission, a name that is too long
-        raise RunFolderError(f"folder: {shown(str(read.root))} cannot be made ({error}); give another") from error
-    try:
-        with FileLock(read.root / LOCK, timeout=0):
-            return _run(read, cells, overwrite, _as_command(read.path, changes, overrides))
-    except Timeout as error:
-        raise RunFolderError(f"{read.root}: another process runs this comparison; wait for it, or end it") from error
+    kept = "finished cells and epochs are kept; the same command goes on"
+    with interruptible(kept) as told, disk_errors(lambda: told.how_it_goes_on()), RunFolder(read.root).locked():
+        return _run(read, cells, overwrite, _as_command(read.path, changes, overrides))
 
 
 def changed_grid(path: str, changes: Mapping[str, Any], overrides: Mapping[str, Any]) -> Grid:

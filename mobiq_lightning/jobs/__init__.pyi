@@ -1,7 +1,9 @@
 # What others may use of this package; `__init__.py` loads it when it is asked for.
 from .arguments import override_arguments as override_arguments
 from .cli import ElasticCLI as ElasticCLI
+from .exit_codes import disk_errors as disk_errors
 from .exit_codes import exit_code as exit_code
+from .interruption import interruptible as interruptible
 from .reading import parse_value as parse_value
 from .reading import read_recipe as read_recipe
 from .recipe import GROUPS as GROUPS

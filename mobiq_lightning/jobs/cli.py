@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NoReturn, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import yaml
 from lightning.pytorch import Trainer
@@ -15,7 +15,13 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from mobiq_lightning.calibration import ElasticCalibration, SafeCheckpointIO, finish_checkpoint
+from mobiq_lightning.calibration import (
+    ElasticCalibration,
+    SafeCheckpointIO,
+    can_be_read,
+    check_strategy,
+    finish_checkpoint,
+)
 from mobiq_lightning.callbacks import (
     BlockExport,
     CalibrationProgress,
@@ -28,13 +34,18 @@ from mobiq_lightning.callbacks import (
     ThresholdTuning,
 )
 from mobiq_lightning.callbacks.base import CalibrationCallback
+from mobiq_lightning.callbacks.cut_short import check_fit_is_whole
 from mobiq_lightning.callbacks.visit_checkpoint import VisitCheckpoint
-from mobiq_lightning.console import program, say
+from mobiq_lightning.console import is_first_process, program, say
 from mobiq_lightning.errors import MobiqError, NonFiniteError, RecipeError, RunFolderError
 from mobiq_lightning.evaluation import print_table
+from mobiq_lightning.jobs.damaged_run import carry_over, must_be_rebuilt
+from mobiq_lightning.jobs.lost_process import lost_process
+from mobiq_lightning.jobs.parsing import TRAINER_DEFAULTS, RecipeParser, with_whole_stages
+from mobiq_lightning.jobs.trainer_checks import check_trainer, trainer_errors
 from mobiq_lightning.latency import print_budgets
 from mobiq_lightning.loggers import JsonlLogger, WandbLogger
-from mobiq_lightning.runs import CHECKPOINTS, CONFIG, CSV_LOG, ELASTIC, RESULTS, RunFolder, read_results
+from mobiq_lightning.runs import CHECKPOINTS, CONFIG, CSV_LOG, ELASTIC, RESULTS, SPEED, RunFolder, read_results
 from mobiq_lightning.sources import TextWindows
 
 Command: TypeAlias = Literal["fit", "validate", "build"]
@@ -42,30 +53,6 @@ Command: TypeAlias = Literal["fit", "validate", "build"]
 MAX_RETRIES = 2
 RETRY_FACTOR = 0.2
 """What a block's learning rates are multiplied with each time it is started anew."""
-
-_TRAINER_DEFAULTS: dict[str, Any] = {
-    "default_root_dir": "runs/elastic",
-    "devices": 1,
-    "max_epochs": 1,  # LayerwiseCalibration sets it to blocks times epochs per block
-    "log_every_n_steps": 10,
-    "num_sanity_val_steps": 0,
-    "enable_model_summary": False,
-    "use_distributed_sampler": False,  # the data module shares windows out among ranks itself
-}
-
-
-class RecipeParser(LightningArgumentParser):
-    """Says what is wrong in a few lines instead of a page of usage, and takes no abbreviated keys."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs.setdefault("allow_abbrev", False)
-        super().__init__(*args, **kwargs)
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Turns whatever the parser finds into a `RecipeError`."""
-        if "are required" in message:
-            message += ". Give a recipe, as in --config recipes/tiny.yaml"
-        raise RecipeError(message) from ex
 
 
 class ElasticCLI(LightningCLI):
@@ -91,16 +78,23 @@ class ElasticCLI(LightningCLI):
         self.run_folder = RunFolder(".")
         self.resumes = False
         self.recipe: dict[str, Any] = {}
+        try:
+            self._build(arguments)
+        except BaseException:
+            self.run_folder.release()
+            raise
+
+    def _build(self, arguments: Sequence[str]) -> None:
         super().__init__(
             ElasticCalibration,
             TextWindows,
             seed_everything_default=0,
-            trainer_defaults=_TRAINER_DEFAULTS,
+            trainer_defaults=TRAINER_DEFAULTS,
             save_config_callback=None,
             auto_configure_optimizers=False,
             parser_class=RecipeParser,
-            parser_kwargs={"prog": f"{program()} {command}"},
-            args=_with_whole_stages(arguments),
+            parser_kwargs={"prog": f"{program()} {self.command}"},
+            args=with_whole_stages(arguments),
             run=False,  # the command is no part of what is parsed: one recipe fits all, and a run resumes by itself
         )
 
@@ -111,8 +105,26 @@ class ElasticCLI(LightningCLI):
             The run folder, finished.
         """
         jobs: dict[str, Callable[[], None]] = {"fit": self.fit, "validate": self.validate}
-        jobs[self.command]()
+        try:
+            with trainer_errors(), lost_process(self.trainer, self.how_it_goes_on):
+                jobs[self.command]()
+        except OSError:
+            self.run_folder.check_in_place()
+            raise
+        finally:
+            self.run_folder.release()
         return self.run_folder
+
+    def how_it_goes_on(self) -> str:
+        """What a user is told whose job has ended before its time: what is kept, and what the same command does."""
+        kept = self.run_folder.epochs_kept
+        if self.command == "validate":
+            return "the checkpoint is as it was; the same command compares again"
+        if self.run_folder.finished:
+            return "the results are written; the same command shows them"
+        if not kept:
+            return "no epoch was finished; the same command starts the run"
+        return f"{kept} finished epochs are kept; the same command goes on after them"
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the one key that is no part of a recipe."""
@@ -124,14 +136,20 @@ class ElasticCLI(LightningCLI):
         self._dump_config()
         recipe = {k: v for k, v in self.config_dump.items() if k not in self.own_keys}
         self.recipe = json.loads(json.dumps(recipe))
+        check_trainer(self.recipe["trainer"])
         self.run_folder = RunFolder(self.recipe["trainer"]["default_root_dir"])
-        if self.command == "fit":
-            self.resumes = self.run_folder.claim(self.recipe, bool(self._get(self.config, "overwrite")))
-        elif self.command == "validate" and not (self.run_folder.checkpoint / CONFIG).is_file():
+        overwrite = bool(self._get(self.config, "overwrite"))
+        if self.command == "validate" and not (self.run_folder.checkpoint / CONFIG).is_file():
             raise RunFolderError(
                 f"{self.run_folder.path} holds no finished run (no {ELASTIC}/{CONFIG}). Run `fit` with this recipe "
                 "first, or give the run's folder as --trainer.default_root_dir"
             )
+        if not is_first_process():
+            self.resumes = not overwrite  # the first process locks the folder and claims it for all
+        elif self.command != "build":
+            self.run_folder.lock()
+            if self.command == "fit":
+                self.resumes = self.run_folder.claim(self.recipe, overwrite)
 
     def expand_run_folder(self) -> None:
         """Puts environment variables into the run folder's name: in a sweep, $WANDB_RUN_ID tells runs apart.
@@ -140,7 +158,7 @@ class ElasticCLI(LightningCLI):
             RecipeError: If one of them is not set.
         """
         trainer = self._get(self.config, "trainer")
-        folder = os.path.expandvars(str(trainer.default_root_dir))
+        folder = os.path.expandvars(str(trainer.default_root_dir or ""))
         if "$" in folder:
             raise RecipeError(f"trainer.default_root_dir: {folder} names an environment variable that is not set")
         trainer.default_root_dir = folder
@@ -164,8 +182,9 @@ class ElasticCLI(LightningCLI):
             LayerGains(),
             ThresholdTuning(),
             BlockExport(),
-            CalibrationProgress(),
         ]
+        if config.get("enable_progress_bar") is not False:
+            own.append(CalibrationProgress())
         # A run with results counts as finished, so they are written when all else is.
         own += [RoutingDiagnostics(), Results(), LatencyCheck(), *self._checkpoints()]
         callbacks = given + [c for c in own if not any(type(c) is type(g) for g in given) or _is_checkpoint(c)]
@@ -173,8 +192,11 @@ class ElasticCLI(LightningCLI):
         config["logger"] = self._loggers(config.get("logger"))
         plugins = config.get("plugins") or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
-        config["plugins"] = [*plugins, SafeCheckpointIO()]
-        return super().instantiate_trainer(**kwargs)
+        config["plugins"] = [*plugins, SafeCheckpointIO(self.run_folder.check_in_place)]
+        with trainer_errors(building=True):
+            trainer = super().instantiate_trainer(**kwargs)
+        check_strategy(trainer.strategy)
+        return trainer
 
     def _checkpoints(self) -> list[ModelCheckpoint]:
         """The last two epochs, and the last finished block, from which a block that fails is started anew."""
@@ -201,35 +223,47 @@ class ElasticCLI(LightningCLI):
 
     def fit(self) -> None:
         """Calibrates, or goes on calibrating; then exports and compares."""
-        if self.resumes and self.run_folder.finished:
-            say(
-                f"{self.run_folder.path} holds this run, finished; --overwrite starts it again, `validate` compares it again."
-            )
-            results = read_results(self.run_folder.path / RESULTS)
-            if results.measured is not None:
-                print_table(results.measured)
-            if results.latency is not None:
-                print_budgets(results.latency)
+        finished = self.resumes and self.run_folder.finished
+        if finished and not must_be_rebuilt(self.run_folder):
+            self._show_results()
             return
         while True:
             try:
-                self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self._newest_checkpoint())
+                self.trainer.fit(
+                    self.model, datamodule=self.datamodule, ckpt_path=self._newest_checkpoint(), weights_only=True
+                )
                 break
             except NonFiniteError as error:
                 self._prepare_retry(error)
+        check_fit_is_whole(self.trainer, self.model)
+        self.run_folder.check_in_place()
         self._export()
         self.trainer.strategy.barrier()  # the other ranks load what the first one has written
-        self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+        if finished:
+            self._show_results()
+        else:
+            self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+
+    def _show_results(self) -> None:
+        """Shows what a finished run has measured."""
+        say(
+            f"{self.run_folder.path} holds this run, finished; --overwrite starts it again, `validate` compares it again."
+        )
+        results = read_results(self.run_folder.path / RESULTS)
+        if results.measured is not None:
+            print_table(results.measured)
+        if results.latency is not None:
+            print_budgets(results.latency)
 
     def validate(self) -> None:
         """Compares the run's checkpoint again and replaces its results."""
         self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
 
     def _newest_checkpoint(self) -> Path | None:
-        checkpoint, damaged = self.run_folder.newest_checkpoint()
+        checkpoint, damaged = self.run_folder.newest_checkpoint(can_be_read)
         for path in damaged:
-            say(f"{path.name} is damaged or was not finished; it is not used.")
-            path.unlink()
+            say(f"{path.name} is damaged, was not finished, or is not safe to load; it is not used.")
+            path.unlink(missing_ok=True)
             path.with_suffix(".sha256").unlink(missing_ok=True)
         if checkpoint is not None:
             say(f"Resuming from {checkpoint.name} in {self.run_folder.path}.")
@@ -262,19 +296,15 @@ class ElasticCLI(LightningCLI):
     @rank_zero_only
     def _export(self) -> None:
         folder = self.run_folder.path / ELASTIC
+        rebuilt = self.run_folder.finished
+        speed = self.run_folder.checkpoint / SPEED
+        measured = speed.read_bytes() if rebuilt and speed.is_file() else None
         damaged = finish_checkpoint(self.model, yaml.safe_dump(self.config_dump, sort_keys=False))
         for block in damaged:
             say(f"The shard of block {block + 1} was damaged since it was written; it is written again.")
+        if rebuilt:
+            carry_over(self.run_folder, measured)
         say(f"Elastic checkpoint written to {folder}.")
-
-
-def _with_whole_stages(arguments: Sequence[str]) -> list[str]:
-    """Arguments under which stages replace those of the recipe; as many as it has would be merged with them, key by key."""
-    given = [a for a in arguments if a == "--model.stages" or a.startswith("--model.stages=")]
-    if not given:
-        return list(arguments)
-    first = arguments.index(given[0])
-    return [*arguments[:first], "--model.stages=null", *arguments[first:]]
 
 
 def _is_checkpoint(callback: Callback) -> bool:

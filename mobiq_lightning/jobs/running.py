@@ -6,14 +6,13 @@ imported.
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from mobiq_lightning.extras import require
 from mobiq_lightning.jobs.arguments import Recipe, command_line, with_recipe
+from mobiq_lightning.jobs.exit_codes import disk_errors
+from mobiq_lightning.jobs.interruption import interruptible
 from mobiq_lightning.jobs.recipe import check_arguments
 
 if TYPE_CHECKING:
@@ -98,24 +97,14 @@ def run_job(command: Literal["fit", "validate"], arguments: Sequence[str]) -> Ru
     require("calibrate", command)
     arguments = with_recipe(arguments)
     check_arguments(arguments)
-    from mobiq_lightning.jobs.cli import ElasticCLI
-    from mobiq_lightning.jobs.quiet import quiet_libraries
+    with (
+        interruptible("its work had not begun") as told,
+        disk_errors(lambda: told.how_it_goes_on()),
+    ):
+        from mobiq_lightning.jobs.cli import ElasticCLI
+        from mobiq_lightning.jobs.quiet import quiet_libraries
 
-    with quiet_libraries(), interruptible():
-        return ElasticCLI(command, arguments).run()
-
-
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """Ctrl-C within it is a `KeyboardInterrupt`, and works again afterwards: Lightning exits, and ignores the next ones."""
-    here = threading.current_thread() is threading.main_thread()
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except SystemExit as end:
-        if isinstance(end.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from end
-        raise
-    finally:
-        if here and handler is not None:
-            signal.signal(signal.SIGINT, handler)
+        with quiet_libraries():
+            job = ElasticCLI(command, arguments)
+            told.how_it_goes_on = job.how_it_goes_on
+            return job.run()

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from mobiq_lightning.extras import require
 from mobiq_lightning.jobs.arguments import Recipe, command_line, with_recipe
+from mobiq_lightning.jobs.exit_codes import disk_errors
+from mobiq_lightning.jobs.interruption import interruptible
 from mobiq_lightning.jobs.recipe import check_arguments
-from mobiq_lightning.jobs.running import interruptible
 
 if TYPE_CHECKING:
     from mobiq_lightning.runs import RunFolder
@@ -55,8 +56,10 @@ def run_outliers(arguments: Sequence[str], bits: Sequence[int], share: float) ->
     require("calibrate", "outliers")
     arguments = with_recipe(arguments)
     check_arguments(arguments)
-    from mobiq_lightning.jobs.outlier_study import OutlierStudy
-    from mobiq_lightning.jobs.quiet import quiet_libraries
+    kept = "finished runs and epochs are kept; the same command goes on"
+    with interruptible(kept) as told, disk_errors(lambda: told.how_it_goes_on()):
+        from mobiq_lightning.jobs.outlier_study import OutlierStudy
+        from mobiq_lightning.jobs.quiet import quiet_libraries
 
-    with quiet_libraries(), interruptible():
-        return OutlierStudy(arguments, bits, share).run()
+        with quiet_libraries():
+            return OutlierStudy(arguments, bits, share).run()

@@ -21,6 +21,7 @@ from .file_names import INDEX as INDEX
 from .file_names import JOURNAL as JOURNAL
 from .file_names import LATER as LATER
 from .file_names import LAYER_GAINS as LAYER_GAINS
+from .file_names import LOCK as LOCK
 from .file_names import OUTLIERS as OUTLIERS
 from .file_names import OUTLIERS_PLOT as OUTLIERS_PLOT
 from .file_names import OUTLIERS_TABLE as OUTLIERS_TABLE
@@ -80,7 +81,7 @@ from .rows import summarize as summarize
 from .rows import verdict as verdict
 from .run_folder import RunFolder as RunFolder
 from .run_folder import check_identity as check_identity
-from .run_folder import differing_keys as differing_keys
+from .same_recipe import differing_keys as differing_keys
 from .shared_work import SharedWork as SharedWork
 from .speed import SpeedNote as SpeedNote
 from .speed import SpeedRow as SpeedRow

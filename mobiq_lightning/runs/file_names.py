@@ -44,6 +44,8 @@ OUTLIERS_TABLE = "outliers.csv"
 """Every token of that study as a line; written with it."""
 OUTLIERS_PLOT = "outliers.png"
 """The plot of that study; written with it."""
+LOCK = ".lock"
+"""File whose lock the process holds that works in a folder; `RunFolder.lock` makes it, and removes it at the end."""
 
 RUN_FILES = (
     RUN_CONFIG,

@@ -32,6 +32,11 @@ def named(path: str, **arguments: Any) -> dict[str, Any]:
     return {"class_path": path, "init_args": arguments}
 
 
+def finish_an_epoch(folder: RunFolder) -> None:
+    (folder.path / "checkpoints").mkdir(exist_ok=True)
+    (folder.path / "checkpoints" / "epoch-000000.ckpt").write_bytes(b"learned")
+
+
 GUARDS = ["mobiq_lightning.callbacks.Guards", "mobiq_lightning.callbacks.guards.Guards", f"{__name__}.StricterGuards"]
 
 
@@ -42,6 +47,7 @@ def test_guards_and_what_derives_from_them_may_change_when_a_run_goes_on(tmp_pat
     assert folder.claim(recipe(named(path, worse_block="record")), overwrite=False) is True
     assert "record" in (tmp_path / "run" / "config.yaml").read_text()
     assert folder.claim(recipe(), overwrite=False) is True
+    finish_an_epoch(folder)
     with pytest.raises(RunFolderError, match=r"trainer\.callbacks"):
         folder.claim(recipe(named("mobiq_lightning.callbacks.LayerGains", windows=4)), overwrite=False)
 
@@ -51,6 +57,7 @@ def test_no_class_of_a_stored_recipe_is_imported(tmp_path: Path, monkeypatch: py
     monkeypatch.syspath_prepend(str(tmp_path))
     folder = RunFolder(tmp_path / "run")
     folder.claim(recipe(named("foreign_callbacks.Guards")), overwrite=False)
+    finish_an_epoch(folder)
     with pytest.raises(RunFolderError, match=r"foreign_callbacks\.Guards"):
         folder.claim(recipe(), overwrite=False)
     assert "foreign_callbacks" not in sys.modules

@@ -1,0 +1,61 @@
+"""What of two recipes must be the same for a run to go on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from mobiq_lightning.runs.class_path import loaded_class
+
+_IRRELEVANT = (
+    "overwrite",
+    "config",
+    "model.shared_work",
+    "trainer.logger",
+    "trainer.default_root_dir",
+    "trainer.log_every_n_steps",
+    "trainer.fast_dev_run",
+    "trainer.max_steps",
+    "trainer.min_steps",
+    "trainer.max_time",
+    "trainer.enable_progress_bar",
+    "trainer.enable_model_summary",
+    "trainer.profiler",
+    "trainer.detect_anomaly",
+    "trainer.num_sanity_val_steps",
+)
+"""Keys that may differ between an interrupted run and the one that goes on with it: what they limit or show is not learned."""
+_LIMITS = ("lightning.pytorch.callbacks.Timer", "lightning.pytorch.callbacks.EarlyStopping")
+"""Callbacks that end a run early and change nothing else of it, as recipes name them; a run may go on without them."""
+
+
+def differing_keys(stored: Any, given: Any, prefix: str = "") -> Iterator[str]:
+    """Lines ``key: stored value -> given value`` for every key that matters and differs."""
+    if isinstance(stored, dict) and isinstance(given, dict):
+        for key in [*stored, *(k for k in given if k not in stored)]:
+            yield from differing_keys(stored.get(key), given.get(key), f"{prefix}{key}.")
+    elif stored != given and not any(prefix.startswith(f"{key}.") for key in _IRRELEVANT):
+        yield f"{prefix.rstrip('.')}: {stored!r} -> {given!r}"
+
+
+def differing_keys_of_runs(stored: dict[str, Any], given: dict[str, Any]) -> Iterator[str]:
+    """Lines as `differing_keys` gives them, without callbacks that a run may change when it goes on."""
+    yield from differing_keys(_fixed_part(stored), _fixed_part(given))
+
+
+def _fixed_part(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe without the callbacks that a run may change when it goes on.
+
+    A callback says so itself, with a class attribute ``may_change_on_resume`` that is true, as `Guards` does: a run that a
+    guard has stopped goes on with another action. What was calibrated until then passed the guard, so it is what it would
+    have been with the other action.
+    """
+    trainer = recipe.get("trainer") or {}
+    fixed = [callback for callback in trainer.get("callbacks") or [] if not _may_change(callback)]
+    return {**recipe, "trainer": {**trainer, "callbacks": fixed or None}}
+
+
+def _may_change(callback: Any) -> bool:
+    """Whether a run may go on with another such callback, or without it."""
+    path = callback.get("class_path") if isinstance(callback, dict) else callback
+    return path in _LIMITS or bool(getattr(loaded_class(callback), "may_change_on_resume", False))

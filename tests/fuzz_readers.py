@@ -130,6 +130,10 @@ def readers(folder: Path) -> list[Reader]:
     grid = read_grid(str(folder / "grid.yaml"))
     claimed = folder / "claimed"
     ComparisonFolder(claimed).claim(grid, grid.cells(), overwrite=False)
+
+    def drawn(name: str, parse: Callable[[str], Any] | None) -> Reader:
+        return Reader(f"drawn report, {name}", run, name, _drawn_report, parse, cost=300, seconds=60)
+
     return [
         Reader(
             "recipe", folder, "recipe.yaml", lambda f: check_arguments(["--config", str(f / "recipe.yaml")]),
@@ -144,14 +148,10 @@ def readers(folder: Path) -> list[Reader]:
         Reader("layer_gains.json", run, "layer_gains.json", _read_gains),
         Reader("cell.json", run, "cell.json", _read_cell),
         Reader("comparison.json", claimed, "comparison.json", lambda f: _claim(f, grid)),
-        *(
-            Reader(f"report, {name}", run, name, _report, *((None,) if name.endswith("l") else ()), cost=2)
-            for name in ("results.json", "diagnostics.json", "metrics.jsonl", "cell.json")
-        ),
-        *(
-            Reader(f"drawn report, {name}", run, name, _drawn_report, *((None,) if name.endswith("l") else ()), cost=300, seconds=60)
-            for name in ("results.json", "diagnostics.json", "metrics.jsonl")
-        ),
+        *(Reader(f"report, {n}", run, n, _report, cost=2) for n in ("results.json", "diagnostics.json", "cell.json")),
+        Reader("report, metrics.jsonl", run, "metrics.jsonl", _report, None, cost=2),
+        *(drawn(name, json.loads) for name in ("results.json", "diagnostics.json")),
+        drawn("metrics.jsonl", None),
     ]  # fmt: skip
 
 

@@ -130,6 +130,10 @@ def readers(folder: Path) -> list[Reader]:
     grid = read_grid(str(folder / "grid.yaml"))
     claimed = folder / "claimed"
     ComparisonFolder(claimed).claim(grid, grid.cells(), overwrite=False)
+
+    def drawn(name: str, parse: Callable[[str], Any] | None) -> Reader:
+        return Reader(f"drawn report, {name}", run, name, _drawn_report, parse, cost=300, seconds=60)
+
     return [
         Reader(
             "recipe", folder, "recipe.yaml", lambda f: check_arguments(["--config", str(f / "recipe.yaml")]),
@@ -144,14 +148,11 @@ def readers(folder: Path) -> list[Reader]:
         Reader("layer_gains.json", run, "layer_gains.json", _read_gains),
         Reader("cell.json", run, "cell.json", _read_cell),
         Reader("comparison.json", claimed, "comparison.json", lambda f: _claim(f, grid)),
-        *(
-            Reader(f"report, {name}", run, name, _report, *((None,) if name.endswith("l") else ()), cost=2)
-            for name in ("results.json", "diagnostics.json", "metrics.jsonl", "cell.json")
-        ),
-        *(
-            Reader(f"drawn report, {name}", run, name, _drawn_report, *((None,) if name.endswith("l") else ()), cost=300, seconds=60)
-            for name in ("results.json", "diagnostics.json", "metrics.jsonl")
-        ),
+        *(Reader(f"report, {n}", run, n, _report, cost=2) for n in ("results.json", "cell.json")),
+        Reader("report, diagnostics.json", run, "diagnostics.json", _read_cells),
+        Reader("report, metrics.jsonl", run, "metrics.jsonl", _read_cells, None),
+        *(drawn(name, json.loads) for name in ("results.json", "diagnostics.json")),
+        drawn("metrics.jsonl", None),
     ]  # fmt: skip
 
 
@@ -219,6 +220,11 @@ def _input(folder: Path) -> ReportInput:
 def _report(folder: Path) -> None:
     strategies, _ = read_strategies(_input(folder).cells)
     measured_points(strategies)
+
+
+def _read_cells(folder: Path) -> None:
+    cells = [ReportCell(name, seed, folder, {}, "finished") for name in ("a", "b") for seed in (0, 1)]
+    read_strategies(cells)
 
 
 def _drawn_report(folder: Path) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NoReturn, TypeVar
 
 from mobiq_lightning.console import program
-from mobiq_lightning.errors import RecipeError, nearest
+from mobiq_lightning.errors import RecipeError, nearest, shown
 from mobiq_lightning.extras import require
 
 Number = TypeVar("Number", int, float)
@@ -38,16 +38,19 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, prog: str, **settings: Any) -> None:
         self.options: list[str] = []
+        self.valued: list[str] = []
         super().__init__(prog=prog, allow_abbrev=False, **settings)
 
     def add_argument(self, *names: str, **settings: Any) -> argparse.Action:
-        """Declares an argument; `options` holds the names of those with dashes."""
-        self.options += [name for name in names if name.startswith("--")]
+        """Declares an argument; `options` holds the names of those with dashes, `valued` of those that take a value."""
+        found = [name for name in names if name.startswith("--")]
+        self.options += found
+        self.valued += found if "action" not in settings else []
         return super().add_argument(*names, **settings)
 
     def error(self, message: str) -> NoReturn:
         """Raises what is wrong, after the name of the command."""
-        said = re.sub(r"argument (\S+): expected one argument", r"\1: a value is missing", message)
+        said = re.sub(r"^argument ", "", message).replace("expected one argument", "a value is missing")
         said = said.replace("the following arguments are required:", "missing:")
         command = self.prog.rpartition(" ")[2]
         raise RecipeError(f"{command}: {said}. `{self.prog} --help` lists what there is")
@@ -127,7 +130,7 @@ class Command(ABC):
         Raises:
             RecipeError: With the nearest name if there is no such option.
         """
-        normal = normalized(parser.options, arguments)
+        normal = joined(parser, normalized(parser.options, arguments))
         for name in (a.partition("=")[0] for a in normal if a.startswith("--")):
             if name not in parser.options:
                 raise RecipeError(unknown_option(self.name, name, parser.options))
@@ -152,6 +155,22 @@ def normalized(known: Sequence[str], arguments: Sequence[str]) -> list[str]:
     return found
 
 
+def joined(parser: Parser, arguments: Sequence[str]) -> list[str]:
+    """Arguments with the value of each option behind an equals sign, so that a value may begin with dashes.
+
+    Args:
+        parser: The parser that declares the options.
+        arguments: Arguments with the names of options as they are declared.
+    """
+    found, pending = [], list(arguments)
+    while pending:
+        argument = pending.pop(0)
+        if argument in parser.valued and pending and pending[0].partition("=")[0] not in parser.options:
+            argument += f"={pending.pop(0)}"
+        found.append(argument)
+    return found
+
+
 def unknown_option(command: str, name: str, known: Sequence[str]) -> str:
     """What is said to an option that does not exist."""
     plain = [option.removeprefix("--") for option in known]
@@ -159,7 +178,7 @@ def unknown_option(command: str, name: str, known: Sequence[str]) -> str:
     return f"{command}: {name}: no such option. {hint}"
 
 
-def number_list(command: str, option: str, text: str, kind: Callable[[str], Number]) -> list[Number]:
+def number_list(command: str, option: str, text: str, kind: Callable[[str], Number], high: float = 8) -> list[Number]:
     """Numbers of an option such as ``--bits 2,3,4``; brackets around them are allowed.
 
     Args:
@@ -167,14 +186,19 @@ def number_list(command: str, option: str, text: str, kind: Callable[[str], Numb
         option: The option, for the message.
         text: What was given.
         kind: `float`, or `int` where only whole numbers make sense.
+        high: The highest that makes sense; all must be above 0.
 
     Raises:
-        RecipeError: If a part is no number of that kind.
+        RecipeError: If a part is no number of that kind, or out of range.
     """
     try:
-        return [kind(part) for part in text.strip("[] ").split(",") if part.strip()]
+        found = [kind(part) for part in text.strip("[] ").split(",") if part.strip()]
     except ValueError as error:
         what = "whole bits" if kind is int else "numbers"
         raise RecipeError(
-            f"{command}: {option} {text}: give {what} separated by commas, as in {option} 2,3,4"
+            f"{command}: {option} {shown(text)[1:-1]}: give {what} separated by commas, as in {option} 2,3,4"
         ) from error
+    wrong = [value for value in found if not 0 < value <= high]  # NaN is not
+    if wrong:
+        raise RecipeError(f"{command}: {option} {shown(wrong[0])}: numbers above 0 and at most {high:g} are expected")
+    return found

@@ -6,6 +6,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
 
+from mobiq_lightning.commands import argument_types
 from mobiq_lightning.commands.command import Parser, unknown_option
 from mobiq_lightning.commands.recipe_command import RecipeCommand
 from mobiq_lightning.errors import RecipeError
@@ -25,7 +26,9 @@ class Compare(RecipeCommand):
         """Declares what the command line changes of a grid."""
         parser.add_argument("--seeds", metavar="0,1,2", help="seeds instead of the grid's")
         parser.add_argument("--bits", metavar="2,2.5,3", help="used bits of the table instead of the grid's")
-        parser.add_argument("--folder", metavar="FOLDER", help="where runs, tables and the report go")
+        parser.add_argument(
+            "--folder", type=argument_types.folder, metavar="FOLDER", help="where runs, tables and the report go"
+        )
         parser.add_argument("--workers", metavar="N", help="cells that run at the same time; auto: one per GPU, or one")
         parser.add_argument("--overwrite", action="store_true", help="remove what the folder holds of a comparison")
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from argparse import Namespace
 
+from mobiq_lightning.commands import argument_types
+from mobiq_lightning.commands.argument_types import check_run
 from mobiq_lightning.commands.command import RUN_HELP, Command, Parser
 from mobiq_lightning.console import as_utf8
 from mobiq_lightning.errors import RecipeError
@@ -21,17 +23,36 @@ class Generate(Command):
         """Declares the run, the prompt, and how it is continued."""
         parser.add_argument("run", metavar="RUN", help=RUN_HELP)
         parser.add_argument("--prompt", default="", metavar="TEXT", help="text to continue")
-        parser.add_argument("--bits", type=float, default=4.0, help="average bits per weight to run at (default 4)")
-        parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="tokens to add at most (64)")
+        parser.add_argument(
+            "--bits",
+            type=argument_types.number(0, argument_types.MOST_BITS, above=True),
+            default=4.0,
+            metavar="BITS",
+            help="average bits per weight to run at (default 4)",
+        )
+        parser.add_argument(
+            "--max-new-tokens",
+            type=argument_types.whole(1, 10**6),
+            default=64,
+            metavar="N",
+            help="tokens to add at most (64)",
+        )
         parser.add_argument(
             "--temperature",
-            type=float,
+            type=argument_types.temperature,
             default=0.0,
             metavar="T",
             help="0 takes the likeliest token (default); above, tokens are sampled at this temperature",
         )
-        parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (0)")
-        parser.add_argument("--max-bits", type=int, metavar="BITS", help="load only the planes up to this depth")
+        parser.add_argument(
+            "--seed", type=argument_types.whole(0, 2**63 - 1), default=0, metavar="N", help="seed of the sampling (0)"
+        )
+        parser.add_argument(
+            "--max-bits",
+            type=argument_types.whole(1, argument_types.MOST_BITS),
+            metavar="BITS",
+            help="load only the planes up to this depth",
+        )
 
     def run(self, given: Namespace) -> None:
         """Prints the text on standard output, and the bits that were used on standard error."""
@@ -39,6 +60,7 @@ class Generate(Command):
             raise RecipeError(
                 'generate: --prompt is missing or empty; give the text to continue, as in --prompt "Once upon"'
             )
+        check_run(given.run)
         from mobiq_lightning.commands.progress import no_progress_bars
         from mobiq_lightning.serving import continue_prompt
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 
+from mobiq_lightning.commands.argument_types import check_run
 from mobiq_lightning.commands.command import RUN_HELP, Command, Parser
 
 
@@ -20,6 +21,7 @@ class Inspect(Command):
 
     def run(self, given: Namespace) -> None:
         """Prints tables."""
+        check_run(given.run)
         from mobiq_lightning.checkpoint import summarize_checkpoint
         from mobiq_lightning.commands.summary import print_summary
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from argparse import Namespace
 from pathlib import Path
 
+from mobiq_lightning.commands import argument_types
+from mobiq_lightning.commands.argument_types import check_run
 from mobiq_lightning.commands.command import RUN_HELP, Command, Parser
 from mobiq_lightning.errors import RecipeError
 
@@ -22,7 +24,7 @@ class Latency(Command):
 
     def add_arguments(self, parser: Parser) -> None:
         """Declares whose shapes are timed, and what is done."""
-        parser.add_argument("run_folder", metavar="RUN", nargs="?", default="", help=f"{RUN_HELP}: take its shapes")
+        parser.add_argument("run_folder", metavar="RUN", nargs="?", help=f"{RUN_HELP}: take its shapes")
         parser.add_argument(
             "--shapes",
             default="",
@@ -37,10 +39,18 @@ class Latency(Command):
             help="check, ceilings, decode, batch, prefill, model, separated by commas; by default all that the device has",
         )
         parser.add_argument(
-            "--to", default="latency", metavar="FOLDER", help="where latency.json and latency.png go (default latency)"
+            "--to",
+            type=argument_types.folder,
+            default="latency",
+            metavar="FOLDER",
+            help="where latency.json and latency.png go (default latency)",
         )
         parser.add_argument(
-            "--minutes", type=float, default=9.0, metavar="M", help="stop after so long, and keep the rows (default 9)"
+            "--minutes",
+            type=argument_types.number(0, 1e5, above=True),
+            default=9.0,
+            metavar="M",
+            help="stop after so long, and keep the rows (default 9)",
         )
         parser.add_argument(
             "--tune",
@@ -59,18 +69,24 @@ class Latency(Command):
             raise RecipeError("latency: --tune and --warm-up are two different things; give one")
         if given.warm_up and not given.run_folder:
             raise RecipeError("latency: --warm-up needs a run, as in latency runs/tiny --warm-up")
+        from mobiq_lightning.latency import check_names
+
+        run = "" if given.run_folder is None else given.run_folder
+        check_names(run, given.shapes, given.sections)
+        if given.run_folder is not None:
+            check_run(run)
         from mobiq_lightning.commands.progress import no_progress_bars
 
         no_progress_bars()
         if given.warm_up:
             from mobiq_lightning.commands.warming import warm_up_checkpoint
 
-            warm_up_checkpoint(given.run_folder)
+            warm_up_checkpoint(run)
         elif given.tune:
             from mobiq_lightning.latency import tune_here
 
-            tune_here(given.run_folder, given.shapes, Path(given.to), given.minutes)
+            tune_here(run, given.shapes, Path(given.to), given.minutes)
         else:
             from mobiq_lightning.latency import measure
 
-            measure(given.run_folder, given.shapes, given.sections, Path(given.to), given.minutes)
+            measure(run, given.shapes, given.sections, Path(given.to), given.minutes)

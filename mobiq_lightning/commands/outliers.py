@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 
+from mobiq_lightning.commands import argument_types
 from mobiq_lightning.commands.command import Parser, number_list
 from mobiq_lightning.commands.recipe_command import RecipeCommand
 
@@ -23,13 +24,16 @@ class Outliers(RecipeCommand):
             "--bits", default="", metavar="2,3,4", help="precisions; by default all depths of the recipe's slices"
         )
         parser.add_argument(
-            "--share", type=float, default=0.1, help="part of the tokens that counts as worst (default 0.1)"
+            "--share",
+            type=argument_types.number(0, 1, above=True),
+            default=0.1,
+            help="part of the tokens that counts as worst (default 0.1)",
         )
         parser.add_argument("--overwrite", action="store_true", help="remove the runs that the run folder holds")
 
     def run(self, given: Namespace) -> None:
         """Runs the study."""
-        bits = number_list("outliers", "--bits", given.bits, int)
+        bits = number_list("outliers", "--bits", given.bits, int, argument_types.MOST_BITS)
         from mobiq_lightning.jobs import run_outliers
 
         run_outliers([*given.keys, *(["--overwrite"] if given.overwrite else [])], bits, given.share)

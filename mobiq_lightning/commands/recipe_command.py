@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Sequence
 
-from mobiq_lightning.commands.command import Command, Parser, normalized
+from mobiq_lightning.commands.command import Command, Parser, joined, normalized
 from mobiq_lightning.console import program
 from mobiq_lightning.extras import require
 
@@ -32,7 +32,7 @@ class RecipeCommand(Command):
         """Reads the command's own options; `keys` holds what is left, which is the recipe's."""
         own = Parser(f"{program()} {self.name}", add_help=False)
         self.add_options(own)
-        given, keys = own.parse_known_args(normalized(own.options, arguments))
+        given, keys = own.parse_known_args(joined(own, normalized(own.options, arguments)))
         given.keys = keys
         return given
 

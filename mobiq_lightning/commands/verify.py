@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 
+from mobiq_lightning.commands.argument_types import check_run
 from mobiq_lightning.commands.command import RUN_HELP, Command, Parser
 from mobiq_lightning.console import program
 from mobiq_lightning.errors import CheckpointError
@@ -22,6 +23,7 @@ class Verify(Command):
 
     def run(self, given: Namespace) -> None:
         """Prints a line for each check, and what is damaged."""
+        check_run(given.run)
         from mobiq_lightning.checkpoint import verify
         from mobiq_lightning.commands.progress import no_progress_bars
         from mobiq_lightning.runs import CHECKPOINTS, RunFolder

@@ -75,7 +75,7 @@ def print_table(measured: Measured) -> None:
 
 
 def plot(measured: Measured) -> Any:
-    """Draws perplexity against used bits, one line per allocation.
+    """Draws perplexity against used bits, one line per allocation; a perplexity that is not finite is left out.
 
     Returns:
         The matplotlib figure.
@@ -86,9 +86,9 @@ def plot(measured: Measured) -> Any:
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    rows = summarize(measured.rows)
-    full = next(row for row in rows if row.allocation == "full")
-    axes.axhline(full.perplexity, color="black", linewidth=1, linestyle=":", label="full precision")
+    rows = summarize(row for row in measured.rows if row.finite)
+    for full in (row for row in rows if row.allocation == "full"):
+        axes.axhline(full.perplexity, color="black", linewidth=1, linestyle=":", label="full precision")
     for allocation, color in _COLORS.items():
         points = sorted((row.used_bits, row.perplexity, row.spread) for row in rows if row.allocation == allocation)
         if not points:
@@ -111,8 +111,11 @@ def plot(measured: Measured) -> Any:
     axes.yaxis.set_major_formatter("{x:.4g}")
     axes.yaxis.set_minor_formatter("{x:.4g}")
     axes.grid(True, which="both", alpha=0.25)
-    axes.set_title(measured.heading, fontsize=10)
-    axes.legend()
+    lost = len(measured.rows) - sum(row.finite for row in measured.rows)
+    said = f"\n{lost} of {len(measured.rows)} rows are not finite and left out" if lost else ""
+    axes.set_title(f"{measured.heading}{said}", fontsize=10, parse_math=False)
+    if rows:
+        axes.legend()
     return figure
 
 

@@ -73,7 +73,7 @@ def _no_file(path: str) -> str:
     name = path if path.isprintable() and 0 < len(path) < _LONG else shown(path)
     try:
         folder = Path(path)
-        if folder.is_dir():
+        if path.strip() and folder.is_dir():
             return f"{name} is a folder without {RUN_CONFIG}: neither a recipe nor a run folder"
         beside = [str(p) for p in folder.parent.glob("*.yaml")] if folder.parent.is_dir() else []
     except (OSError, ValueError):  # a name that no file can have
@@ -135,6 +135,13 @@ class PlainLoader(yaml.SafeLoader):
             _refuse(node, f"{node.value} is not a number")
         return value
 
+    def construct_yaml_str(self, node: Any) -> str:
+        """A text that can be written again; one half of a character that takes two cannot."""
+        value = str(super().construct_yaml_str(node))
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            _refuse(node, "the text holds half of a character")
+        return value
+
     def construct_not_plain(self, node: Any) -> NoReturn:
         """Refuses a type that JSON does not have."""
         shown = f"{node.value[:60]} is " if isinstance(node, yaml.ScalarNode) else "this is "
@@ -142,6 +149,7 @@ class PlainLoader(yaml.SafeLoader):
 
 
 PlainLoader.add_constructor("tag:yaml.org,2002:float", PlainLoader.construct_yaml_float)
+PlainLoader.add_constructor(_STRING, PlainLoader.construct_yaml_str)
 for _kind in _NOT_PLAIN:
     PlainLoader.add_constructor(f"tag:yaml.org,2002:{_kind}", PlainLoader.construct_not_plain)
 

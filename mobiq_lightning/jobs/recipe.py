@@ -67,7 +67,8 @@ def check_arguments(arguments: Sequence[str]) -> None:
             continue
         if not equals:
             if not pending or _is_option(pending[0]):
-                problems += [] if name.endswith(".help") else [f"{name}: a value is missing"]
+                unknown = [] if name in ("--config", "-c") else check_key(_keys_of(name))
+                problems += [] if name.endswith(".help") else unknown or [f"{name}: a value is missing"]
                 continue
             value = pending.pop(0)
         if name in ("--config", "-c"):
@@ -76,10 +77,15 @@ def check_arguments(arguments: Sequence[str]) -> None:
             problems += [f"{where}: {problem}" for problem in check_recipe(recipe)]
             classes |= {key: _class_name(value) for key, value in _strategies(recipe)}
         elif not name.endswith(".help"):
-            keys = name[2:].rstrip("+").split(".")
+            keys = _keys_of(name)
             problems += check_key(keys) or _check_override(keys, value, classes)
     if problems:
         raise RecipeError("\n".join(problems))
+
+
+def _keys_of(option: str) -> list[str]:
+    """``[model, eval_bits]`` of ``--model.eval_bits``; a plus behind it adds to a list."""
+    return option[2:].rstrip("+").split(".")
 
 
 def _is_option(text: str) -> bool:

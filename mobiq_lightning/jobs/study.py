@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from mobiq_lightning.errors import RecipeError, shown
 from mobiq_lightning.extras import require
 from mobiq_lightning.jobs.arguments import Recipe, command_line, with_recipe
 from mobiq_lightning.jobs.exit_codes import disk_errors
@@ -13,6 +14,9 @@ from mobiq_lightning.jobs.recipe import check_arguments
 
 if TYPE_CHECKING:
     from mobiq_lightning.runs import RunFolder
+
+_MOST_BITS = 8
+"""Bits of all slices together at most."""
 
 
 def outliers(
@@ -54,6 +58,10 @@ def run_outliers(arguments: Sequence[str], bits: Sequence[int], share: float) ->
         MobiqError: If the study cannot be done.
     """
     require("calibrate", "outliers")
+    if isinstance(bits, (str, bytes)) or not isinstance(bits, Sequence) or not all(_is_depth(b) for b in bits):
+        raise RecipeError(f"outliers: bits {shown(bits)}; a list of whole numbers from 1 to {_MOST_BITS} is expected")
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1:
+        raise RecipeError(f"outliers: share ({shown(share)}) must be a number above 0 and below 1")
     arguments = with_recipe(arguments)
     check_arguments(arguments)
     kept = "finished runs and epochs are kept; the same command goes on"
@@ -63,3 +71,7 @@ def run_outliers(arguments: Sequence[str], bits: Sequence[int], share: float) ->
 
         with quiet_libraries():
             return OutlierStudy(arguments, bits, share).run()
+
+
+def _is_depth(value: object) -> bool:
+    return type(value) is int and 1 <= value <= _MOST_BITS

@@ -75,7 +75,9 @@ def range_problems(key: str, value: Any) -> list[str]:
     allowed = RANGES.get(key)
     if allowed is None or value is None:
         return []
-    if isinstance(value, list) != allowed.listed:
+    if isinstance(value, str) and value.lower().lstrip("+-") in (".nan", ".inf"):
+        return [f"{key}: {value} is no number; {allowed} is expected"]
+    if isinstance(value, dict) or isinstance(value, list) != allowed.listed:
         # A list in place of a number, or a number in place of a list.
         return [f"{key}: {shown(value)}; {allowed} is expected"] if isinstance(value, (list, dict, int, float)) else []
     numbers = [_number(item) for item in value] if isinstance(value, list) else [_number(value)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -12,16 +13,16 @@ import torch
 
 from mobiq_lightning.console import say
 from mobiq_lightning.environment import environment
-from mobiq_lightning.errors import KernelError, RecipeError, nearest
+from mobiq_lightning.errors import KernelError, RecipeError
 from mobiq_lightning.files import write_atomically
 from mobiq_lightning.kernels import missing_for_code, missing_for_kernels
 from mobiq_lightning.latency import report, sections
 from mobiq_lightning.latency.journal import PLOT, RESULTS, Journal
+from mobiq_lightning.latency.names import SECTIONS, check_names, split
 from mobiq_lightning.latency.shapes import Shape, parse_shapes, shapes_of_checkpoint
 from mobiq_lightning.latency.timing import CACHES, MAX_COPIES, Clock, cache_bytes
 from mobiq_lightning.latency.whole_model import model
 
-SECTIONS = ("check", "ceilings", "decode", "batch", "prefill", "model")
 CUDA_ONLY = ("check", "prefill")
 DEFAULT_SHAPES = {"kernels": "llama-2-7b,llama-3-8b,llama-3-70b", "reference": "small"}
 REFERENCE = "the CPU reference, which says nothing of GPUs"
@@ -59,7 +60,7 @@ def measure(
     """
     path, products = find_path()
     wanted = chosen_sections(names, path)
-    if minutes <= 0:
+    if not 0 < minutes < math.inf:
         raise RecipeError(f"latency: --minutes {minutes:g} must be above 0")
     listed = chosen_shapes(run, shapes, path)
     clock = Clock(products.device)
@@ -117,12 +118,9 @@ def chosen_sections(names: str, path: str) -> list[str]:
         RecipeError: If a section does not exist, with the nearest name, or needs a CUDA device.
     """
     here = [s for s in SECTIONS if path == "kernels" or s not in CUDA_ONLY]
-    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    check_names("", "", names)
+    wanted = split(names)
     for name in wanted:
-        if name not in SECTIONS:
-            raise RecipeError(
-                f"latency: --sections: no section {name!r}. {nearest(name, SECTIONS)} Sections: {', '.join(SECTIONS)}"
-            )
         if name not in here:
             raise RecipeError(f"latency: --sections: {name} needs a CUDA device; here there are {', '.join(here)}")
     return [s for s in here if s in wanted or not wanted]
@@ -140,8 +138,7 @@ def chosen_shapes(run: str, shapes: str, path: str) -> list[Shape]:
         RecipeError: If both a run and shapes are given, or a shape does not exist.
         KernelError: If the kernels are to be timed, but the run is in a code that they do not read.
     """
-    if run and shapes:
-        raise RecipeError("latency: give a run, whose shapes are taken, or --shapes, not both")
+    check_names(run, shapes, "")
     if not run:
         return parse_shapes(shapes or DEFAULT_SHAPES[path])
     listed = shapes_of_checkpoint(run)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from mobiq_lightning.errors import RecipeError, nearest
+from mobiq_lightning.latency.names import PARTS, SIZES, sizes_of, split
 from mobiq_lightning.nn import ElasticLinear
 from mobiq_lightning.packing import PackedSlices, depths_of
 
@@ -61,20 +60,12 @@ class Shape:
 
 
 def _llama(model: str, hidden: int, key_value: int, intermediate: int) -> list[Shape]:
-    return [
-        Shape(model, "qkv", (hidden, key_value, key_value), hidden),
-        Shape(model, "o", (hidden,), hidden),
-        Shape(model, "gate_up", (intermediate, intermediate), hidden),
-        Shape(model, "down", (hidden,), intermediate),
-    ]
+    rows = ((hidden, key_value, key_value), (hidden,), (intermediate, intermediate), (hidden,))
+    columns = (hidden, hidden, hidden, intermediate)
+    return [Shape(model, part, o, i) for part, o, i in zip(PARTS, rows, columns, strict=True)]
 
 
-MODELS = {
-    "llama-2-7b": _llama("llama-2-7b", 4096, 4096, 11008),
-    "llama-3-8b": _llama("llama-3-8b", 4096, 1024, 14336),
-    "llama-3-70b": _llama("llama-3-70b", 8192, 1024, 28672),
-    "small": _llama("small", 1024, 1024, 2816),
-}
+MODELS = {name: _llama(name, *sizes) for name, sizes in SIZES.items()}
 """By name of the model, the shapes of one decoder block; linears that share an input are one shape."""
 
 
@@ -89,22 +80,12 @@ def parse_shapes(text: str) -> list[Shape]:
     """
     single = {shape.name: shape for shapes in MODELS.values() for shape in shapes}
     found: list[Shape] = []
-    for name in filter(None, (part.strip() for part in text.split(","))):
-        if sizes := re.fullmatch(r"(\d+)x(\d+)", name):
-            rows, columns = int(sizes[1]), int(sizes[2])
-            if not rows or not columns:
-                raise RecipeError(f"latency: --shapes {name}: rows and columns must be at least 1")
-            found.append(Shape("given", name, (rows,), columns))
-        elif name in MODELS:
-            found += MODELS[name]
-        elif name in single:
-            found.append(single[name])
+    for name in split(text):
+        sizes = sizes_of(name)
+        if sizes is not None:
+            found.append(Shape("given", name, (sizes[0],), sizes[1]))
         else:
-            hint = nearest(name, [*MODELS, *single])
-            raise RecipeError(
-                f"latency: --shapes: no shape {name!r}. {hint} There are {', '.join(MODELS)}, one part of them as in "
-                "llama-2-7b.down, and ROWSxCOLUMNS"
-            )
+            found += MODELS.get(name) or [single[name]]
     return found
 
 

@@ -7,6 +7,7 @@ import math
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -102,6 +103,7 @@ def read_json(path: Path) -> Any:
         raise ResultsError(f"{error}{advice}") from error
 
 
+@cache
 def _fields_of(cls: type[Record]) -> tuple[tuple[Field[Any], Any], ...]:
     """Fields of a record with their types."""
     hints = get_type_hints(cls)

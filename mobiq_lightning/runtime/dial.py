@@ -9,12 +9,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mobiq_lightning.errors import BitsError
+from mobiq_lightning.errors import BitsError, shown
 from mobiq_lightning.nn import TABLE_STEP, ReadState, RoutedInput
 from mobiq_lightning.strategies.thresholds import Scope
 
 Budget = float | Sequence[float] | Tensor
 """Bits per weight: one for all rows of a batch, or one for each."""
+
+
+_EXPECTED = "give one figure, or one for each row of the batch"
 
 
 @dataclass(frozen=True)
@@ -90,8 +93,10 @@ class Dial:
             scope: Threshold table, ``layer`` or ``global``; by default that of the dial.
 
         Raises:
-            BitsError: If a budget is outside of what the stored slices can give.
+            BitsError: If a budget is no number or outside of what the stored slices can give, or there is no such table.
         """
+        if scope is not None and scope not in self._tables:
+            raise BitsError(f"scope {shown(scope)}; {' or '.join(self._tables)} is expected")
         self._turn(self._checked(bits), scope or self.scope)
         if not self._generating:
             self.reset()
@@ -202,9 +207,14 @@ class Dial:
 
     def _checked(self, bits: Budget) -> Tensor:
         """Budgets as a tensor, () or (R,) float64, on the host; raises `BitsError` if one is out of range."""
-        budgets = torch.as_tensor(bits, dtype=torch.float64).detach().cpu()
+        if isinstance(bits, (str, bytes, bool)):
+            raise BitsError(f"bits {shown(bits)}; {_EXPECTED}")
+        try:
+            budgets = torch.as_tensor(bits, dtype=torch.float64).detach().cpu()
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:  # None, words, a list of lists, 10**400
+            raise BitsError(f"bits {shown(bits)}; {_EXPECTED}") from error
         if budgets.ndim > 1 or budgets.numel() == 0:
-            raise BitsError(f"bits of shape {tuple(budgets.shape)}; give one figure, or one for each row of the batch")
+            raise BitsError(f"bits of shape {tuple(budgets.shape)}; {_EXPECTED}")
         inside = (budgets >= self.lowest) & (budgets <= self.highest)
         if not bool(inside.all()):
             given = ", ".join(f"{b:g}" for b in budgets[~inside].reshape(-1).tolist())

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from mobiq_lightning.errors import CheckpointError, RecipeError
+from mobiq_lightning.errors import CheckpointError, RecipeError, shown
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,20 @@ class BitsPolicy:
         tie: float = 0.002,
         margin: float = 0.25,
     ) -> None:
+        settings = {
+            "off_peak_queue": off_peak_queue,
+            "peak_queue": peak_queue,
+            "lowest_bits": lowest_bits,
+            "margin": margin,
+        }
+        settings |= {"highest_bits": highest_bits, "max_perplexity_ratio": max_perplexity_ratio, "tie": tie}
+        for name, value in settings.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise RecipeError(f"{name} ({shown(value)}) must be a finite number")
+        if not isinstance(curve, Sequence) or not all(map(_usable, curve)):
+            raise RecipeError(
+                f"curve {shown(curve)}: a list of CurvePoint is expected, with finite bits and perplexities above 0"
+            )
         if not 0 <= off_peak_queue < peak_queue:
             raise RecipeError(f"off_peak_queue ({off_peak_queue}) must be below peak_queue ({peak_queue})")
         if not 0 <= margin < 1:
@@ -122,7 +137,7 @@ class BitsPolicy:
         curve = [
             CurvePoint(row.target_bits, row.perplexity, _interpolated(speed, row.target_bits))
             for row in measured.rows
-            if row.allocation == "router"
+            if row.allocation == "router" and row.finite
         ]
         policy = cls(curve, **settings)
         policy.no_speed = elsewhere or policy.no_speed
@@ -172,6 +187,13 @@ class BitsPolicy:
         while self.level > wanted and known[self.level - 1] >= tokens_per_second * (1 + self.margin):
             self.level -= 1
         return self.bits
+
+
+def _usable(point: Any) -> bool:
+    """Whether something is a point of a curve that can be compared with others."""
+    return isinstance(point, CurvePoint) and all(
+        isinstance(value, (int, float)) and 0 < value < math.inf for value in (point.bits, point.perplexity)
+    )
 
 
 def _interpolated(speed: dict[float, float], bits: float) -> float | None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer
 
 from mobiq_lightning.checkpoint import load
+from mobiq_lightning.errors import RecipeError, shown
 from mobiq_lightning.runtime import BitsUsed
 from mobiq_lightning.sources import check_ids
 
@@ -36,8 +38,19 @@ def continue_prompt(
         The prompt with its continuation; the bits used, over all tokens that the model read.
 
     Raises:
+        RecipeError: If an argument makes no sense.
+        BitsError: If `bits` is outside of what the checkpoint holds.
+        CheckpointError: If there is no checkpoint, or it is damaged.
         DataError: If a token of the prompt has no row in the model's embedding.
     """
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise RecipeError(f"prompt {shown(prompt)}; a text that is not empty is expected")
+    if type(max_new_tokens) is not int or max_new_tokens < 1:
+        raise RecipeError(f"max_new_tokens ({shown(max_new_tokens)}) must be a whole number of at least 1")
+    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or not 0 <= temperature < math.inf:
+        raise RecipeError(f"temperature ({shown(temperature)}) must be a number of at least 0")
+    if type(seed) is not int or not 0 <= seed < 2**63:
+        raise RecipeError(f"seed ({shown(seed)}) must be a whole number of at least 0")
     model = load(run, max_bits=max_bits, device="cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path, trust_remote_code=False)
     encoded = tokenizer(prompt, return_tensors="pt").to(model.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -56,13 +57,53 @@ def test_outliers_shows_its_own_options_before_keys_of_recipes(capsys: pytest.Ca
         (["export", "run", "--too=x"], "export: --too: no such option. Did you mean 'to'"),
         (["verify", "run", "--max-bits", "3"], "verify: --max-bits: no such option"),
         (["inspect"], "inspect: missing: RUN"),
-        (["generate", "run", "--bits", "many"], "argument --bits: invalid float value: 'many'"),
+        (["generate", "run", "--bits", "many"], "--bits: 'many'; a number above 0 and at most 8 is expected"),
         (["generate", "run", "--max-new-tokens"], "--max-new-tokens: a value is missing"),
         (["verify", "run", "another"], "verify: unrecognized arguments: another"),
         (["latency", "--warm"], "latency: --warm: no such option. Did you mean 'warm-up'"),
         (["outliers", "--bits"], "outliers: --bits: a value is missing"),
         (["fit", "--overwritten"], "overwritten: no such key. Did you mean 'overwrite'"),
-        (["fit", "tini"], "tini: no such file. Did you mean 'tiny'"),
+        (["fit", "tini"], "tini: no such file, run folder or shipped recipe. Did you mean 'tiny'"),
+        (["fit", "nope"], "nope: no such file, run folder or shipped recipe. Shipped are llama2-7b"),
+        (["validate", "nope"], "nope: no such file, run folder or shipped recipe. Shipped are llama2-7b"),
+        (["fit", ""], "'': no such file"),
+        (["fit", "x" * 5000], "xxx...: no such file"),
+        (["fit", "a\nb"], "'a\\nb': no such file"),
+        (["fit", "."], ". is a folder without config.yaml: neither a recipe nor a run folder"),
+        (["fit", "tiny", "extra"], "'extra': one recipe is taken, and keys of it"),
+        (["fit", "tiny", "--model.eval_bits"], "--model.eval_bits: a value is missing"),
+        (["fit", "/dev/null"], "/dev/null is a device or socket, not a regular file"),
+        (["outliers", "outliers", "--bits", "2,-3"], "outliers: --bits -3: numbers above 0 and at most 8"),
+        (["outliers", "outliers", "--share", "nan"], "outliers: --share: 'nan'; a number above 0 and at most 1"),
+        (["compare", "budgets", "--seeds=a"], "seeds: ['a']; a list of whole numbers is expected"),
+        (["compare", "budgets", "--bits=nan"], "bits: ['nan']; a list of numbers is expected"),
+        (["compare", "budgets", "--workers", "0"], "workers: 0; a number of at least 1"),
+        (["compare", "budgets", "--folder", ""], "compare: --folder: '' is no name that a folder can have"),
+        (["generate", "run", "--prompt", "x", "--bits", "nan"], "--bits: 'nan'; a number above 0"),
+        (["generate", "run", "--prompt", "x", "--bits", "1e400"], "--bits: '1e400'; a number above 0"),
+        (
+            ["generate", "run", "--prompt", "x", "--max-new-tokens", "-1"],
+            "--max-new-tokens: '-1'; a whole number from 1",
+        ),
+        (["generate", "run", "--prompt", "x", "--max-new-tokens", "9" * 5000], "a whole number from 1 to 1,000,000"),
+        (["generate", "run", "--prompt", "x", "--temperature", "nan"], "--temperature: 'nan'; a number of at least 0"),
+        (["generate", "run", "--prompt", "x", "--temperature", "-1"], "--temperature: '-1'; a number of at least 0"),
+        (["generate", "run", "--prompt", "x", "--temperature", "1e-320"], "0, or a number of at least 0.001"),
+        (["generate", "run", "--prompt", "x", "--seed", "-1"], "--seed: '-1'; a whole number from 0"),
+        (["generate", "run", "--max-bits", "-1"], "--max-bits: '-1'; a whole number from 1 to 8"),
+        (["evaluate", "run", "--limit", "-1"], "--limit: '-1'; a whole number from 1"),
+        (["evaluate", "run", "--batch-size", "0"], "--batch-size: '0'; a whole number from 1"),
+        (["evaluate", "run", "--num-fewshot", "-1"], "--num-fewshot: '-1'; a whole number from 0"),
+        (["evaluate", "run", "--tasks", "a", "--bits", "nan"], "evaluate: --bits nan: numbers above 0 and at most 8"),
+        (["evaluate", "run", "--tasks", "a", "--bits", ","], "evaluate: --bits is empty"),
+        (["export", "run", "--to", "a", "--max-bits", "9"], "--max-bits: '9'; a whole number from 1 to 8"),
+        (["export", "run", "--to", "x" * 300], "is no name that a folder can have"),
+        (["latency", "--minutes", "nan"], "--minutes: 'nan'; a number above 0"),
+        (["latency", "--shapes", "foo"], "latency: --shapes: no shape 'foo'"),
+        (["latency", "--shapes", "999999x999999"], "999,998,000,001 weights; at most"),
+        (["latency", "--shapes", "9" * 5000 + "x1"], "latency: --shapes: no shape '999"),
+        (["latency", "--sections", "foo"], "latency: --sections: no section 'foo'"),
+        (["inspect", ""], "the run is empty; give a run folder"),
         (["validate", "recipes/tinny.yaml"], "Did you mean"),
         (["compare", "budgetz"], "Did you mean"),
         (["compare", "budgets", "--seed", "0"], "compare: --seed: no such option. Did you mean 'seeds'"),
@@ -77,6 +118,58 @@ def test_what_is_wrong_is_answered_in_a_line(
     assert message in said
     assert said.startswith("error: ")
     assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        ("nowhere", "nowhere holds no elastic checkpoint"),
+        ("/tmp/nowhere/at/all", "holds no elastic checkpoint"),
+        ("a\nb", "'a\\nb' is no name that a run folder"),
+        ("x" * 5000, "is no name that a run folder"),
+        (__file__, "holds no elastic checkpoint"),
+    ],
+)
+@pytest.mark.parametrize(
+    "command", [["inspect"], ["verify"], ["generate", "--prompt", "--dashed"], ["export", "--to", "to"], ["latency"]]
+)
+def test_a_run_that_is_not_there_is_answered_in_a_line(
+    command: list[str], run: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command[0], run, *command[1:]]) == 1
+    said = capsys.readouterr().err
+    assert message in said
+    assert len(said.splitlines()) == 1
+
+
+def test_the_nearest_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "tiny" / "elastic").mkdir(parents=True)
+    (tmp_path / "tiny" / "elastic" / "config.json").write_text("{}")
+    assert main(["inspect", str(tmp_path / "tini")]) == 1
+    assert f"Did you mean '{tmp_path / 'tiny'}'" in capsys.readouterr().err
+
+
+def test_a_value_may_begin_with_dashes_but_no_option_is_taken_for_one() -> None:
+    command = COMMANDS["generate"]
+    given = command.parse(command.parser(), ["run", "--prompt", "--- a title", "--bits", "3"])
+    assert (given.prompt, given.bits) == ("--- a title", 3.0)
+    assert command.parse(command.parser(), ["run", "--prompt=--bits"]).prompt == "--bits"
+    with pytest.raises(RecipeError, match="--prompt: a value is missing"):
+        command.parse(command.parser(), ["run", "--prompt", "--bits", "3"])
+
+
+def test_what_a_command_cannot_do_is_said_before_heavy_imports() -> None:
+    code = (
+        "import sys; from mobiq_lightning.cli import main;"
+        "wrong = [['inspect', ''], ['verify', 'nowhere'], ['generate', 'x', '--prompt', 'a', '--bits', 'nan'], ['fit', 'nope'],"
+        "['evaluate', 'x', '--limit', '-1'], ['latency', '--shapes', 'foo'], ['export', 'nowhere', '--to', 'x'], ['fit', '.'],"
+        "['validate', 'nope'], ['fit', 'tiny', 'extra'], ['compare', 'budgets', '--seeds=a'], ['outliers', 'x', '--share', '2']];"
+        "codes = [main(arguments) for arguments in wrong]; assert 0 not in codes, codes;"
+        "heavy = {'torch', 'lightning', 'transformers', 'datasets', 'jsonargparse', 'matplotlib'} & {*sys.modules};"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_typos_of_every_kind_and_all_helps_load_no_torch() -> None:

@@ -11,19 +11,20 @@ from typing import Any, cast
 import pytest
 import yaml
 
+import mobiq_lightning
 from mobiq_lightning.cli import main
 from mobiq_lightning.comparison.check import check_cells
 from mobiq_lightning.comparison.grid import read_grid
 from mobiq_lightning.comparison.table import CellRow, at_bits, lead, long_table, points_of
 from mobiq_lightning.comparison.verdicts import storage_verdict, verdicts
-from mobiq_lightning.errors import RecipeError
+from mobiq_lightning.errors import MobiqError, RecipeError
 from mobiq_lightning.runs import Allocation, Row
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 GRIDS = sorted((RECIPES / "compare").glob("*.yaml"))
 
 
-def write_grid(folder: Path, **changes: Any) -> Path:
+def write_grid(folder: Path, /, **changes: Any) -> Path:
     """A small valid grid with some keys changed; None leaves one out."""
     grid = {
         "name": "small",
@@ -102,6 +103,30 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"strategies": {"x": {"seed_everything": 3}}}, "x: seed_everything: the grid itself sets it"),
     ({"recipe": "nowhere.yaml"}, "no such file"),
     ({"workers": 0}, "workers: 0"),
+    ({"workers": 1.5}, "workers: 1.5; a number of at least 1 and at most 1024, or auto is expected"),
+    ({"workers": True}, "workers: True"),
+    ({"folder": 3}, "folder: 3; the path of a folder is expected"),
+    ({"wandb": 3}, "wandb: 3; a mapping of arguments of WandbLogger to values, or null is expected"),
+    ({"recipe": 3}, "recipe: 3; the path of a recipe, or the name of a shipped one is expected"),
+    ({"recipe": "{model: {}}"}, "recipe: '{model: {}}'; the path of a recipe"),
+    ({"name": 3}, "name: 3; a text that can name a folder is expected"),
+    ({"name": "x" * 300}, "cannot name a folder"),
+    ({"title": []}, "title: []; a text is expected"),
+    ({"changes": [1]}, "changes: [1]; a mapping of keys of the recipe to values is expected"),
+    ({"strategies": 3}, "strategies: 3; a mapping of names to the keys of the recipe"),
+    ({"strategies": {"x": 3}}, "strategies.x: 3; a mapping of keys of the recipe to values is expected"),
+    ({"strategies": {3: {}}}, "strategies: 3 cannot name a folder; use letters, digits and . _ + = -, at most 100"),
+    ({"strategies": {"x": {"model": 3}}}, "strategies.x: model: 3; a mapping of keys to values is expected"),
+    ({"strategies": {"x": {"trainer": None}}}, "strategies.x: trainer: None; a mapping of keys to values is expected"),
+    ({"strategies": {"x": {"model.rates": 1}}}, "strategies.x: model.rates: 1; a mapping of keys to values"),
+    ({"strategies": {"x": {"model.epochs_per_block.y": 1}}}, "strategies.x: model.epochs_per_block: {'y': 1}"),
+    ({"seeds": {}}, "seeds: none is given"),
+    ({"seeds": [2**40]}, "seeds: [1099511627776]; a list of whole numbers is expected, from 0 to 4294967295"),
+    ({"seeds": [*range(600)]}, "2 strategies x 600 seeds are more cells than the 1000 that are run"),
+    ({"bits": [float("inf")]}, "bits: [inf]; a list of numbers is expected"),
+    ({"bits": [True]}, "bits: [True]; a list of numbers is expected"),
+    ({"bits": [0]}, "bits: [0]; a list of numbers is expected"),
+    ({"bits": [10**400]}, "bits: [1000"),
 ]
 
 
@@ -137,6 +162,67 @@ def test_a_wrong_command_line_is_answered(
     path = str(write_grid(tmp_path))
     assert main(["compare", *[path if a == "GRID" else a for a in arguments]]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff\xfe", "is not UTF-8 text"),
+        (b"- a\n", "holds no recipe"),
+        (b"bits: [.nan]", ".nan is not a number"),
+        (b"[" * 5000, "is not valid YAML"),
+        (b"name: &a [*a]", "contains itself"),
+        (b"null: 1", "'null' is a key that is no name"),
+    ],
+)
+def test_a_file_that_is_no_grid_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "grid.yaml").write_bytes(content)
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        read_grid(str(tmp_path / "grid.yaml"))
+
+
+def test_a_base_recipe_that_is_wrong_is_said_once(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("model: 3")
+    with pytest.raises(RecipeError) as raised:
+        read_grid(str(write_grid(tmp_path, recipe="base.yaml")))
+    assert str(raised.value).endswith("recipe: model: 3; a mapping of keys to values is expected")
+    assert len(str(raised.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"seeds": 3}, "seeds: 3; a list of whole numbers is expected"),
+        ({"seeds": "012"}, "seeds: '012'; a list of whole numbers"),
+        ({"seeds": ()}, "seeds: none is given"),
+        ({"bits": 3}, "bits: 3; a list of numbers"),
+        ({"bits": [float("nan")]}, "bits: [nan]; a list of numbers"),
+        ({"folder": 3}, "folder: 3; the path of a folder"),
+        ({"workers": "many"}, "workers: 'many'; a number of at least 1"),
+        ({"overwrite": 3}, "overwrite (3) must be True or False"),
+        ({"model": {"rates": {"ranges": object}}}, "is nothing that a recipe can say"),
+        ({"nothing": 3}, "nothing: no such key"),
+        ({"folder": "/dev/null/x"}, "folder: '/dev/null/x' cannot be made"),
+    ],
+)
+def test_an_argument_of_the_function_that_is_wrong_is_named(tmp_path: Path, call: dict[str, Any], message: str) -> None:
+    with pytest.raises(MobiqError) as raised:
+        mobiq_lightning.compare(write_grid(tmp_path), **call)
+    assert message in str(raised.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_infinite_figure_spoils_neither_table_nor_verdicts() -> None:
+    rows = rows_of("a", router=[70.0, math.inf, 71.0], static=[72.0, 73.0, 74.0])
+    rows += rows_of("b", router=[70.0, 71.0, 72.0], static=[math.nan, math.nan, math.nan])
+    points = points_of(rows, [2, 2.4, 2.5])
+    table = {(row.strategy, row.allocation, row.used_bits): row for row in long_table(points)}
+    assert table["a", "router", 2.5].perplexity_mean == table["a", "router", 2.4].perplexity_mean == math.inf
+    assert table["a", "router", 2.5].perplexity_spread is None
+    assert math.isfinite(table["a", "router", 2].perplexity_mean)
+    said = verdicts(points, ["a", "b"], [2, 2.4, 2.5], 3)
+    assert said[0].startswith("a: routing beats static at 2.4 bits")
+    assert lead(points["b", "router", 2.5], points["b", "static", 2.5]) is None
 
 
 def curve(*points: tuple[float, float], allocation: Allocation = "router") -> list[Row]:

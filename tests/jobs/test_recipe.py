@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -215,12 +216,92 @@ def test_a_recipe_that_is_no_yaml_is_refused(tmp_path: Path, capsys: pytest.Capt
         (b"model: {router: {class_path: MLPRouter, init_args: [1]}}", "model.router.init_args: [1] is no mapping"),
         (b"model: {router: {class_path: MLPRouter, init_args: {1: 2}}}", "model.router.init_args.1: MLPRouter has no"),
         (b"1: 2", "1: no such key"),
+        ("seed_everything: 0".encode("utf-16"), "is not UTF-8 text"),
+        (b"[" * 5000, "is not valid YAML"),
+        (b"model: " + b"[" * 70 + b"]" * 70, "is nested more than 64 deep"),
+        (b"seed_everything: " + b"9" * 5000, "is not valid YAML"),
+        (b"model: &a [*a]", "holds a value that contains itself"),
+        (b"- a", "holds no recipe: a mapping of keys such as seed_everything"),
+        (b"", "holds no recipe"),
+        (b"model: {pretrained: 2020-01-01}", "2020-01-01 is a date; put it into quotes (line 1, column 21)"),
+        (b"model: {pretrained: !!binary aGFsbG8=}", "aGFsbG8= is bytes"),
+        (b"model: {random_seeds: !!set {1, 2}}", "this is a set; give a list"),
+        (b"model: {null: 1}", "'null' is a key that is no name"),
+        (b"model: {1.5: 1}", "'1.5' is a key that is no name"),
+        (b"model: {yes: 1}", "'yes' is a key that is no name"),
+        (b"model: {2020-01-01: 1}", "'2020-01-01' is a key that is no name"),
+        (b"? [a]\n: 1", "'a list or mapping' is a key that is no name"),
+        (b"data: {seed: 1}\ndata: {seed: 2}", "data is there twice; two things need two names (line 2, column 1)"),
+        (b"model: {rates: {ranges: .nan}}", ".nan is not a number (line 1"),
+        (b'model: {pretrained: "\\ud800"}', "half of a character"),
+        (b"model: 3", "model: 3; a mapping of keys to values is expected"),
+        (b"model: {rates: 3}", "model.rates: 3; a mapping of keys to values is expected"),
+        (b"model: {router: {class_path: 3}}", "model.router: 3 names no class"),
+        (b"model: {router: 3}", "model.router: 3 names no class"),
+        (b"seed_everything: -1", "seed_everything: -1 is out of range; a whole number of at least 0 and at most 4,294"),
+        (b"data: {n_samples: 0}", "data.n_samples: 0 is out of range; a whole number of at least 1"),
+        (b"data: {seq_len: -3}", "data.seq_len: -3 is out of range"),
+        (b"data: {n_generated: -1}", "data.n_generated: -1 is out of range; a whole number of at least 0"),
+        (b"data: {eval_max_windows: 1.5}", "data.eval_max_windows: 1.5 is out of range"),
+        (b"model: {eval_bits: []}", "model.eval_bits: the list is empty"),
+        (b"model: {eval_bits: [2, .inf]}", "model.eval_bits: inf is out of range; a list of numbers of at least 1"),
+        (b"model: {eval_bits: 3}", "model.eval_bits: 3; a list of numbers of at least 1 and at most 8 is expected"),
+        (b"model: {random_seeds: [-1]}", "model.random_seeds: -1 is out of range"),
+        (b"model: {rates: {routers: 0}}", "model.rates.routers: 0 is out of range; a number above 0"),
+        (b"model: {rates: {ranges: -1.0}}", "model.rates.ranges: -1.0 is out of range"),
     ],
 )
 def test_what_is_no_recipe_is_answered_in_a_line(content: bytes, said: str, tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_bytes(content)
     with pytest.raises(RecipeError, match=re.escape(said)):
         check_arguments(["--config", str(tmp_path / "bad.yaml")])
+
+
+def test_a_recipe_that_multiplies_by_aliases_is_refused_at_once(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9)]
+    (tmp_path / "bomb.yaml").write_text("\n".join([*lines, "model: {eval_bits: *a8}"]))
+    with pytest.raises(RecipeError, match=r"stands for [0-9]+ values"):
+        check_arguments(["--config", str(tmp_path / "bomb.yaml")])
+    # The parser of keys would read a file that a value names.
+    with pytest.raises(RecipeError, match=r"stands for [0-9]+ values"):
+        check_arguments(["--model.router", str(tmp_path / "bomb.yaml")])
+
+
+def test_a_recipe_that_is_no_file_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    with pytest.raises(RecipeError, match="is a named pipe, not a regular file"):
+        check_arguments(["--config", str(tmp_path / "pipe.yaml")])
+    with pytest.raises(RecipeError, match=r"is a folder without config\.yaml"):
+        check_arguments(["--config", str(tmp_path)])
+    with pytest.raises(RecipeError, match="the recipe holds a value that contains itself"):
+        check_arguments(["--config", "{model: &a [*a]}"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model.eval_bits", "[" * 5000], "--model.eval_bits is not valid YAML"),
+        (["--model.stages", "&a [*a]"], "--model.stages holds a value that contains itself"),
+        (["--seed_everything", "9" * 5000], "--seed_everything is not valid YAML"),
+        (["--model.eval_bits=[2020-01-01]"], "2020-01-01 is a date"),
+        (["--model.rates.ranges", ".nan"], "model.rates.ranges: .nan is no number"),
+        (["--model.rates.ranges", "nan"], "model.rates.ranges: nan is out of range"),
+        (["--model.rates.ranges=-1"], "model.rates.ranges: -1 is out of range"),
+        (["--seed_everything=-1"], "seed_everything: -1 is out of range"),
+        (["--model.rates={routers: 0}"], "model.rates.routers: 0 is out of range"),
+        (["--model.eval_bits=[]"], "model.eval_bits: the list is empty"),
+    ],
+)
+def test_a_value_of_the_command_line_is_refused_like_one_of_a_recipe(arguments: list[str], said: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(said)):
+        check_arguments(arguments)
+
+
+def test_values_that_are_no_yaml_are_left_to_the_parser() -> None:
+    for value in ("@home/model", "a: b: c", "2020-01-01", "'quoted", "-", "%x"):
+        check_arguments([f"--model.pretrained={value}"])
+    check_arguments(["--model.objective", "BlockReconstruction", "--model.objective.depth_weights", "{2: 1.0, 8: 0.1}"])
 
 
 def test_a_call_cannot_name_a_second_recipe_among_its_keys() -> None:

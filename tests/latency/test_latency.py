@@ -83,7 +83,7 @@ class TestCommand:
             (["--shapes", "0x64"], "must be at least 1"),
             (["--sections", "decod"], "no section 'decod'. Did you mean 'decode'"),
             (["--sections", "prefill"], "prefill needs a CUDA device"),
-            (["--minutes", "0"], "must be above 0"),
+            (["--minutes", "0"], "a number above 0"),
             (["some/run", "--shapes", "small"], "not both"),
             (["--tune"], "they need a CUDA device"),
             (["--warm-up"], "--warm-up needs a run"),

@@ -27,7 +27,7 @@ class BitsUsed:
     Args:
         code_bits: Bits of codes read per weight, mean over tokens, weighted by parameters over inputs.
         all_in_bits: Code bits with those of scales and biases and of the routers, per weight.
-        n_tokens: Number of tokens that were read; padding is not counted where the model is given a 2-D attention mask.
+        n_tokens: Number of tokens that were read; what an attention mask, in whatever form, marks as padding is not counted.
         per_row: Code bits of each row, if rows had budgets of their own.
         per_layer: Code bits of each input by name, if asked for.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import warnings
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from mobiq_lightning.kernels import missing_for_code, missing_for_kernels
 from mobiq_lightning.nn import KEPT_BYTES, ElasticLinear, KeptWeights, input_names, routed_inputs, stored_bits
 from mobiq_lightning.runtime.dial import BitsUsed, Budget, Dial
 from mobiq_lightning.runtime.fused_blocks import fuse_blocks
-from mobiq_lightning.runtime.graphed_step import GraphedStep
+from mobiq_lightning.runtime.graphed_step import CACHE_NAMES, GraphedStep
 from mobiq_lightning.runtime.kernel_input import attach_kernels, detach_kernels
 from mobiq_lightning.strategies.thresholds import Scope
 
@@ -46,9 +47,10 @@ class ElasticModel:
     dial: Dial
     kept: KeptWeights
     kernels: KernelState
-    prompt_mask: Tensor | None = None
     plain_class: ClassVar[type]
     """The class of the model in transformers, in front of which this one is mixed."""
+    forward_names: ClassVar[tuple[str, ...]]
+    """Names of the arguments of its forward pass, in their order."""
 
     def set_bits(self, bits: Budget, scope: Scope | None = None) -> None:
         """Makes the model run at `bits` bits per weight on average from now on; takes effect with the next token.
@@ -163,12 +165,8 @@ class ElasticModel:
         """
         given = (args[0] if args else None, *(kwargs.get(k) for k in ("inputs", "input_ids", "inputs_embeds")))
         batch = next((len(value) for value in given if isinstance(value, Tensor)), 1)
-        self.prompt_mask = kwargs.get("attention_mask")
-        try:
-            with self.dial.generation(bits, batch):
-                return super().generate(*args, **kwargs)  # type: ignore[misc]
-        finally:
-            self.prompt_mask = None
+        with self.dial.generation(bits, batch):
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Saves the model as `save_pretrained` of transformers does, with hashes of what was written. The dial is not saved.
@@ -226,22 +224,48 @@ def make_elastic(model: Any, scope: Scope, bits: float) -> None:
 def elastic_class(cls: Any) -> Any:
     """Joins `ElasticModel` and `cls` in a class named like `cls`, so that saved configs name one that is known."""
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    return type(cls.__name__, (ElasticModel, cls), {**names, "plain_class": cls})
+    names |= {"plain_class": cls, "forward_names": tuple(inspect.signature(cls.forward).parameters)[1:]}
+    return type(cls.__name__, (ElasticModel, cls), names)
 
 
 def _before_forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Attaches the kernels where the model is now, and makes the counts leave out what a 2-D mask marks as padding."""
+    """Attaches the kernels where the model is now, and makes the counts leave out what a mask marks as padding."""
     if not torch.compiler.is_compiling():
         model.find_kernels()
-    mask: Any = kwargs.get("attention_mask")
-    tokens: Any = kwargs.get("input_ids", args[0] if args else None)
-    tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
-    if isinstance(mask, Tensor) and mask.ndim == 4 and isinstance(tokens, Tensor):
-        # With a static cache, `generate` says which positions are seen instead of which are padding.
-        prompt = model.prompt_mask
-        mask = prompt if prompt is not None and prompt.shape == tokens.shape else None
-    padded = isinstance(mask, Tensor) and mask.ndim == 2 and isinstance(tokens, Tensor)
-    model.dial.state.mask = mask[:, -tokens.shape[1] :] if padded else None
+    given = {**dict(zip(model.forward_names, args, strict=False)), **kwargs}
+    tokens, mask = given.get("input_ids"), given.get("attention_mask")
+    tokens = given.get("inputs_embeds") if tokens is None else tokens
+    counted = None
+    if isinstance(mask, Tensor) and isinstance(tokens, Tensor):
+        if mask.ndim == 2:
+            counted = mask[:, -tokens.shape[1] :]
+        elif mask.ndim == 4 and tokens.shape[1] > 1 and not torch.compiler.is_compiling():
+            counted = _seen(
+                mask, tokens, next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
+            )
+    model.dial.state.mask = counted
+
+
+def _seen(mask: Tensor, tokens: Tensor, cache: Any) -> Tensor | None:
+    """Which tokens any token may attend to, itself included: all that are no padding.
+
+    Args:
+        mask: (B or 1, heads or 1, T, keys) true, or above the lowest number, where a token sees a key. Static caches have keys
+            for tokens to come.
+        tokens: (B, T) or (B, T, H), more than one: a token alone is never padding, and its step may be captured in a graph.
+        cache: Key-value cache, whose length says at which key the tokens begin; None if the keys are theirs alone.
+
+    Returns:
+        (B, T) bool; None if the keys of the tokens cannot be told from others.
+    """
+    rows, count = tokens.shape[:2]
+    if cache is not None and not hasattr(cache, "get_seq_length"):  # pages of many sequences, which hold no padding
+        return None
+    start = mask.shape[-1] - count if cache is None else int(cache.get_seq_length())
+    if start < 0 or start + count > mask.shape[-1]:
+        return None
+    open_keys = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    return open_keys[..., start : start + count].flatten(1, 2).any(1).expand(rows, -1)
 
 
 def _rebuild(cls: type) -> Any:

@@ -308,7 +308,9 @@ def test_a_comparison_says_in_which_runs_guards_noticed_something() -> None:
     noticed = {"a-0": (event, event), "a-1": ()}
     cells: Any = [SimpleNamespace(name=name) for name in [*noticed, "unfinished"]]
     measured = {name: SimpleNamespace(guards=events) for name, events in noticed.items()}
-    folder: Any = SimpleNamespace(finished=lambda c: c.name in measured, measured=lambda c: measured[c.name])
+    folder: Any = SimpleNamespace(
+        whole=lambda cells: [c for c in cells if c.name in measured], measured=lambda c: measured[c.name]
+    )
     assert noticed_by_guards(folder, cells) == [
         "a-0: guards noticed 2 x worse_block (repair); its run folder's results.json says where."
     ]

@@ -19,7 +19,7 @@ import mobiq_lightning
 from mobiq_lightning.runtime.elastic_model import ElasticModel, _seen
 from tests.checkpoints import IDS, generate, logits_of, write_checkpoint
 
-MEANT = {"generate", "get_compiled_call", "__reduce_ex__"}
+MEANT = {"generate", "get_compiled_call", "__reduce_ex__", "save_pretrained"}
 """Names of transformers that the elastic model means to take the place of."""
 
 

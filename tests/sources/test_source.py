@@ -369,6 +369,8 @@ def test_a_run_of_an_earlier_version_goes_on_as_long_as_its_weights_are_the_same
     folder = weights_folder(tmp_path / "m", "model.safetensors")
     former = former_fingerprint(folder)
     (tmp_path / "identity.json").write_text(json.dumps({"source weights": former, "tokenizer": "t"}))
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "epoch-000000.ckpt").write_bytes(b"an epoch")
     now = {"source weights": fingerprint(folder, weight_files(folder, {})), "tokenizer": "t"}
     check_identity(tmp_path, now, lambda: {"source weights": former_fingerprint(folder)})
     (folder / "model.safetensors").write_bytes(b"others")

@@ -48,6 +48,9 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
+    def __repr__(self) -> str:
+        return f"RunFolder({str(self.path)!r})"
+
     @property
     def recipe(self) -> Path:
         """The recipe that the run was made from, with every default written out."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,6 +23,8 @@ YAML_BYTES = 2**20
 """Largest YAML file that is read, in bytes: parsing takes some 10 microseconds a byte."""
 DEPTH = 64
 """How deep lists and mappings may lie in each other."""
+_DEEP = re.compile(rf"[\[{{](?:[ \t\n]{{0,8}}[\[{{]){{{DEPTH}}}")
+"""Brackets that open one after the other; PyYAML takes seconds to find that they are too many."""
 YAML_VALUES = 100_000
 """How many values a YAML file may stand for once its aliases are written out."""
 
@@ -137,6 +140,8 @@ def parse_yaml(text: str, where: str, loader: type[yaml.SafeLoader] = yaml.SafeL
     """
     if len(text) > YAML_BYTES:
         raise FileError(f"{where} has more than {YAML_BYTES} characters, which is more than any such file needs")
+    if _DEEP.search(text):
+        raise FileError(f"{where} is nested more than {DEPTH} deep")
     try:
         value = yaml.load(text, loader)
     except yaml.YAMLError as error:

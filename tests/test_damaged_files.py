@@ -11,7 +11,7 @@ import pytest
 from tests.fuzz_readers import Reader, readers
 from tests.fuzzing import failures
 
-COUNT = 60
+COUNT = 40
 """Mutants of each file; `python -m benchmarks.fuzz` tries thousands."""
 
 

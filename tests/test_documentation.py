@@ -19,6 +19,7 @@ from mobiq_lightning.calibration import ElasticCalibration
 from mobiq_lightning.calibration.schedule import Stage
 from mobiq_lightning.cli import main
 from mobiq_lightning.jobs.known_names import strategy_classes
+from mobiq_lightning.jobs.arguments import with_recipe
 from mobiq_lightning.jobs.recipe import check_arguments
 from mobiq_lightning.runs import LABELS, MeanRow, Row, summarize
 from mobiq_lightning.sources import TextWindows
@@ -166,7 +167,7 @@ def recipe_arguments_of(command: str, rest: list[str]) -> list[str]:
 def test_every_command_and_every_option_exists(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for command, *rest in commands_of(page):
         if command in ("fit", "validate", "outliers"):
-            check_arguments(recipe_arguments_of(command, rest))
+            check_arguments(with_recipe(recipe_arguments_of(command, rest)))
             continue
         with contextlib.suppress(SystemExit):  # argparse ends so, whether there is such a command or not
             main([command, "--help"])
@@ -186,7 +187,8 @@ def test_every_option_that_is_named_by_itself_exists(page: Path) -> None:
         option = text.split()[0].partition("=")[0]
         if option.partition(".")[0] in ("--model", "--data", "--trainer"):
             base = ["--config", str(ROOT / "recipes" / "tiny.yaml")]  # whose classes have the arguments that are named
-            check_arguments([*base, *(t for t in shlex.split(text) if t != "...")])
+            given = [t for t in shlex.split(text) if t != "..."]
+            check_arguments([*base, *given, *(["null"] if len(given) == 1 and "=" not in given[0] else [])])
         else:
             name = option[2:].replace("-", "_")
             known = re.compile(rf"--{re.escape(option[2:])}\b|\b{re.escape(name)}: |\"{re.escape(name)}\"")

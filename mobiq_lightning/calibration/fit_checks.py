@@ -67,9 +67,11 @@ def check_plugins(
             "model.stages: codes are those of fixed transforms; where a stage trains codes, none trains transforms"
         )
     low, high = budget.bounds
-    if low < lowest or high > highest:
+    if not lowest <= low <= high <= highest:
         given = f"the slices {list(scheme.slice_bits)} give {lowest} to {highest}"
         problems.append(f"model.budget: asks for {low:g} to {high:g} bits; {given}")
+    if not eval_bits:
+        problems.append("model.eval_bits: the list is empty; give at least one budget, as in [2, 3, 4]")
     outside = [bits for bits in eval_bits if not lowest <= bits <= highest]
     if outside:
         problems.append(f"model.eval_bits: {outside} lie outside of what the slices give, {lowest} to {highest}")

@@ -29,6 +29,7 @@ from mobiq_lightning.runs import HIDDEN_STATES, SharedWork
 from mobiq_lightning.sources import ComparisonPass, TextWindows, load_source
 from mobiq_lightning.strategies import LogitDistillation, NoTransform
 from mobiq_lightning.strategies.base import BudgetSchedule, Objective
+from mobiq_lightning.strategies.numbers import in_range
 from mobiq_lightning.strategies.transform_base import Transform
 
 DEFAULT_RATES = Rates()
@@ -98,7 +99,7 @@ class ElasticCalibration(LightningModule):
         self.stages = stages or default_stages()
         self.recompute_blocks, self.storage = recompute_blocks, hidden_states
         self.threshold_scope = threshold_scope
-        self.eval_bits = eval_bits or [2, 2.5, 3, 3.5, 4, 5, 6, 8]
+        self.eval_bits = eval_bits if eval_bits is not None else [2, 2.5, 3, 3.5, 4, 5, 6, 8]
         self.random_seeds = random_seeds if random_seeds is not None else [0, 1, 2]
         self.shared_work = SharedWork(shared_work)
         self.blocks = nn.ModuleList()
@@ -106,6 +107,8 @@ class ElasticCalibration(LightningModule):
         self.hidden: HiddenStates | None = None
         self.comparison: Comparison | None = None
         self._sliced: SlicedSource | None = None
+        for seed in self.random_seeds:
+            in_range("model.random_seeds", seed, 0, 2**32 - 1)
         objectives = (objective, self.model_objective)
         check_plugins(slices, router, budget, objectives, epochs_per_block, self.stages, self.eval_bits, self.transform)
 

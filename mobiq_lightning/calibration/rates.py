@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mobiq_lightning.nn import CalibratedBlock, Learned
+from mobiq_lightning.strategies.numbers import in_range
 
 KINDS: tuple[Learned, ...] = ("ranges", "codes", "transforms", "routers")
 """What a calibration learns, in the order of the optimizer's groups."""
@@ -27,6 +28,10 @@ class Rates:
     codes: float = 1e-3
     transforms: float = 5e-3
     routers: float = 1e-3
+
+    def __post_init__(self) -> None:
+        for kind in KINDS:
+            in_range(f"model.rates.{kind}", getattr(self, kind), 0, 1e6, above=True)
 
 
 def parameter_groups(blocks: Sequence[CalibratedBlock], rates: Rates) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from itertools import groupby
 from typing import Literal
 
 from mobiq_lightning.nn import Learned
+from mobiq_lightning.strategies.numbers import MOST
 
 Bound = Literal["clipping", "rounding"]
 BOUNDED: dict[Bound, Learned] = {"clipping": "ranges", "rounding": "codes"}
@@ -206,7 +207,7 @@ def stage_problems(stages: Sequence[Stage], depths: Sequence[int], learns_codes:
         shares = [stage.share for _, stage in sweep if stage.share is not None]
         if shares and len(shares) < len(sweep):
             yield "model.stages: block stages that follow each other have all a share, or all a number of epochs"
-        elif shares and (not math.isclose(sum(shares), 1.0, abs_tol=0.02) or min(shares) <= 0):
+        elif shares and (not math.isclose(sum(shares), 1.0, abs_tol=0.02) or not min(shares) > 0):
             yield f"model.stages: shares {shares} must be above 0 and add up to 1"
     reached = 0
     for number, stage in enumerate(stages):
@@ -223,8 +224,12 @@ def stage_problems(stages: Sequence[Stage], depths: Sequence[int], learns_codes:
         others = stage.other_depths
         if others and (stage.depth is None or stage.depth in others or not set(others) <= set(depths)):
             yield f"{where}: other_depths ({others}) takes depths of {list(depths)} beside depth ({stage.depth})"
-        if stage.lr_scale <= 0:
-            yield f"{where}: lr_scale ({stage.lr_scale:g}) must be above 0"
+        if not 0 < stage.lr_scale <= MOST:
+            yield f"{where}: lr_scale ({stage.lr_scale:g}) must be above 0 and at most {MOST:g}"
+        if wrong := [weight for weight in stage.other_depths.values() if not 0 <= weight <= MOST]:
+            yield f"{where}: other_depths: weight {wrong[0]:g} must be at least 0 and at most {MOST:g}"
+        if stage.epochs is not None and stage.epochs > MOST:
+            yield f"{where}: epochs ({stage.epochs:.3g}) must be at most {MOST:g}"
         if stage.scope == "model" and stage.share is not None:
             yield f"{where}: scope model takes epochs, as shares are of a block's epochs"
         if stage.depth is not None and stage.depth not in depths:

@@ -84,7 +84,9 @@ class CalibrationProgress(CalibrationCallback, ProgressBar):
             hidden = not sys.stderr.isatty()
             self._bar = tqdm(total=total, desc="comparing", dynamic_ncols=True, unit="batch", disable=hidden)
             if hidden:
-                print(f"comparing on {total // len(ComparisonPass)} batches, twice", file=sys.stderr, flush=True)
+                count = total // len(ComparisonPass)
+                said = f"comparing on {count} batch{'' if count == 1 else 'es'}, twice"
+                print(said, file=sys.stderr, flush=True)
 
     def on_validation_batch_end(
         self,

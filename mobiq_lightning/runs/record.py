@@ -63,7 +63,7 @@ class Record:
         if not isinstance(value, dict):
             raise _unexpected(source, key, "a mapping", value)
         given: dict[str, Any] = {}
-        for field, kind in _fields_of(cls):  # type: ignore[arg-type]
+        for field, kind in _fields_of(cls):  # type: ignore[arg-type]  # a class is hashable
             name = _key_of(field)
             if field.metadata.get("flat"):
                 part = _flat_part(kind, value, source, key)

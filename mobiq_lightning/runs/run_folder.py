@@ -54,6 +54,9 @@ class RunFolder:
         self.path = Path(path)
         self._lock = FolderLock(self.path / LOCK)
 
+    def __repr__(self) -> str:
+        return f"RunFolder({str(self.path)!r})"
+
     @property
     def recipe(self) -> Path:
         """The recipe that the run was made from, with every default written out."""

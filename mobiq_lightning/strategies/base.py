@@ -14,6 +14,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from mobiq_lightning.errors import shown
 from mobiq_lightning.packing import PackedSlices, PackedWeight, depths_of
 from mobiq_lightning.strategies.thresholds import ThresholdTask, prefix_scores, threshold_for_budget
 
@@ -38,10 +39,12 @@ class SliceScheme(nn.Module, ABC):
         self.out_features = out_features
         self.in_features = in_features
         self.slice_bits = tuple(slice_bits)
-        if not self.slice_bits or any(b < 1 for b in self.slice_bits):
-            raise ValueError(f"slice_bits ({list(slice_bits)}) must be positive integers, coarsest slice first")
+        if not self.slice_bits or any(type(b) is not int or b < 1 for b in self.slice_bits):
+            raise ValueError(f"slice_bits ({shown(list(slice_bits))}) must be positive integers, coarsest slice first")
         if sum(self.slice_bits) > 8:
-            raise ValueError(f"slice_bits ({list(slice_bits)}) add up to {sum(slice_bits)}; at most 8 bits are stored")
+            raise ValueError(
+                f"slice_bits ({shown(list(slice_bits))}) add up to {sum(slice_bits)}; at most 8 bits are stored"
+            )
 
     @property
     def depths(self) -> tuple[int, ...]:

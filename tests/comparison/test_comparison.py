@@ -170,7 +170,7 @@ def test_a_wrong_command_line_is_answered(
         (b"\xff\xfe", "is not UTF-8 text"),
         (b"- a\n", "holds no recipe"),
         (b"bits: [.nan]", ".nan is not a number"),
-        (b"[" * 5000, "is not valid YAML"),
+        (b"[" * 5000, "is nested more than 64 deep"),
         (b"name: &a [*a]", "contains itself"),
         (b"null: 1", "'null' is a key that is no name"),
     ],

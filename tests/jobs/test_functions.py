@@ -89,6 +89,57 @@ def test_what_is_wrong_is_raised(tmp_path: Path) -> None:
         RunFolder(tmp_path).results()
 
 
+@pytest.mark.parametrize("recipe", [None, 3, b"tiny", ["tiny"], object])
+@pytest.mark.parametrize("job", ["fit", "validate", "build", "outliers"])
+def test_what_is_no_recipe_is_refused(job: str, recipe: Any) -> None:
+    with pytest.raises(
+        RecipeError, match="a recipe is a path, the name of a shipped one, a run folder or a mapping, not"
+    ):
+        {"fit": mobiq_lightning.fit, "validate": mobiq_lightning.validate, "build": build, "outliers": outliers}[job](
+            recipe
+        )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"model": {"eval_bits": object}}, "model.eval_bits: .* is nothing that a recipe can say"),
+        ({"model.eval_bits": 10**5000}, "model.eval_bits: a value of type int that is too large to show is nothing"),
+        ({"model.eval_bits": [float("nan")]}, "nan is not a number|nan is no number|is out of range"),
+        ({"model.rates.ranges": float("inf")}, "model.rates.ranges: inf is out of range"),
+        ({"seed_everything": -1}, "seed_everything: -1 is out of range"),
+        ({"model": 3}, "model: 3; a mapping of keys to values is expected"),
+        ({3: 3}, "3: no such key"),
+    ],
+)
+def test_overrides_that_no_recipe_can_say_are_refused(overrides: Any, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        build("tiny", **{str(key): value for key, value in overrides.items()})
+
+
+def test_a_mapping_that_holds_itself_is_refused() -> None:
+    recipe: dict[str, Any] = {}
+    recipe["model"] = recipe
+    with pytest.raises(RecipeError, match="is nothing that a recipe can say"):
+        build(recipe)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bits": "24"}, "bits '24'; a list of whole numbers from 1 to 8"),
+        ({"bits": 3}, "bits 3; a list"),
+        ({"bits": [2.5]}, r"bits \[2.5\]; a list"),
+        ({"bits": [99]}, r"bits \[99\]; a list"),
+        ({"share": float("nan")}, r"share \(nan\) must be a number above 0 and below 1"),
+        ({"share": "0.1"}, r"share \('0.1'\) must be a number"),
+    ],
+)
+def test_settings_of_the_study_of_outliers_are_checked_at_once(settings: Any, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        outliers("outliers", **settings)
+
+
 def router_bits(run: RunFolder) -> set[float]:
     measured = run.results().measured
     assert measured is not None

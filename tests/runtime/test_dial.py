@@ -268,3 +268,21 @@ def test_static_depths_of_collapsed_inputs_grow_with_the_budget_and_come_near_it
         mean = sum(depths[n] * size for n, size in zip(n_open, sizes, strict=True)) / sum(sizes)
         assert mean == pytest.approx(bits, abs=2 * max(sizes) / sum(sizes))
         before = n_open
+
+
+@pytest.mark.parametrize(
+    "bits", ["4", b"4", None, [], [[4.0]], "many", float("nan"), float("inf"), 10**400, True, object(), {}, ["4"], 1j]
+)
+def test_what_is_no_budget_is_refused_in_a_line(dial: Dial, bits: Any) -> None:
+    before = dial.budget
+    with pytest.raises(BitsError) as raised:
+        dial.set_bits(bits)
+    assert len(str(raised.value).splitlines()) == 1
+    assert dial.budget == before
+    with pytest.raises(BitsError), dial.bits(bits):
+        pass
+
+
+def test_a_table_that_is_not_there_is_refused(dial: Dial) -> None:
+    with pytest.raises(BitsError, match="scope 'model'; layer or global is expected"):
+        dial.set_bits(4, "model")  # type: ignore[arg-type]

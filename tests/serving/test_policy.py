@@ -7,13 +7,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import mobiq_lightning
 from mobiq_lightning import BitsPolicy
 from mobiq_lightning.errors import CheckpointError, RecipeError
-from mobiq_lightning.serving import measure_speed, store_speed
+from mobiq_lightning.serving import continue_prompt, measure_speed, store_speed
 from mobiq_lightning.serving.policy import CurvePoint
 from tests.conftest import Run
 
@@ -142,3 +143,38 @@ def test_the_example_serves_a_queue(finished: Run, tmp_path: Path) -> None:
     steps = [line for line in output.splitlines() if line.startswith("step")]
     assert len(steps) > 8
     assert any(" 2 bits asked for, 2.00 used" in line for line in steps)
+
+
+@pytest.mark.parametrize(
+    ("curve", "settings", "message"),
+    [
+        (None, {}, "curve None: a list of CurvePoint is expected"),
+        ("curve", {}, "curve 'curve': a list of CurvePoint is expected"),
+        ([1, 2], {}, r"curve \[1, 2\]: a list of CurvePoint"),
+        ([CurvePoint(2, float("nan"))], {}, "with finite bits and perplexities above 0"),
+        ([CurvePoint(2, 0.0)], {}, "with finite bits and perplexities above 0"),
+        (CURVE, {"margin": "0.1"}, r"margin \('0.1'\) must be a finite number"),
+        (CURVE, {"lowest_bits": float("nan")}, r"lowest_bits \(nan\) must be a finite number"),
+        (CURVE, {"peak_queue": None}, r"peak_queue \(None\) must be a finite number"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_named(curve: Any, settings: Any, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        BitsPolicy(curve, **settings)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt": " "}, "prompt ' '; a text that is not empty"),
+        ({"prompt": 3}, "prompt 3; a text"),
+        ({"max_new_tokens": -1}, r"max_new_tokens \(-1\)"),
+        ({"temperature": float("nan")}, r"temperature \(nan\)"),
+        ({"temperature": "hot"}, r"temperature \('hot'\)"),
+        ({"seed": -1}, r"seed \(-1\)"),
+    ],
+)
+def test_a_prompt_that_cannot_be_continued_is_refused_before_anything_is_loaded(changes: Any, message: str) -> None:
+    given = {"run": "nowhere", "prompt": "a", "bits": 3, "max_new_tokens": 1, "temperature": 0.0, "seed": 0, **changes}
+    with pytest.raises(RecipeError, match=message):
+        continue_prompt(**given)

@@ -5,14 +5,28 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 from mobiq_lightning import strategies
+from mobiq_lightning.calibration.rates import Rates
 from mobiq_lightning.packing import CODES, WHOLE_ROW, PackedWeight
-from mobiq_lightning.strategies import TrainableCodes
+from mobiq_lightning.strategies import (
+    BlockReconstruction,
+    ConstantBudget,
+    ErrorSketchRouter,
+    ExponentialBudget,
+    LinearBudget,
+    LogitDistillation,
+    MLPRouter,
+    ResidualSlices,
+    SampledBudget,
+    StepBudget,
+    TrainableCodes,
+)
 from mobiq_lightning.strategies.base import BudgetSchedule, Objective, Router, SliceScheme
 from mobiq_lightning.strategies.slices.ranges import learned_range
 from mobiq_lightning.strategies.transform_base import Transform
@@ -160,3 +174,34 @@ def test_impossible_slice_bits_are_refused(kind: Any, bad: list[int]) -> None:
         kind(4, 8, slice_bits=bad)
     with pytest.raises(ValueError, match="group_size"):
         kind(4, 8, group_size=0)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -1, 10**400, True, "3"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda n: ConstantBudget(n),
+        lambda n: LinearBudget(start_bits=n),
+        lambda n: ExponentialBudget(rate=n),
+        lambda n: SampledBudget(high_bits=n),
+        lambda n: StepBudget(steps=n),
+        lambda n: BlockReconstruction(depth_weights={2: n}),
+        lambda n: BlockReconstruction(routed_weight=n),
+        lambda n: LogitDistillation(label_weight=n),
+        lambda n: ResidualSlices(8, 8, group_size=n),
+        lambda n: MLPRouter(8, 3, hidden_features=n),
+        lambda n: ErrorSketchRouter(8, 3, n_projections=n),
+        lambda n: Rates(ranges=n),
+    ],
+)
+def test_a_number_that_cannot_be_used_is_refused_with_its_name(make: Callable[[Any], Any], number: Any) -> None:
+    with pytest.raises(ValueError, match=r"^[a-z_.]+(\[2\])? \(.*\) must be a number (of at least|above) ") as raised:
+        make(number)
+    assert len(str(raised.value)) < 200
+
+
+@pytest.mark.parametrize("slice_bits", [[], [2] * 10**5, [2, 0], [2, 1.5], [2**40], [2, True]])
+def test_slices_that_cannot_be_are_refused_in_a_line(slice_bits: list[Any]) -> None:
+    with pytest.raises(ValueError, match=r"^slice_bits \(") as raised:
+        ResidualSlices(8, 8, slice_bits=slice_bits)
+    assert len(str(raised.value)) < 200

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mobiq_lightning.strategies.base import BudgetSchedule
+from mobiq_lightning.strategies.numbers import MOST_BITS, in_range
 
 
 class BetweenBudgets(BudgetSchedule):
@@ -14,6 +15,8 @@ class BetweenBudgets(BudgetSchedule):
     """
 
     def __init__(self, start_bits: float = 6.0, end_bits: float = 3.0) -> None:
+        in_range("start_bits", start_bits, 0, MOST_BITS)
+        in_range("end_bits", end_bits, 0, MOST_BITS)
         self.start_bits = start_bits
         self.end_bits = end_bits
 

@@ -1,6 +1,7 @@
 """The same budget throughout."""
 
 from mobiq_lightning.strategies.base import BudgetSchedule
+from mobiq_lightning.strategies.numbers import MOST_BITS, in_range
 
 
 class ConstantBudget(BudgetSchedule):
@@ -14,6 +15,7 @@ class ConstantBudget(BudgetSchedule):
     """
 
     def __init__(self, bits: float = 3.0) -> None:
+        in_range("bits", bits, 0, MOST_BITS)
         self.bits = bits
 
     def bits_at(self, progress: float) -> float:

@@ -3,6 +3,7 @@
 import math
 
 from mobiq_lightning.strategies.budgets.between import BetweenBudgets
+from mobiq_lightning.strategies.numbers import in_range
 
 
 class ExponentialBudget(BetweenBudgets):
@@ -20,8 +21,7 @@ class ExponentialBudget(BetweenBudgets):
 
     def __init__(self, start_bits: float = 6.0, end_bits: float = 3.0, rate: float = 4.0) -> None:
         super().__init__(start_bits, end_bits)
-        if rate <= 0:
-            raise ValueError(f"rate ({rate}) must be above 0")
+        in_range("rate", rate, 0, 100, above=True)
         self.rate = rate
 
     def bits_at(self, progress: float) -> float:

@@ -3,6 +3,7 @@
 import random
 
 from mobiq_lightning.strategies.base import BudgetSchedule
+from mobiq_lightning.strategies.numbers import MOST_BITS, in_range
 
 
 class SampledBudget(BudgetSchedule):
@@ -20,6 +21,8 @@ class SampledBudget(BudgetSchedule):
     """
 
     def __init__(self, low_bits: float = 2.0, high_bits: float = 6.0, seed: int = 0) -> None:
+        in_range("low_bits", low_bits, 0, MOST_BITS)
+        in_range("high_bits", high_bits, 0, MOST_BITS)
         if low_bits > high_bits:
             raise ValueError(f"low_bits ({low_bits}) must not exceed high_bits ({high_bits})")
         self.low_bits = low_bits

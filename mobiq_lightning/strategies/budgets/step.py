@@ -1,6 +1,7 @@
 """Equal steps from one budget to another."""
 
 from mobiq_lightning.strategies.budgets.between import BetweenBudgets
+from mobiq_lightning.strategies.numbers import in_range
 
 
 class StepBudget(BetweenBudgets):
@@ -17,8 +18,7 @@ class StepBudget(BetweenBudgets):
 
     def __init__(self, start_bits: float = 6.0, end_bits: float = 3.0, steps: int = 4) -> None:
         super().__init__(start_bits, end_bits)
-        if steps < 2:
-            raise ValueError(f"steps ({steps}) must be at least 2")
+        in_range("steps", steps, 2)
         self.steps = steps
 
     def bits_at(self, progress: float) -> float:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mobiq_lightning.strategies.base import BlockRun, Objective
+from mobiq_lightning.strategies.numbers import in_range
 
 
 class BlockReconstruction(Objective):
@@ -40,6 +41,14 @@ class BlockReconstruction(Objective):
         auxiliary_weight: float = 0.0,
     ) -> None:
         self.depth_weights = dict(depth_weights) if depth_weights is not None else {2: 1.0, 4: 0.3, 8: 0.1}
+        weights = {f"depth_weights[{depth}]": weight for depth, weight in self.depth_weights.items()}
+        weights |= {
+            "routed_weight": routed_weight,
+            "penalty_weight": penalty_weight,
+            "auxiliary_weight": auxiliary_weight,
+        }
+        for name, weight in weights.items():
+            in_range(name, weight, 0)
         self.routed_weight = routed_weight
         self.budget_rule = budget_rule
         self.penalty_weight = penalty_weight

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mobiq_lightning.strategies.base import BlockRun, Objective
+from mobiq_lightning.strategies.numbers import in_range
 
 
 class LogitDistillation(Objective):
@@ -27,6 +28,10 @@ class LogitDistillation(Objective):
         self, depth_weights: dict[int, float] | None = None, routed_weight: float = 1.0, label_weight: float = 0.0
     ) -> None:
         self.depth_weights = dict(depth_weights) if depth_weights is not None else {}
+        weights = {f"depth_weights[{depth}]": weight for depth, weight in self.depth_weights.items()}
+        for name, weight in {**weights, "routed_weight": routed_weight}.items():
+            in_range(name, weight, 0)
+        in_range("label_weight", label_weight, 0, 1)
         self.routed_weight, self.label_weight = routed_weight, label_weight
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mobiq_lightning.strategies.numbers import in_range
 from mobiq_lightning.strategies.routers.local_error import LocalErrorRouter
 
 
@@ -27,8 +28,7 @@ class ErrorSketchRouter(LocalErrorRouter):
     """
 
     def __init__(self, in_features: int, n_slices: int, n_projections: int = 8, seed: int = 0) -> None:
-        if n_projections < 1:
-            raise ValueError(f"n_projections ({n_projections}) must be at least 1")
+        in_range("n_projections", n_projections, 1, 2**16)
         super().__init__(in_features, n_slices, n_projections)
         self.seed, self.position = seed, 0
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mobiq_lightning.strategies.base import Router
+from mobiq_lightning.strategies.numbers import in_range
 from mobiq_lightning.strategies.routers.features import token_features
 
 
@@ -25,6 +26,7 @@ class MLPRouter(Router):
     """
 
     def __init__(self, in_features: int, n_slices: int, hidden_features: int = 16) -> None:
+        in_range("hidden_features", hidden_features, 1, 2**16)
         super().__init__(in_features, n_slices)
         self.hidden = nn.Linear(in_features + 1, hidden_features)
         self.score = nn.Linear(hidden_features, n_slices - 1)

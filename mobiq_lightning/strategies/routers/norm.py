@@ -30,7 +30,7 @@ class NormRouter(Router):
 
     def __init__(self, in_features: int, n_slices: int, step: float = math.log(2)) -> None:
         super().__init__(in_features, n_slices)
-        if step <= 0:
+        if not 0 < step < math.inf:
             raise ValueError(f"step ({step}) must be above 0")
         self.step = step
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mobiq_lightning.packing import SCALE_DTYPE, PackedBinary, binary_prefixes, pack_planes
 from mobiq_lightning.strategies.base import DEFAULT_SLICE_BITS
+from mobiq_lightning.strategies.numbers import in_range
 from mobiq_lightning.strategies.slices.binary_fit import fit_binary
 from mobiq_lightning.strategies.slices.fixed_codes import FixedCodeSlices, follow
 from mobiq_lightning.strategies.slices.ranges import round_as_stored
@@ -51,8 +52,7 @@ class BinaryCodedSlices(FixedCodeSlices):
         rounds: int = 8,
     ) -> None:
         super().__init__(out_features, in_features, slice_bits, group_size)
-        if rounds < 0:
-            raise ValueError(f"rounds ({rounds}) must be 0 or more")
+        in_range("rounds", rounds, 0, 1000)
         self.rounds = rounds
         self.log_scale = nn.Parameter(torch.zeros(self.depths[-1], *self.group_shape))
         self.bias_shift = nn.Parameter(torch.zeros(self.group_shape))

@@ -7,6 +7,10 @@ from collections.abc import Sequence
 
 from mobiq_lightning.packing import n_groups
 from mobiq_lightning.strategies.base import SliceScheme
+from mobiq_lightning.strategies.numbers import in_range
+
+MOST_COLUMNS = 2**31 - 1
+"""Largest group; above the width of a layer, a whole row is one group."""
 
 
 class GroupedSlices(SliceScheme, ABC):
@@ -21,8 +25,7 @@ class GroupedSlices(SliceScheme, ABC):
 
     def __init__(self, out_features: int, in_features: int, slice_bits: Sequence[int], group_size: int) -> None:
         super().__init__(out_features, in_features, slice_bits)
-        if group_size < 1:
-            raise ValueError(f"group_size ({group_size}) must be at least 1")
+        in_range("group_size", group_size, 1, MOST_COLUMNS)
         self.group_size = group_size
 
     @property

@@ -45,7 +45,9 @@ def make_streams_usable() -> None:
                 os.close(nowhere)
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))  # noqa: SIM115
-    if getattr(sys.stdout, "errors", None) == "strict" and hasattr(sys.stdout, "reconfigure"):
+    utf8 = (getattr(sys.stdout, "encoding", None) or "").lower() in ("utf-8", "utf8")
+    endangered = ("strict",) if utf8 else ("strict", "surrogateescape")
+    if getattr(sys.stdout, "errors", None) in endangered and hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # standard error has a way of its own
 
 

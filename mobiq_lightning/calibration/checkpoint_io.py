@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
             CheckpointError: If it is damaged, or holds something else, which might run code.
         """
         try:
-            found: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True)
+            found: dict[str, Any] = _load(path, map_location)
         except _UNREADABLE as error:
             raise CheckpointError(
                 f"{path} is damaged, or not safe to load; remove it, and an older one is used"
@@ -65,7 +66,14 @@ class SafeCheckpointIO(TorchCheckpointIO):
 def can_be_read(path: Path) -> bool:
     """Whether a training checkpoint holds tensors and plain values alone; its tensors are not read from disk."""
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        found = _load(path, "cpu", mmap=True)
     except _UNREADABLE:
         return False
     return isinstance(found, dict) and "state_dict" in found
+
+
+def _load(path: str | Path, map_location: Any, mmap: bool = False) -> Any:
+    """What a file holds, if that is tensors and plain values alone."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about how foreign files were made, which is said by the error
+        return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)

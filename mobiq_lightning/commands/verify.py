@@ -35,7 +35,7 @@ class Verify(Command):
             again = (
                 f"`{program()} fit {given.run}` builds it again from {CHECKPOINTS}/"
                 if run.epochs_kept
-                else "Copy it again"
+                else "Copy it again from where it is whole"
             )
             raise CheckpointError(f"{given.run}: {len(problems)} problem(s). {again}")
 

@@ -22,7 +22,7 @@ from mobiq_lightning.callbacks.base import CalibrationCallback
 from mobiq_lightning.callbacks.cut_short import check_epoch_is_whole
 from mobiq_lightning.console import say
 from mobiq_lightning.errors import MobiqError
-from mobiq_lightning.runs import check_identity
+from mobiq_lightning.runs import IDENTITY, check_identity
 from mobiq_lightning.sources import former_fingerprint
 from mobiq_lightning.strategies.base import SliceScheme
 
@@ -42,10 +42,14 @@ class LayerwiseCalibration(CalibrationCallback):
     def on_fit_start(self, trainer: Trainer, module: ElasticCalibration) -> None:
         """Sets the number of epochs, and makes sure that an interrupted run had this model and this text."""
         if trainer.is_global_zero:
-            former = partial(_former_identity, module.sliced.source.folder)
-            check_identity(module.run_folder, _identity(module), former)
+            _check(module, {"calibration tokens": module.text.calibration_digest})
             say_if_short(module)
         trainer.fit_loop.max_epochs = module.schedule.n_epochs
+
+    def on_validation_start(self, trainer: Trainer, module: ElasticCalibration) -> None:
+        """Makes sure that a finished run is compared with the model that it was calibrated from."""
+        if trainer.is_global_zero and (module.run_folder / IDENTITY).is_file():
+            _check(module, {})
 
     def on_train_start(self, trainer: Trainer, module: ElasticCalibration) -> None:
         """Catches up after a resume."""
@@ -121,13 +125,11 @@ def _forget(module: ElasticCalibration, n_blocks: int) -> None:
                 scheme.forget()
 
 
-def _identity(module: ElasticCalibration) -> dict[str, str]:
-    """What a resumed run must have in common with the interrupted one beside its recipe."""
-    return {
-        "source weights": module.sliced.source.fingerprint,
-        "tokenizer": module.sliced.source.tokenizer_hash,
-        "calibration tokens": module.text.calibration_digest,
-    }
+def _check(module: ElasticCalibration, text: dict[str, str]) -> None:
+    """Compares the model, and hashes of text, with those that the run was started with."""
+    source = module.sliced.source
+    identity = {"source weights": source.fingerprint, "tokenizer": source.tokenizer_hash, **text}
+    check_identity(module.run_folder, identity, partial(_former_identity, source.folder))
 
 
 def _former_identity(folder: Path) -> dict[str, str]:

@@ -259,15 +259,17 @@ class TestRunFolder:
         assert main(["validate", *recipe_arguments]) == 1
         assert "Run `fit` with this recipe first" in capsys.readouterr().err
 
+    @pytest.mark.parametrize("command", ["fit", "validate"])
     def test_changed_weights_behind_the_same_recipe_are_noticed(
-        self, finished: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+        self, finished: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
     ) -> None:
         run = shutil.copytree(finished[0], tmp_path / "copy")
-        (run / "results.json").unlink()
+        if command == "fit":
+            (run / "results.json").unlink()
         identity = json.loads((run / "identity.json").read_text())
         (run / "identity.json").write_text(json.dumps({**identity, "source weights": "0000"}))
         arguments = ["--config", str(run / "config.yaml"), f"--trainer.default_root_dir={run}"]
-        assert main(["fit", *arguments]) == 1
+        assert main([command, *arguments]) == 1
         assert "source weights: 0000 then" in capsys.readouterr().err
 
 

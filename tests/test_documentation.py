@@ -159,7 +159,9 @@ def recipe_arguments_of(command: str, rest: list[str]) -> list[str]:
     """What follows a command that takes a recipe, without options of its own; a run's recipe stands for the one it had."""
     own = {"outliers": {"--bits", "--share"}}.get(command, set())
     given = [t for before, t in zip(["", *rest], rest, strict=False) if t not in own and before not in own]
-    given = [str(ROOT / "recipes" / "tiny.yaml") if t.endswith("config.yaml") or t.startswith("runs/") else t for t in given]
+    given = [
+        str(ROOT / "recipes" / "tiny.yaml") if t.endswith("config.yaml") or t.startswith("runs/") else t for t in given
+    ]
     return [str(ROOT / t) if t.startswith("recipes/") else t for t in given]
 
 

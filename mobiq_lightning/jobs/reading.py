@@ -82,7 +82,7 @@ def _no_file(path: str) -> str:
     hint = nearest(path[:_LONG], beside) or nearest(
         path[:_LONG].removeprefix("recipes/").removesuffix(".yaml"), shipped
     )
-    kind = "no such file" if "/" in path or Path(path[:_LONG]).suffix else "no such file, run folder or shipped recipe"
+    kind = "no such file" if Path(path[:_LONG]).suffix else "no such file, run folder or shipped recipe"
     return f"{name}: {kind}. {hint or 'Shipped are ' + ', '.join(shipped)}"
 
 

@@ -85,9 +85,9 @@ class Guards(CalibrationCallback):
         windows: int = 4,
         outlier_weight: Action = "record",
     ) -> None:
-        if worse_tolerance < 0:
+        if not 0 <= worse_tolerance < math.inf:  # NaN is in no range
             raise RecipeError(f"Guards: worse_tolerance ({worse_tolerance:g}) must be at least 0")
-        if probe_factor <= 1:
+        if not 1 < probe_factor < math.inf:
             raise RecipeError(f"Guards: probe_factor ({probe_factor:g}) must be above 1")
         if windows < 1:
             raise RecipeError(f"Guards: windows ({windows}) must be at least 1")

@@ -53,6 +53,17 @@ def override_arguments(overrides: Mapping[str, Any]) -> list[str]:
     return [f"--{key}={_text(key, value)}" for key, value in flat]
 
 
+def overwrite_arguments(overwrite: object) -> list[str]:
+    """What ``overwrite=True`` of a function is on the command line.
+
+    Raises:
+        RecipeError: If it is neither True nor False: a text such as "no" would count as true.
+    """
+    if not isinstance(overwrite, bool):
+        raise RecipeError(f"overwrite ({shown(overwrite)}) must be True or False")
+    return ["--overwrite"] if overwrite else []
+
+
 def with_recipe(arguments: Sequence[str]) -> list[str]:
     """A command line with the recipe as ``--config PATH``, however it was given: first, by name, or as a run folder."""
     given = list(arguments)

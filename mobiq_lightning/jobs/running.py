@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from mobiq_lightning.extras import require
-from mobiq_lightning.jobs.arguments import Recipe, command_line, with_recipe
+from mobiq_lightning.jobs.arguments import Recipe, command_line, overwrite_arguments, with_recipe
 from mobiq_lightning.jobs.exit_codes import disk_errors
 from mobiq_lightning.jobs.interruption import interruptible
 from mobiq_lightning.jobs.recipe import check_arguments
@@ -39,7 +39,7 @@ def fit(recipe: Recipe, *, overwrite: bool = False, **overrides: Any) -> RunFold
         RunFolderError: If the run folder holds another run.
         MobiqError: If the model, the text or the calibration itself fails; the message says how to go on.
     """
-    return run_job("fit", [*command_line(recipe, overrides), *(["--overwrite"] if overwrite else [])])
+    return run_job("fit", [*command_line(recipe, overrides), *overwrite_arguments(overwrite)])
 
 
 def validate(recipe: Recipe, **overrides: Any) -> RunFolder:

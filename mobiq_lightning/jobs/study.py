@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from mobiq_lightning.errors import RecipeError, shown
 from mobiq_lightning.extras import require
-from mobiq_lightning.jobs.arguments import Recipe, command_line, with_recipe
+from mobiq_lightning.jobs.arguments import Recipe, command_line, overwrite_arguments, with_recipe
 from mobiq_lightning.jobs.exit_codes import disk_errors
 from mobiq_lightning.jobs.interruption import interruptible
 from mobiq_lightning.jobs.recipe import check_arguments
@@ -39,7 +39,7 @@ def outliers(
         RunFolderError: If the run folder holds something else.
         MobiqError: If a calibration fails.
     """
-    arguments = [*command_line(recipe, overrides), *(["--overwrite"] if overwrite else [])]
+    arguments = [*command_line(recipe, overrides), *overwrite_arguments(overwrite)]
     return run_outliers(arguments, bits, share)
 
 

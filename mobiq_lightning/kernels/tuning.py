@@ -15,6 +15,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from mobiq_lightning.errors import FileError, KernelError
+from mobiq_lightning.input_files import read_mapping
+
 TUNED_FOLDER = "MOBIQ_TUNED"
 """Environment variable: a folder whose tables are looked up before those of the package."""
 
@@ -72,12 +75,12 @@ def table_for(device_name: str) -> Table:
     name = f"{file_name(device_name)}.json"
     folder = os.environ.get(TUNED_FOLDER)
     if folder and (Path(folder) / name).is_file():
-        return _read(json.loads((Path(folder) / name).read_text(encoding="utf-8")), str(Path(folder) / name))
+        return _tuned(Path(folder) / name)
     shipped = resources.files("mobiq_lightning.kernels") / "tuned"
     found = shipped / name
     if not found.is_file():
         found = shipped / "default.json"
-    return _read(json.loads(found.read_text(encoding="utf-8")), found.name)
+    return _table(json.loads(found.read_text(encoding="utf-8")), found.name)
 
 
 def file_name(device_name: str) -> str:
@@ -100,6 +103,16 @@ def table_json(decode: Mapping[str, DecodeConfig], grouped_until: int, measured:
     }
 
 
-def _read(stored: dict[str, Any], source: str) -> Table:
+def _tuned(path: Path) -> Table:
+    """The table in a file that `latency --tune` has written."""
+    try:
+        return _table(read_mapping(path), str(path))
+    except (FileError, KeyError, TypeError, AttributeError) as error:
+        raise KernelError(
+            f"{path} is no table of `latency --tune` ({error}); tune again, or unset {TUNED_FOLDER}"
+        ) from error
+
+
+def _table(stored: dict[str, Any], source: str) -> Table:
     decode = {key: DecodeConfig(**value) for key, value in stored["decode"].items()}
     return Table(decode, stored["grouped_until"], source)

@@ -338,7 +338,16 @@ class TestLimits:
         sightings = CollapsedRouter("record").look(DepthShare("a", 2.5, share))
         assert [(s.input, s.depth, s.value, s.limit) for s in sightings] == [("a", 2.5, share, 0.995)] * events
 
-    @pytest.mark.parametrize("arguments", [{"worse_tolerance": -1}, {"probe_factor": 1}, {"windows": 0}])
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            {"worse_tolerance": -1},
+            {"worse_tolerance": float("nan")},
+            {"probe_factor": 1},
+            {"probe_factor": float("nan")},
+            {"windows": 0},
+        ],
+    )
     def test_arguments_that_mean_nothing_are_refused(self, arguments: dict[str, Any]) -> None:
         with pytest.raises(RecipeError, match=next(iter(arguments))):
             Guards(**arguments)

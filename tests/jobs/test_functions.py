@@ -188,3 +188,10 @@ def test_the_study_of_outliers_takes_keys_and_options_as_a_fit_does(monkeypatch:
     assert arguments[1].endswith("outliers.yaml")
     assert arguments[2:] == ["--data.n_samples=8", "--overwrite"]
     assert (bits, share) == ((2, 4), 0.2)
+
+
+@pytest.mark.parametrize("function", [mobiq_lightning.fit, outliers])
+@pytest.mark.parametrize("overwrite", ["no", None, 1])
+def test_whether_to_overwrite_is_said_with_true_or_false(function: Any, overwrite: Any) -> None:
+    with pytest.raises(RecipeError, match="must be True or False"):
+        function("tiny", overwrite=overwrite)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mobiq_lightning.errors import KernelError
 from mobiq_lightning.kernels import relay, restore, sliced_linear
 from mobiq_lightning.kernels.form import Form, Prepared
 from mobiq_lightning.kernels.layout import KernelWeights, column_map
@@ -335,3 +336,15 @@ def test_a_table_of_ones_own_is_found_by_the_name_of_the_gpu(tmp_path: object, m
     assert table.decode_config(8, 22016, 4096) == DecodeConfig()
     assert table.grouped_until == 300
     assert table_for("another").source == "default.json"
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "{}", '{"decode": {"1": {"x": 1}}, "grouped_until": 3}', '{"decode": 3}']
+)
+def test_a_damaged_table_of_a_gpu_is_refused_by_name(
+    content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "some-gpu-9001.json").write_text(content)
+    monkeypatch.setenv("MOBIQ_TUNED", str(tmp_path))
+    with pytest.raises(KernelError, match=r"some-gpu-9001\.json is no table of `latency --tune`"):
+        table_for("Some GPU 9001")

@@ -19,7 +19,7 @@ from mobiq_lightning.checkpoint.values import value_problems
 from mobiq_lightning.checkpoint.write import seal, write_shard
 from mobiq_lightning.console import say
 from mobiq_lightning.errors import BitsError, CheckpointError
-from mobiq_lightning.files import folder_replaced_atomically, write_json
+from mobiq_lightning.files import folder_replaced_atomically, remove_leftovers, write_json
 from mobiq_lightning.nn import held_slices
 from mobiq_lightning.packing import plane_of
 from mobiq_lightning.runs import CARD, CONFIG, HASHES, INDEX, LATER, RESULTS, read_results
@@ -83,6 +83,7 @@ def _target(origin: Path, to: str | Path, overwrite: bool) -> Path:
     """
     try:
         folder = Path(to).expanduser().resolve()
+        remove_leftovers(folder.parent, {folder.name})
         exists = folder.exists()
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{to!r} can be no folder ({error}); give another folder") from error

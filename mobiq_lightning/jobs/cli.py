@@ -10,9 +10,7 @@ from typing import Any, ClassVar, Literal, TypeAlias
 
 import yaml
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from mobiq_lightning.calibration import (
@@ -22,30 +20,17 @@ from mobiq_lightning.calibration import (
     check_strategy,
     finish_checkpoint,
 )
-from mobiq_lightning.callbacks import (
-    BlockExport,
-    CalibrationProgress,
-    Guards,
-    LatencyCheck,
-    LayerGains,
-    LayerwiseCalibration,
-    Results,
-    RoutingDiagnostics,
-    ThresholdTuning,
-)
-from mobiq_lightning.callbacks.base import CalibrationCallback
 from mobiq_lightning.callbacks.cut_short import check_fit_is_whole
-from mobiq_lightning.callbacks.visit_checkpoint import VisitCheckpoint
 from mobiq_lightning.console import is_first_process, program, say
 from mobiq_lightning.errors import MobiqError, NonFiniteError, RecipeError, RunFolderError
 from mobiq_lightning.evaluation import print_table
 from mobiq_lightning.jobs.damaged_run import carry_over, must_be_rebuilt
 from mobiq_lightning.jobs.lost_process import lost_process
 from mobiq_lightning.jobs.parsing import TRAINER_DEFAULTS, RecipeParser, with_whole_stages
+from mobiq_lightning.jobs.run_parts import callbacks_of_run, loggers_of_run
 from mobiq_lightning.jobs.trainer_checks import check_trainer, trainer_errors
 from mobiq_lightning.latency import print_budgets
-from mobiq_lightning.loggers import JsonlLogger, WandbLogger
-from mobiq_lightning.runs import CHECKPOINTS, CONFIG, CSV_LOG, ELASTIC, RESULTS, SPEED, RunFolder, read_results
+from mobiq_lightning.runs import CONFIG, ELASTIC, RESULTS, SPEED, RunFolder, read_results
 from mobiq_lightning.sources import TextWindows
 
 Command: TypeAlias = Literal["fit", "validate", "build"]
@@ -175,21 +160,9 @@ class ElasticCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Adds the callbacks, loggers and checkpoint writer that every run has."""
         config = self._get(self.config_init, "trainer")
-        given: list[Callback] = list(config.get("callbacks") or [])
-        own: list[Callback] = [
-            LayerwiseCalibration(),
-            Guards(),
-            LayerGains(),
-            ThresholdTuning(),
-            BlockExport(),
-        ]
-        if config.get("enable_progress_bar") is not False:
-            own.append(CalibrationProgress())
-        # A run with results counts as finished, so they are written when all else is.
-        own += [RoutingDiagnostics(), Results(), LatencyCheck(), *self._checkpoints()]
-        callbacks = given + [c for c in own if not any(type(c) is type(g) for g in given) or _is_checkpoint(c)]
-        config["callbacks"] = sorted(callbacks, key=lambda c: getattr(c, "order", CalibrationCallback.order))
-        config["logger"] = self._loggers(config.get("logger"))
+        bar = config.get("enable_progress_bar") is not False
+        config["callbacks"] = callbacks_of_run(config.get("callbacks") or [], self.run_folder, bar)
+        config["logger"] = loggers_of_run(config.get("logger"), self.run_folder, self.config_dump)
         plugins = config.get("plugins") or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         config["plugins"] = [*plugins, SafeCheckpointIO(self.run_folder.check_in_place)]
@@ -197,29 +170,6 @@ class ElasticCLI(LightningCLI):
             trainer = super().instantiate_trainer(**kwargs)
         check_strategy(trainer.strategy)
         return trainer
-
-    def _checkpoints(self) -> list[ModelCheckpoint]:
-        """The last two epochs, and the last finished block, from which a block that fails is started anew."""
-        folder = self.run_folder.path / CHECKPOINTS
-        common: dict[str, Any] = {
-            "dirpath": folder,
-            "monitor": "step",
-            "mode": "max",
-            "auto_insert_metric_name": False,
-            "save_on_train_epoch_end": True,
-        }
-        last = ModelCheckpoint(filename="epoch-{epoch:06d}", save_top_k=2, **common)
-        return [last, VisitCheckpoint(filename="block-epoch-{epoch:06d}", **common)]
-
-    def _loggers(self, given: Any) -> list[Logger]:
-        """CSV first, then the journal, then what the recipe asks for."""
-        folder = self.run_folder.path
-        more = [] if given in (None, True, False) else (given if isinstance(given, list) else [given])
-        for logger in more:
-            if isinstance(logger, WandbLogger):
-                logger.use_folder(folder)
-                logger.log_recipe(self.config_dump)
-        return [CSVLogger(folder, name=CSV_LOG), JsonlLogger(folder), *more]
 
     def fit(self) -> None:
         """Calibrates, or goes on calibrating; then exports and compares."""
@@ -305,7 +255,3 @@ class ElasticCLI(LightningCLI):
         if rebuilt:
             carry_over(self.run_folder, measured)
         say(f"Elastic checkpoint written to {folder}.")
-
-
-def _is_checkpoint(callback: Callback) -> bool:
-    return isinstance(callback, ModelCheckpoint)

@@ -43,6 +43,7 @@ from .guard_events import GuardEvent as GuardEvent
 from .guard_events import GuardName as GuardName
 from .guard_events import sentence as sentence
 from .guard_events import sentences as sentences
+from .identity import check_identity as check_identity
 from .layer_gains import UNIT as UNIT
 from .layer_gains import GainMethod as GainMethod
 from .layer_gains import GainsSummary as GainsSummary
@@ -80,7 +81,6 @@ from .rows import spread_of as spread_of
 from .rows import summarize as summarize
 from .rows import verdict as verdict
 from .run_folder import RunFolder as RunFolder
-from .run_folder import check_identity as check_identity
 from .same_recipe import differing_keys as differing_keys
 from .shared_work import SharedWork as SharedWork
 from .speed import SpeedNote as SpeedNote

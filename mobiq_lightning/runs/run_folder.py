@@ -21,7 +21,6 @@ from mobiq_lightning.runs.file_names import (
     CONFIG,
     ELASTIC,
     GENERATED,
-    IDENTITY,
     LOCK,
     OUTLIERS,
     PARTIAL,
@@ -274,35 +273,6 @@ class RunFolder:
         retries[block] = retries.get(block, 0) + 1
         write_json(self.path / RETRIES, {_WHOLE_MODEL if k is None else k: v for k, v in retries.items()})
         return retries[block]
-
-
-def check_identity(
-    folder: Path, identity: dict[str, str], former: Callable[[], dict[str, str]] = dict[str, str]
-) -> None:
-    """Compares model and data with those that the run in `folder` was started with.
-
-    Args:
-        folder: The run folder.
-        identity: Hashes of model and data.
-        former: What earlier versions took for some of them, which runs that they started have.
-
-    Raises:
-        RunFolderError: Naming what has changed.
-    """
-    path = folder / IDENTITY
-    if not path.is_file() or not RunFolder(folder).finished_work:
-        write_json(path, identity)
-        return
-    stored = read_mapping(path)
-    changed = [f"{k}: {stored.get(k)} then, {v} now" for k, v in identity.items() if stored.get(k) != v]
-    if changed and all(stored.get(k) == former().get(k, v) for k, v in identity.items()):
-        return
-    if changed:
-        raise RunFolderError(
-            f"{folder} holds a run of this recipe on something else:\n  " + "\n  ".join(changed) + "\n"
-            "Files behind model.pretrained or data.source have changed. Give another trainer.default_root_dir, or "
-            "--overwrite"
-        )
 
 
 def _may_be_a_recipe(stored: Any) -> bool:

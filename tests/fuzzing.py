@@ -229,7 +229,7 @@ def _other_type(value: Any, random: Random) -> Any:
     others: list[Any] = [[value], {"a": value}, str(value), repr(value)]
     others += [[*value, *value], dict(enumerate(map(str, value))), value[:1]] if isinstance(value, list) else []
     others += [list(value), list(value.values())] if isinstance(value, dict) else []
-    others += [value + 0.5, bool(value)] if isinstance(value, (int, float)) else []
+    others += [value + 0.5 if abs(value) < 2**60 else -value, bool(value)] if isinstance(value, (int, float)) else []
     return random.choice(others)
 
 

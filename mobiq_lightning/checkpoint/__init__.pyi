@@ -6,7 +6,9 @@ from .format import ElasticFormat as ElasticFormat
 from .load_call import LoadCall as LoadCall
 from .load_call import answering as answering
 from .loading import load as load
+from .loading import load_tokenizer as load_tokenizer
 from .loading import resolve as resolve
+from .own_files import own_file as own_file
 from .provenance import describe_provenance as describe_provenance
 from .quantizer import insert_elastic_linears as insert_elastic_linears
 from .registration import register_with_transformers as register_with_transformers

@@ -13,6 +13,11 @@ _COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 """Keys under which configurations of transformers say how many decoder blocks there are."""
 _LARGEST = 2**40
 """A whole number that nothing in a configuration reaches."""
+_MOST_LABELS = 2**16
+"""Labels of a classifier, each of which transformers makes a name for."""
+_CODE = ("attn_implementation", "experts_implementation", "kernel_config", "transformers_weights")
+"""Keys by which a configuration names code or files elsewhere, with and without a dash in front."""
+_PLAIN = re.compile(r"[a-z0-9_]*")
 
 
 def exaggerations(config: Mapping[str, Any], elastic: ElasticFormat, tensors: Iterable[str]) -> list[str]:
@@ -40,19 +45,29 @@ def exaggerations(config: Mapping[str, Any], elastic: ElasticFormat, tensors: It
             f"config.json: quantization_config claims {elastic.n_planes} planes of every weight; the tensors are those of "
             f"{n_planes}"
         )
-    problems += [
-        f"config.json: {key} is {value}, which no model has" for key, value in _numbers(config) if value > _LARGEST
-    ]
+    for key, value in _values(config):
+        name = key.rpartition(".")[2].strip("_").removesuffix("_internal")
+        if type(value) is int and abs(value) > (_MOST_LABELS if name == "num_labels" else _LARGEST):
+            problems.append(f"config.json: {key} is {value}, which no model has")
+        elif value != value:
+            problems.append(f"config.json: {key} is NaN")
+        elif name in _CODE and value is not None and not (isinstance(value, str) and _PLAIN.fullmatch(value)):
+            problems.append(
+                f"config.json: {key} names {str(value)[:80]!r}; a checkpoint may not choose what is fetched or run"
+            )
     return problems
 
 
-def _numbers(value: Any, key: str = "") -> Iterable[tuple[str, int]]:
-    """Whole numbers in a configuration, without their signs, with the keys under which they are."""
+def _values(value: Any, key: str = "") -> Iterable[tuple[str, Any]]:
+    """Numbers, texts and the like in a configuration, with the keys under which they are; of what names code also mappings."""
     if isinstance(value, Mapping):
         for name, inner in value.items():
-            yield from _numbers(inner, f"{key}.{name}" if key else str(name))
+            path = f"{key}.{name}" if key else str(name)
+            if str(name).strip("_").removesuffix("_internal") in _CODE and isinstance(inner, (Mapping, list)):
+                yield path, inner
+            yield from _values(inner, path)
     elif isinstance(value, list):
         for inner in value:
-            yield from _numbers(inner, key)
-    elif type(value) is int:
-        yield key, abs(value)
+            yield from _values(inner, key)
+    else:
+        yield key, value

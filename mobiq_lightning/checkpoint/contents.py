@@ -9,7 +9,15 @@ from typing import Any
 from mobiq_lightning.checkpoint.check import describe_missing, describe_problems, read_header
 from mobiq_lightning.checkpoint.claims import exaggerations
 from mobiq_lightning.checkpoint.format import ElasticFormat
-from mobiq_lightning.checkpoint.own_files import Hashes, differing_files, own_file, read_config, read_hashes, read_index
+from mobiq_lightning.checkpoint.own_files import (
+    Hashes,
+    differing_files,
+    links_out,
+    own_file,
+    read_config,
+    read_hashes,
+    read_index,
+)
 from mobiq_lightning.errors import CheckpointError
 from mobiq_lightning.runs import CONFIG, HASHES, INDEX
 
@@ -72,6 +80,8 @@ def read_contents(folder: Path, compare_files: bool = True) -> Contents:
     config, elastic = read_config(folder)
     found = Contents(folder, config, elastic)
     index = read_index(folder)
+    named = set(index.values())
+    found.problems += [f"{n} is a link that leads out of {folder}" for n in links_out(folder) if n not in named]
     unreadable: set[str] = set()
     for name in sorted(set(index.values())):
         try:

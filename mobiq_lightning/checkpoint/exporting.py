@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -12,17 +14,18 @@ from mobiq_lightning.checkpoint.check import describe_problems, hash_tensor, sha
 from mobiq_lightning.checkpoint.contents import Contents, read_contents
 from mobiq_lightning.checkpoint.loading import resolve
 from mobiq_lightning.checkpoint.named_classes import router_class
-from mobiq_lightning.checkpoint.own_files import own_file, unhashed_files
+from mobiq_lightning.checkpoint.own_files import own_file, read_index, unhashed_files
 from mobiq_lightning.checkpoint.quantizer import expected_tensors
 from mobiq_lightning.checkpoint.summary import skeleton
 from mobiq_lightning.checkpoint.values import value_problems
+from mobiq_lightning.checkpoint.verification import check_figures
 from mobiq_lightning.checkpoint.write import seal, write_shard
 from mobiq_lightning.console import say
 from mobiq_lightning.errors import BitsError, CheckpointError
 from mobiq_lightning.files import folder_replaced_atomically, remove_leftovers, write_json
 from mobiq_lightning.nn import held_slices
 from mobiq_lightning.packing import plane_of
-from mobiq_lightning.runs import CARD, CONFIG, HASHES, INDEX, LATER, RESULTS, read_results
+from mobiq_lightning.runs import CARD, CONFIG, HASHES, INDEX, LATER
 
 _NOTHING = "nothing was exported"
 
@@ -63,7 +66,7 @@ def export(source: str | Path, to: str | Path, max_bits: int | None = None, over
     left_out = unhashed_files(origin, contents.hashes, [path.name for path in contents.shards])
     if left_out:
         say(f"{origin}: {', '.join(left_out)}: no part of the checkpoint (without a hash in {HASHES}); not exported.")
-    with folder_replaced_atomically(folder) as temporary:
+    with _writing(folder), folder_replaced_atomically(folder) as temporary:
         for name in _companions(contents):
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(own_file(origin, name, nested=True), temporary / name)
@@ -73,6 +76,17 @@ def export(source: str | Path, to: str | Path, max_bits: int | None = None, over
         seal(temporary)
         write_card(temporary)
     return folder
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Context in which a folder is written; what the file system refuses is said."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder} cannot be written ({error}); make room there, or give another folder"
+        ) from error
 
 
 def _target(origin: Path, to: str | Path, overwrite: bool) -> Path:
@@ -109,9 +123,7 @@ def _refuse_foreign(folder: Path) -> None:
             f"{folder} is no elastic checkpoint and is not replaced ({error}). Give another folder, or remove it yourself"
         ) from error
     hashes = contents.hashes
-    foreign = (
-        [HASHES] if hashes is None else unhashed_files(folder, hashes, [p.name for p in folder.glob("*.safetensors")])
-    )
+    foreign = [HASHES] if hashes is None else unhashed_files(folder, hashes, read_index(folder).values())
     if foreign:
         what = f"has no {HASHES}" if hashes is None else f"also holds {', '.join(foreign[:6])}, which no export wrote"
         raise CheckpointError(f"{folder} {what}; it is not replaced. Give another folder, or remove it yourself")
@@ -125,7 +137,7 @@ def _companions(contents: Contents) -> list[str]:
         if name not in (HASHES, CARD) and (contents.folder / name).exists():
             own_file(contents.folder, name)
             names.append(name)
-    read_results(contents.folder / RESULTS)
+    check_figures(contents.folder)
     return names
 
 

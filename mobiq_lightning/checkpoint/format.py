@@ -120,7 +120,9 @@ def check_json(stored: Mapping[str, Any], known: Iterable[str]) -> None:
             key, the nearest known one.
     """
     version = stored.get("format_version", 1)
-    if not _is_int(version) or version > FORMAT_VERSION:  # first: a newer version may have other keys
+    if (
+        not isinstance(version, int) or not _is_int(version) or not 1 <= version <= FORMAT_VERSION
+    ):  # first: a newer version may have other keys
         raise CheckpointError(
             f"this elastic checkpoint has format version {version}; this version of mobiq-lightning reads up to "
             f"{FORMAT_VERSION}. Update mobiq-lightning"
@@ -140,6 +142,8 @@ def check_json(stored: Mapping[str, Any], known: Iterable[str]) -> None:
     depths, held = depths_of(tuple(stored["slice_bits"])), stored.get("max_bits")
     if held is not None and held not in depths:
         raise CheckpointError(f"{_KEY}.max_bits should be null or one of the depths {list(depths)}, and is {held}")
+    if not depths[0] <= (bits := stored.get("default_bits", depths[0])) <= depths[-1]:
+        raise CheckpointError(f"{_KEY}.default_bits should lie from {depths[0]} to {depths[-1]} bits, and is {bits}")
     for key, parts in _PARTS.items():
         _refuse_unknown(f"{_KEY}.{key}", stored.get(key) or {}, parts)
 

@@ -25,8 +25,21 @@ _HONOURED = (
     "device_mesh",
 )
 """Further arguments that are passed on as they are."""
+CONFIG_KEYWORDS = (
+    "attention_dropout",
+    "bos_token_id",
+    "eos_token_id",
+    "max_position_embeddings",
+    "output_attentions",
+    "output_hidden_states",
+    "pad_token_id",
+    "rope_parameters",
+    "sliding_window",
+    "use_cache",
+)
+"""Keys of config.json that say how a model is run, and not what it is."""
 _REFUSED = {
-    "config": "config.json of the checkpoint says what the model is; give keys of it by their names",
+    "config": "config.json of the checkpoint says what the model is",
     "quantization_config": "config.json of the checkpoint says how it is sliced; give max_bits, bits or check_hashes",
     "state_dict": "the weights are those of the checkpoint",
     "output_loading_info": "a checkpoint is loaded whole or not at all, so there is nothing to tell",
@@ -66,6 +79,7 @@ def checked_keywords(given: Mapping[str, Any]) -> dict[str, Any]:
         found["dtype"] = former if found.get("dtype") in ("auto", None) else found["dtype"]
     if given.get("device") is not None and found.get("device_map") is not None:
         raise CheckpointError("load: give device or device_map, not both")
+    _check_places(given.get("device"), found.get("device_map"))
     found["dtype"] = _checked_dtype(found.get("dtype"))
     for name in list(found):
         if name in _REFUSED and found[name] not in (None, False):
@@ -78,7 +92,7 @@ def checked_keywords(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def refuse_unknown(names: Mapping[str, Any], keys: Mapping[str, Any]) -> None:
-    """Refuses arguments that are neither honoured nor keys of the model's configuration.
+    """Refuses arguments that are neither honoured nor say how a model is run.
 
     Args:
         names: Arguments that are to be passed on to `from_pretrained`.
@@ -87,8 +101,20 @@ def refuse_unknown(names: Mapping[str, Any], keys: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: With the nearest name.
     """
-    known = [*_HONOURED, *HUB_KEYWORDS, *keys, "bits", "check_hashes", "device", "max_bits", "trust_router", "warm_up"]
+    known = [
+        *_HONOURED,
+        *HUB_KEYWORDS,
+        *CONFIG_KEYWORDS,
+        "bits",
+        "check_hashes",
+        "device",
+        "max_bits",
+        "trust_router",
+        "warm_up",
+    ]
     for name in names:
+        if name in keys and name not in known:
+            raise CheckpointError(f"load: {name} cannot be given; config.json of the checkpoint says what the model is")
         if name not in known:
             raise CheckpointError(f"load: there is no argument {name!r}. {nearest(name, known)}".rstrip())
 
@@ -100,3 +126,33 @@ def _checked_dtype(dtype: Any) -> Any:
     if name not in _DTYPES:
         raise CheckpointError(f"load: dtype {dtype!r} is none of {', '.join(_DTYPES)}")
     return dtype if isinstance(dtype, torch.dtype) or name == "auto" else getattr(torch, name)
+
+
+def check_kinds(**given: Any) -> None:
+    """Checks arguments of `load` of its own: `trust_router` is a dotted path or None, `max_bits` a whole number or None.
+
+    Raises:
+        CheckpointError: If one of them is of another kind; switches are True or False.
+    """
+    kinds: dict[str, tuple[tuple[type, ...], str]] = {
+        "trust_router": ((str, type(None)), "the dotted path of a class"),
+        "max_bits": ((int, type(None)), "a whole number"),
+    }
+    for name, value in given.items():
+        allowed, expected = kinds.get(name, ((bool,), "True or False"))
+        if type(value) not in allowed:
+            raise CheckpointError(f"load: {name} should be {expected}, and is {value!r}")
+
+
+def _check_places(device: Any, device_map: Any) -> None:
+    """Refuses devices that are none, and places on which nothing can be computed."""
+    places = list(device_map.values()) if isinstance(device_map, Mapping) else [device_map]
+    for place in [device, *places]:
+        if str(place) in ("meta", "disk"):
+            raise CheckpointError(
+                f"load: nothing can be computed on {str(place)!r}; give a device that holds the weights"
+            )
+    try:
+        torch.device("cpu" if device is None else device)
+    except (RuntimeError, TypeError) as error:
+        raise CheckpointError(f"load: device {device!r} is none ({str(error).splitlines()[0][:120]})") from error

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -15,10 +16,12 @@ class LoadCall:
     Args:
         check_hashes: Whether files and tensors are compared with hashes.json.
         trust_router: Dotted path of a router that is no part of this package and may be imported; None for none.
+        folder: Folder that is loaded; None in plain `from_pretrained`.
     """
 
     check_hashes: bool = True
     trust_router: str | None = None
+    folder: Path | None = None
 
 
 _CURRENT: ContextVar[LoadCall | None] = ContextVar("load_call", default=None)

@@ -6,14 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mobiq_lightning.checkpoint.check import describe_problems
 from mobiq_lightning.checkpoint.contents import read_contents
-from mobiq_lightning.checkpoint.keywords import HUB_KEYWORDS, checked_keywords, refuse_unknown
+from mobiq_lightning.checkpoint.keywords import (
+    CONFIG_KEYWORDS,
+    HUB_KEYWORDS,
+    check_kinds,
+    checked_keywords,
+    refuse_unknown,
+)
 from mobiq_lightning.checkpoint.load_call import LoadCall, answering, current_call
 from mobiq_lightning.checkpoint.named_classes import router_class
 from mobiq_lightning.errors import BitsError, CheckpointError, MobiqError
+from mobiq_lightning.nn import held_slices
 from mobiq_lightning.runs import CONFIG, ELASTIC
 
 _ADVICE = "A finished `fit` leaves a checkpoint in <run folder>/elastic"
@@ -60,8 +67,9 @@ def load(
         BitsError: If `max_bits` is no prefix of the slices, or `bits` is out of range.
     """
     given = checked_keywords({**kwargs, "dtype": dtype, "device": device})
+    check_kinds(max_bits=max_bits, check_hashes=check_hashes, warm_up=warm_up, trust_router=trust_router)
     path = resolve(source, **{name: given.pop(name) for name in HUB_KEYWORDS if name in given})
-    with answering(LoadCall(check_hashes, trust_router or current_call().trust_router)):
+    with answering(LoadCall(check_hashes, trust_router or current_call().trust_router, path)):
         model = _load(path, max_bits, given)
     if device is not None:
         model.to(device)
@@ -77,20 +85,24 @@ def load(
 
 def _load(path: Path, max_bits: int | None, given: dict[str, Any]) -> Any:
     """Loads the checkpoint in a folder; `given` are arguments of `from_pretrained`, and keys of config.json."""
-    contents = read_contents(path, compare_files=False)  # files are compared once, when transformers gets to them
+    contents = read_contents(path, current_call().check_hashes)  # before transformers makes anything of config.json
     contents.require_whole()
     elastic = contents.elastic
     router_class(elastic.router["class_path"])
     held = elastic.max_bits
+    if max_bits is not None:
+        held_slices(tuple(elastic.slice_bits), max_bits)
     if max_bits is not None and held is not None and max_bits > held:
         raise BitsError(f"max_bits ({max_bits}) is more than the {held} bits that {path} holds")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        keys = config.to_dict()
-        refuse_unknown(given, keys)
-        for name in [name for name in given if name in keys and name != "dtype"]:
+        refuse_unknown(given, config.to_dict())
+        for name in [name for name in given if name in CONFIG_KEYWORDS]:
             setattr(config, name, given.pop(name))
-        config.quantization_config = {**contents.config["quantization_config"], "max_bits": max_bits or held}
+        config.quantization_config = {
+            **contents.config["quantization_config"],
+            "max_bits": held if max_bits is None else max_bits,
+        }
         model, info = AutoModelForCausalLM.from_pretrained(
             path, config=config, output_loading_info=True, trust_remote_code=False, **given
         )
@@ -118,6 +130,8 @@ def resolve(source: str | Path, **hub: Any) -> Path:
     if not isinstance(source, (str, Path)) or not str(source).strip():
         raise CheckpointError(f"{source!r} names no elastic checkpoint; give a folder or a hub id. {_ADVICE}")
     subfolder = hub.pop("subfolder", "") or ""
+    if not isinstance(subfolder, str):
+        raise CheckpointError(f"load: subfolder ({subfolder!r}) should be the name of a folder")
     path = Path(source).expanduser()
     try:
         found = next((p for p in (path / ELASTIC / subfolder, path / subfolder) if (p / CONFIG).is_file()), None)
@@ -125,6 +139,8 @@ def resolve(source: str | Path, **hub: Any) -> Path:
     except (OSError, ValueError) as error:  # a name that is too long, or holds what names cannot
         raise CheckpointError(f"{source!r} can be no folder ({error}). {_ADVICE}") from error
     if found is not None:
+        if hub.get("revision") is not None:
+            raise CheckpointError(f"{source} is a folder here and has no revisions; leave out revision")
         return found
     if exists or path.is_absolute() or str(source).startswith(".") or str(source).count("/") != 1:
         raise CheckpointError(
@@ -138,4 +154,23 @@ def resolve(source: str | Path, **hub: Any) -> Path:
         raise CheckpointError(
             f"{source} is neither a folder with an elastic checkpoint, nor in the local cache, nor reachable on the hub "
             f"({type(error).__name__}). {_ADVICE}"
+        ) from error
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """Loads the tokenizer of a checkpoint.
+
+    Args:
+        folder: Folder of the checkpoint.
+
+    Raises:
+        CheckpointError: If it has none, or a damaged one.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        said = (str(error).strip().splitlines() or [""])[0]
+        raise CheckpointError(
+            f"{folder}: its tokenizer cannot be loaded ({type(error).__name__}: {said[:160]}). Put the tokenizer files of the "
+            "source model there"
         ) from error

@@ -11,7 +11,7 @@ from mobiq_lightning.checkpoint.format import QUANT_METHOD, ElasticFormat, is_el
 from mobiq_lightning.errors import CheckpointError, FileError
 from mobiq_lightning.files import sha256
 from mobiq_lightning.input_files import open_regular, read_mapping
-from mobiq_lightning.runs import CONFIG, HASHES, INDEX, LATER
+from mobiq_lightning.runs import COMPANIONS, CONFIG, HASHES, INDEX, LATER
 
 SINGLE = "model.safetensors"
 """File of the tensors where transformers saved a model that needs no index."""
@@ -68,6 +68,13 @@ def leads_out(path: Path, folder: Path) -> bool:
     except (OSError, RuntimeError):  # a link to itself
         return True
     return not any(target.is_relative_to(place) for place in [home, *blobs])
+
+
+def links_out(folder: Path) -> list[str]:
+    """Names of links that lead out of a checkpoint's folder, under names that somebody would read whoever else names them."""
+    patterns = ("*.json", "*.safetensors", "*.md", "*.yaml", *COMPANIONS)
+    found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_symlink()}
+    return sorted(path.relative_to(folder).as_posix() for path in found if leads_out(path, folder))
 
 
 def is_hub_snapshot(folder: Path) -> bool:

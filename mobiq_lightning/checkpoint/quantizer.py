@@ -102,7 +102,7 @@ class ElasticQuantizer(HfQuantizer):
             raise CheckpointError(
                 f"config.json: transformers_weights names {named!r}; an elastic checkpoint names no weights"
             )
-        folder = Path(getattr(config, "_name_or_path", ""))
+        folder = current_call().folder or Path(getattr(config, "_name_or_path", ""))
         router_class(self.quantization_config.router["class_path"])
         if (folder / CONFIG).is_file():
             read_contents(folder, current_call().check_hashes).require_whole()

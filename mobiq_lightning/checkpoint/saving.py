@@ -24,8 +24,15 @@ def saved_with_hashes(folder: Path, n_planes: int, keep: bool) -> Iterator[None]
         keep: Whether hashes of files that are not written anew stay as they are, so that damage to them stays known.
 
     Raises:
-        CheckpointError: If the folder holds a checkpoint with more planes, which would be lost.
+        CheckpointError: If the folder holds a checkpoint with more planes, which would be lost, or links, or is a file.
     """
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file; give a folder to save to")
+    links = sorted(p.name for pattern in ("*.json", "*.safetensors") for p in folder.glob(pattern) if p.is_symlink())
+    if links:
+        raise CheckpointError(
+            f"{folder}: {', '.join(links[:6])}: links; saving would change the files that they lead to. Save to another folder"
+        )
     there = _planes_in(folder)
     if there > n_planes:
         raise CheckpointError(

@@ -13,10 +13,12 @@ from mobiq_lightning.checkpoint.check import differing_tensors
 from mobiq_lightning.checkpoint.contents import read_contents
 from mobiq_lightning.checkpoint.load_call import LoadCall, answering, current_call
 from mobiq_lightning.checkpoint.named_classes import router_class
+from mobiq_lightning.checkpoint.own_files import own_file
+from mobiq_lightning.checkpoint.provenance import read_provenance
 from mobiq_lightning.checkpoint.values import value_problems
 from mobiq_lightning.errors import CheckpointError, MobiqError
 from mobiq_lightning.packing import plane_name
-from mobiq_lightning.runs import HASHES
+from mobiq_lightning.runs import HASHES, RESULTS, SPEED, SpeedNote, read_json, read_results
 
 PROBE_TOKENS = 16
 """Number of tokens that go through the model in the forward passes of the check."""
@@ -74,6 +76,10 @@ def check_files(folder: Path) -> list[str]:
         contents = read_contents(folder)
     except CheckpointError as error:
         return [str(error)]
+    try:
+        check_figures(folder)
+    except MobiqError as error:
+        contents.problems.append(str(error))
     hashes = contents.hashes
     if hashes is None:
         missing = f"{HASHES} is missing, so bytes cannot be compared with what was written"
@@ -87,6 +93,21 @@ def check_files(folder: Path) -> list[str]:
         for name in differing_tensors(known, hashes.tensors)
     ]
     return [*contents.problems, *differing]
+
+
+def check_figures(folder: Path) -> None:
+    """Checks the files of a checkpoint that say what was measured, which have no hash, and where it comes from.
+
+    Raises:
+        MobiqError: If one of them is damaged, or no file of the folder.
+    """
+    read_provenance(folder)
+    for name in (RESULTS, SPEED):
+        if (folder / name).exists():
+            own_file(folder, name)
+    read_results(folder / RESULTS)
+    if (folder / SPEED).exists():
+        SpeedNote.from_json(read_json(folder / SPEED), folder / SPEED)
 
 
 def _check_values(folder: Path) -> list[str]:

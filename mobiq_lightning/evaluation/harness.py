@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 import yaml
 
-from mobiq_lightning.checkpoint import load, resolve, write_card
+from mobiq_lightning.checkpoint import load, load_tokenizer, resolve, write_card
 from mobiq_lightning.console import say
 from mobiq_lightning.environment import environment
 from mobiq_lightning.errors import BitsError, DataError, FileError, MissingExtraError, MobiqError, RecipeError, nearest
@@ -95,11 +95,9 @@ class _Runner:
         batch_size: int,
         folder: Path,
     ) -> None:
-        from transformers import AutoTokenizer
-
         self.names, self.manager, self.limit = names, manager, limit
         self.num_fewshot, self.batch_size = num_fewshot, batch_size
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        self.tokenizer = load_tokenizer(folder)
 
     def run(self, model: Any) -> Any:
         """Runs the tasks on a model and returns what the harness gives.

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mobiq_lightning.errors import KernelError
+from mobiq_lightning.errors import CheckpointError, KernelError
 from mobiq_lightning.kernels import missing_for_code, missing_for_kernels
 from mobiq_lightning.nn import KEPT_BYTES, ElasticLinear, KeptWeights, input_names, routed_inputs, stored_bits
 from mobiq_lightning.runtime.dial import BitsUsed, Budget, Dial
@@ -184,6 +184,10 @@ class ElasticModel:
         if getattr(model, "_hf_peft_config_loaded", False) or not kwargs.get("is_main_process", True):
             super().save_pretrained(save_directory, *args, push_to_hub=push_to_hub, **kwargs)  # type: ignore[misc]
             return
+        if kwargs.get("variant") is not None:
+            raise CheckpointError(
+                "save_pretrained: variant cannot be given; an elastic checkpoint has one set of tensors"
+            )
         hub = {
             name: kwargs.pop(name) for name in ("repo_id", "commit_message", "private", "create_pr") if name in kwargs
         }

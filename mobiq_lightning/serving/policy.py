@@ -116,11 +116,14 @@ class BitsPolicy:
             CheckpointError: If the checkpoint holds no rows of a comparison.
             ResultsError: If a file with what was measured is damaged or from another version.
         """
-        from mobiq_lightning.checkpoint import resolve
+        from mobiq_lightning.checkpoint import own_file, resolve
         from mobiq_lightning.environment import device_name
         from mobiq_lightning.runs import RESULTS, SPEED, SpeedNote, read_json, read_results
 
         path = resolve(folder)
+        for name in (RESULTS, SPEED):
+            if (path / name).exists():
+                own_file(path, name)
         measured = read_results(path / RESULTS).measured
         if measured is None:
             found = f"holds no rows of a comparison in {RESULTS}" if (path / RESULTS).is_file() else f"has no {RESULTS}"

@@ -6,10 +6,9 @@ import math
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
-from mobiq_lightning.checkpoint import load
-from mobiq_lightning.errors import RecipeError, shown
+from mobiq_lightning.checkpoint import load, load_tokenizer
+from mobiq_lightning.errors import CheckpointError, RecipeError, shown
 from mobiq_lightning.runtime import BitsUsed
 from mobiq_lightning.sources import check_ids
 
@@ -52,7 +51,7 @@ def continue_prompt(
     if type(seed) is not int or not 0 <= seed < 2**63:
         raise RecipeError(f"seed ({shown(seed)}) must be a whole number of at least 0")
     model = load(run, max_bits=max_bits, device="cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path, trust_remote_code=False)
+    tokenizer = load_tokenizer(model.config._name_or_path)
     encoded = tokenizer(prompt, return_tensors="pt").to(model.device)
     rows = model.get_input_embeddings().num_embeddings
     check_ids(encoded["input_ids"].tolist(), tokenizer, rows, "--prompt")
@@ -61,12 +60,17 @@ def continue_prompt(
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        output = model.generate(
-            input_ids=encoded["input_ids"],
-            attention_mask=encoded["attention_mask"],
-            max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            bits=bits,
-            **sampling,
-        )
+        try:
+            output = model.generate(
+                input_ids=encoded["input_ids"],
+                attention_mask=encoded["attention_mask"],
+                max_new_tokens=max_new_tokens,
+                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+                bits=bits,
+                num_beams=1,  # whatever generation_config.json says
+                **sampling,
+            )
+        except (TypeError, ValueError) as error:  # all else that it is given was checked
+            said = (str(error).strip().splitlines() or [""])[0]
+            raise CheckpointError(f"{run}: its generation_config.json cannot be used: {said[:200]}") from error
     return str(tokenizer.decode(output[0], skip_special_tokens=True)), model.bits_used()

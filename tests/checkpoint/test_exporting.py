@@ -11,7 +11,7 @@ import pytest
 from mobiq_lightning.checkpoint import export, verify
 from mobiq_lightning.checkpoint.check import OTHER_FILE
 from mobiq_lightning.cli import main
-from mobiq_lightning.errors import CheckpointError
+from mobiq_lightning.errors import CheckpointError, MobiqError
 from mobiq_lightning.runs import HASHES, INDEX
 from tests.checkpoints import edit_json, tensors_of, write_checkpoint
 
@@ -56,6 +56,15 @@ class TestTarget:
         export(elastic, tmp_path / "copy")
         (tmp_path / "copy" / "notes.txt").write_text("mine")
         self.refused(elastic, tmp_path / "copy", "also holds notes.txt, which no export wrote")
+
+    def test_a_checkpoint_beside_which_somebody_keeps_other_tensors(self, elastic: Path, tmp_path: Path) -> None:
+        export(elastic, tmp_path / "copy")
+        (tmp_path / "copy" / "adapter_model.safetensors").write_bytes(b"mine")
+        self.refused(elastic, tmp_path / "copy", "also holds adapter_model.safetensors, which no export wrote")
+
+    def test_a_place_where_nothing_can_be_written(self, elastic: Path) -> None:
+        with pytest.raises(CheckpointError, match="cannot be written"):
+            export(elastic, "/proc/copy")
 
     def test_a_checkpoint_that_cannot_be_told_from_other_files(self, elastic: Path, tmp_path: Path) -> None:
         export(elastic, tmp_path / "copy")
@@ -115,6 +124,14 @@ class TestSource:
     def test_a_missing_tokenizer(self, elastic: Path) -> None:
         (elastic / "tokenizer.json").unlink()
         self.refused(elastic, "tokenizer.json is missing")
+
+    @pytest.mark.parametrize("name", ["results.json", "speed.json", "provenance.json"])
+    def test_damaged_figures(self, elastic: Path, name: str) -> None:
+        (elastic / name).write_text("{garbage")
+        with pytest.raises(MobiqError, match=f"{name}.* not valid JSON"):
+            export(elastic, elastic.parent / "copy")
+        assert not (elastic.parent / "copy").exists()
+        assert any(name in problem and "not valid JSON" in problem for problem in verify(elastic))
 
     def test_no_hashes(self, elastic: Path) -> None:
         (elastic / HASHES).unlink()

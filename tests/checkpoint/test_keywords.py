@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 import mobiq_lightning
 from mobiq_lightning.checkpoint.keywords import _HONOURED, _ONLY, _REFUSED, HUB_KEYWORDS
-from mobiq_lightning.errors import CheckpointError
+from mobiq_lightning.errors import BitsError, CheckpointError
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,20 @@ from mobiq_lightning.errors import CheckpointError
         ({"dtype": torch.int8}, "dtype torch.int8 is none of auto, float32, bfloat16, float16"),
         ({"dtype": "bf16"}, "dtype 'bf16' is none of"),
         ({"device": "cpu", "device_map": "auto"}, "give device or device_map, not both"),
+        ({"device": "nope"}, "device 'nope' is none"),
+        ({"device": "meta"}, "nothing can be computed on 'meta'"),
+        ({"device_map": {"": "disk"}}, "nothing can be computed on 'disk'"),
+        ({"check_hashes": "no"}, "check_hashes should be True or False, and is 'no'"),
+        ({"trust_router": 5}, "trust_router should be the dotted path of a class, and is 5"),
+        ({"max_bits": 4.0}, "max_bits should be a whole number, and is 4.0"),
+        ({"subfolder": 5}, r"subfolder \(5\) should be the name of a folder"),
+        ({"revision": "nonsense"}, "has no revisions"),
+        ({"_name_or_path": "x"}, "_name_or_path"),
+        (
+            {"num_hidden_layers": 1},
+            "num_hidden_layers cannot be given; config.json of the checkpoint says what the model is",
+        ),
+        ({"model_type": "mistral"}, "model_type cannot be given"),
         ({"max_bit": 4}, "there is no argument 'max_bit'. Did you mean 'max_bits'"),
         ({"atn_implementation": "eager"}, "Did you mean 'attn_implementation'"),
     ],
@@ -90,3 +104,8 @@ def test_every_argument_that_transformers_declares_is_known_here() -> None:
         if parameter.kind is parameter.KEYWORD_ONLY or parameter.default is not parameter.empty
     }
     assert declared <= {*HUB_KEYWORDS, *_HONOURED, *_REFUSED, *_ONLY}
+
+
+def test_no_bits_are_no_bits(uncalibrated: Path) -> None:
+    with pytest.raises(BitsError, match="no prefix of the slices"):
+        mobiq_lightning.load(uncalibrated, max_bits=0)

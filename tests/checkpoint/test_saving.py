@@ -123,3 +123,13 @@ def test_hashes_are_fetched_of_a_checkpoint_in_the_hubs_cache(
         warnings.simplefilter("error")
         AutoModelForCausalLM.from_pretrained(snapshot)
     assert asked == [("a/b", HASHES, "0123abc")]
+
+
+def test_what_cannot_be_saved_is_refused_before_anything_is_written(elastic: Path, tmp_path: Path) -> None:
+    model = mobiq_lightning.load(elastic)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(CheckpointError, match="is a file; give a folder"):
+        model.save_pretrained(tmp_path / "file")
+    with pytest.raises(CheckpointError, match="variant cannot be given"):
+        model.save_pretrained(tmp_path / "saved", variant="fp16")
+    assert not (tmp_path / "saved").exists()

@@ -269,3 +269,52 @@ def test_nothing_of_a_checkpoint_is_pickled(uncalibrated: Path) -> None:
     assert tensors_of(uncalibrated)
     assert {path.suffix for path in uncalibrated.iterdir()} <= {".safetensors", ".json", ".md", ".yaml", ".jinja", ""}
     assert json.loads((uncalibrated / HASHES).read_text())["tensors"].keys() == tensors_of(uncalibrated).keys()
+
+
+class TestElsewhere:
+    """What a checkpoint may not reach or choose, whoever names it."""
+
+    @pytest.mark.parametrize(
+        "key", ["attn_implementation", "_attn_implementation", "experts_implementation", "kernel_config"]
+    )
+    def test_code_of_the_hub(self, elastic: Path, key: str) -> None:
+        named = {"x": "a/b:C"} if key == "kernel_config" else "kernels-community/anything"
+        edit_json(elastic, "config.json", lambda config: config.update({key: named}))
+        rehash(elastic)
+        for name in ("load", "inspect", "verify", "export"):
+            with pytest.raises(CheckpointError, match=f"{key} names .* may not choose what is fetched or run"):
+                READERS[name](elastic)
+
+    @pytest.mark.parametrize(
+        "name", ["generation_config.json", "tokenizer.json", "results.json", "speed.json", "README.md"]
+    )
+    def test_links_to_elsewhere_that_no_hash_names(self, elastic: Path, tmp_path: Path, name: str) -> None:
+        (tmp_path / "secret").write_text("{}")
+        (elastic / name).unlink(missing_ok=True)
+        (elastic / name).symlink_to(tmp_path / "secret")
+        edit_json(elastic, HASHES, lambda hashes: hashes["files"].pop(name, None))
+        for read in READERS.values():
+            with pytest.raises(CheckpointError, match=f"{name} is a link that leads out of"):
+                read(elastic)
+
+    @pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model-00001-of-00003.safetensors"])
+    def test_saving_writes_through_no_link(self, uncalibrated: Path, tmp_path: Path, name: str) -> None:
+        (tmp_path / "victim").write_text("mine")
+        (tmp_path / "to").mkdir()
+        (tmp_path / "to" / name).symlink_to(tmp_path / "victim")
+        with pytest.raises(CheckpointError, match=f"{name}: links; saving would change"):
+            mobiq_lightning.load(uncalibrated).save_pretrained(tmp_path / "to")
+        assert (tmp_path / "victim").read_text() == "mine"
+
+    def test_damage_to_config_is_found_before_anything_is_made_of_it(self, elastic: Path) -> None:
+        edit_json(elastic, "config.json", lambda config: config.update(num_labels=40_000))
+        with pytest.raises(CheckpointError, match=r"config\.json is not what was written"):
+            mobiq_lightning.load(elastic)
+        edit_json(elastic, "config.json", lambda config: config.update(num_labels=10**9, rms_norm_eps=float("nan")))
+        rehash(elastic)
+        for name in ("load", "inspect", "verify", "export"):
+            with pytest.raises(
+                CheckpointError,
+                match=r"(?s)num_labels is 1000000000.*rms_norm_eps is NaN|rms_norm_eps is NaN.*num_labels",
+            ):
+                READERS[name](elastic)

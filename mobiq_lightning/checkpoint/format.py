@@ -120,9 +120,7 @@ def check_json(stored: Mapping[str, Any], known: Iterable[str]) -> None:
             key, the nearest known one.
     """
     version = stored.get("format_version", 1)
-    if (
-        not isinstance(version, int) or not _is_int(version) or not 1 <= version <= FORMAT_VERSION
-    ):  # first: a newer version may have other keys
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:  # first: a newer version may have other keys
         raise CheckpointError(
             f"this elastic checkpoint has format version {version}; this version of mobiq-lightning reads up to "
             f"{FORMAT_VERSION}. Update mobiq-lightning"

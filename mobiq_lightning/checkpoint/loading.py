@@ -99,10 +99,8 @@ def _load(path: Path, max_bits: int | None, given: dict[str, Any]) -> Any:
         refuse_unknown(given, config.to_dict())
         for name in [name for name in given if name in CONFIG_KEYWORDS]:
             setattr(config, name, given.pop(name))
-        config.quantization_config = {
-            **contents.config["quantization_config"],
-            "max_bits": held if max_bits is None else max_bits,
-        }
+        stored = contents.config["quantization_config"]
+        config.quantization_config = {**stored, "max_bits": held if max_bits is None else max_bits}
         model, info = AutoModelForCausalLM.from_pretrained(
             path, config=config, output_loading_info=True, trust_remote_code=False, **given
         )

@@ -313,8 +313,6 @@ class TestElsewhere:
         edit_json(elastic, "config.json", lambda config: config.update(num_labels=10**9, rms_norm_eps=float("nan")))
         rehash(elastic)
         for name in ("load", "inspect", "verify", "export"):
-            with pytest.raises(
-                CheckpointError,
-                match=r"(?s)num_labels is 1000000000.*rms_norm_eps is NaN|rms_norm_eps is NaN.*num_labels",
-            ):
+            with pytest.raises(CheckpointError, match="num_labels is 1000000000") as refused:
                 READERS[name](elastic)
+            assert "rms_norm_eps is NaN" in str(refused.value)

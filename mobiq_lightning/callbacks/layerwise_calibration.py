@@ -22,7 +22,7 @@ from mobiq_lightning.callbacks.base import CalibrationCallback
 from mobiq_lightning.callbacks.cut_short import check_epoch_is_whole
 from mobiq_lightning.console import say
 from mobiq_lightning.errors import MobiqError
-from mobiq_lightning.runs import IDENTITY, check_identity
+from mobiq_lightning.runs import IDENTITY, RunFolder, check_identity
 from mobiq_lightning.sources import former_fingerprint
 from mobiq_lightning.strategies.base import SliceScheme
 
@@ -44,6 +44,7 @@ class LayerwiseCalibration(CalibrationCallback):
         if trainer.is_global_zero:
             _check(module, {"calibration tokens": module.text.calibration_digest})
             say_if_short(module)
+            RunFolder(module.run_folder).begin()
         trainer.fit_loop.max_epochs = module.schedule.n_epochs
 
     def on_validation_start(self, trainer: Trainer, module: ElasticCalibration) -> None:

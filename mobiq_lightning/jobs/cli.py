@@ -192,7 +192,8 @@ class ElasticCLI(LightningCLI):
         if finished:
             self._show_results()
         else:
-            self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+            with self.run_folder.comparing():
+                self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
 
     def _show_results(self) -> None:
         """Shows what a finished run has measured."""

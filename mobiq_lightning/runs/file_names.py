@@ -47,8 +47,14 @@ OUTLIERS_PLOT = "outliers.png"
 LOCK = ".lock"
 """File whose lock the process holds that works in a folder; `RunFolder.lock` makes it, and removes it at the end."""
 
+COMPARING = ".comparing"
+"""Is there while the comparison at the end of a run is not written completely; written and removed by `fit`."""
+ASIDE = ".overwritten"
+"""Folder of the run that `--overwrite` replaces, until the new one has begun; written by `RunFolder.claim`."""
+
 RUN_FILES = (
     RUN_CONFIG,
+    COMPARING,
     IDENTITY,
     RETRIES,
     CHECKPOINTS,

@@ -63,6 +63,11 @@ class FolderLock:
             os.write(handle, note)
 
     @property
+    def held(self) -> bool:
+        """Whether the lock was taken."""
+        return self._handle is not None
+
+    @property
     def lost(self) -> bool:
         """Whether the lock was taken, and its file has been removed since, as when somebody removes the folder."""
         return self._handle is not None and not _same_file(self.path, self._handle)

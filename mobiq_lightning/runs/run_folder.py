@@ -6,7 +6,7 @@ import errno
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,18 @@ import yaml
 
 from mobiq_lightning.console import say
 from mobiq_lightning.errors import FileError, RunFolderError
-from mobiq_lightning.files import is_leftover, remove, remove_leftovers, sha256, write_json, write_text
+from mobiq_lightning.files import remove, remove_leftovers, sha256, write_json, write_text
 from mobiq_lightning.input_files import read_mapping, read_text, read_yaml
 from mobiq_lightning.runs.file_names import (
     CHECKPOINTS,
+    COMPARING,
     CONFIG,
+    CSV_LOG,
     ELASTIC,
     GENERATED,
+    HIDDEN_STATES,
+    IDENTITY,
+    JOURNAL,
     LOCK,
     OUTLIERS,
     PARTIAL,
@@ -32,9 +37,14 @@ from mobiq_lightning.runs.file_names import (
 from mobiq_lightning.runs.lock import FolderLock
 from mobiq_lightning.runs.results import Results, read_results
 from mobiq_lightning.runs.same_recipe import differing_keys_of_runs
+from mobiq_lightning.runs.set_aside import SetAside
 
-_FROM_ANOTHER_RECIPE = tuple(name for name in RUN_FILES if name not in (CHECKPOINTS, GENERATED, RUN_CONFIG))
-"""What is removed where no epoch was finished: what the model wrote is kept, its file names say what it depends on."""
+_HEADING = "# The recipe of this run with every default written out; its first line tells that a run has written it.\n"
+_FROM_ANOTHER_RECIPE = (IDENTITY, RETRIES, HIDDEN_STATES, JOURNAL, PARTIAL)
+"""What a run without a finished epoch may have left that another recipe has no use for. What the model wrote itself is kept:
+its file names say what it depends on."""
+TRAINING_CHECKPOINTS = "*epoch-[0-9]*.ckpt"
+"""Pattern of the names of training checkpoints; others are somebody else's."""
 _WRITTEN_ATOMICALLY = (CHECKPOINTS, ELASTIC, PARTIAL, GENERATED)
 """Folders of a run in which a kill may leave what was not finished."""
 _WHOLE_MODEL = "model"
@@ -52,6 +62,7 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._lock = FolderLock(self.path / LOCK)
+        self._aside = SetAside(self.path, RUN_FILES)
 
     def __repr__(self) -> str:
         return f"RunFolder({str(self.path)!r})"
@@ -80,8 +91,16 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether the run in it has both a checkpoint and results."""
-        return (self.path / RESULTS).is_file() and (self.path / ELASTIC / CONFIG).is_file()
+        """Whether the run in it has both a checkpoint and results, with all that belongs to them."""
+        written = (self.path / RESULTS).is_file() and (self.path / ELASTIC / CONFIG).is_file()
+        return written and not (self.path / COMPARING).exists()
+
+    @contextmanager
+    def comparing(self) -> Iterator[None]:
+        """Context in which the results of a run are written: killed in it, the run is not finished."""
+        write_text(self.path / COMPARING, "")
+        yield
+        (self.path / COMPARING).unlink(missing_ok=True)
 
     def lock(self) -> None:
         """Makes the folder if need be, and keeps other runs out of it until `release` or the end of the process.
@@ -94,6 +113,7 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
+            self._aside.put_back()  # a run that was killed before it began
             restored = remove_leftovers(self.path, RUN_FILES)
             for name in _WRITTEN_ATOMICALLY:
                 remove_leftovers(self.path / name)
@@ -108,7 +128,10 @@ class RunFolder:
             say(f"{self.path / name} was being replaced when a run was killed; what it held before is back.")
 
     def release(self) -> None:
-        """Lets other runs in again."""
+        """Lets other runs in again; a run that was to be overwritten is put back if the new one has not begun."""
+        if self._lock.held:
+            with suppress(OSError):  # the next start tries again
+                self._aside.put_back()
         self._lock.release()
 
     @contextmanager
@@ -140,7 +163,7 @@ class RunFolder:
     def finished_work(self) -> list[str]:
         """Names of what the folder holds that took a run time: training checkpoints, a checkpoint, results."""
         names = [name for name in (ELASTIC, RESULTS, OUTLIERS) if _holds_something(self.path / name)]
-        return names + ([CHECKPOINTS] if any((self.path / CHECKPOINTS).glob("*.ckpt")) else [])
+        return names + ([CHECKPOINTS] if any((self.path / CHECKPOINTS).glob(TRAINING_CHECKPOINTS)) else [])
 
     def claim(self, recipe: dict[str, Any], overwrite: bool) -> bool:
         """Makes the folder this recipe's; a run that has not finished an epoch gives way to a corrected recipe.
@@ -156,7 +179,7 @@ class RunFolder:
             RunFolderError: If it holds another run, or files that are no run.
         """
         if overwrite:
-            self.clear()
+            self._set_aside()
         config = self.path / RUN_CONFIG
         stored, work = self._stored_recipe(), self.finished_work
         if stored is not None:
@@ -169,21 +192,32 @@ class RunFolder:
                 )
             if not differences:
                 if stored != recipe and not self.finished:
-                    write_text(config, yaml.safe_dump(recipe, sort_keys=False))
+                    write_text(config, _HEADING + yaml.safe_dump(recipe, sort_keys=False))
                 return True
             for name in _FROM_ANOTHER_RECIPE:
                 remove(self.path / name)
+            for logged in (self.path / CSV_LOG).glob("version_*"):
+                remove(logged)
         elif work:
             raise RunFolderError(
                 f"{self.path} holds {', '.join(work)} but no {RUN_CONFIG}, so what made them is unknown. Give another "
                 "trainer.default_root_dir, or --overwrite to remove them"
             )
-        write_text(config, yaml.safe_dump(recipe, sort_keys=False))
+        elif os.path.lexists(config) and not self._has_heading():
+            raise RunFolderError(
+                f"{config} is there and no run has written it: it would be replaced. Give another "
+                "trainer.default_root_dir, or move that file"
+            )
+        write_text(config, _HEADING + yaml.safe_dump(recipe, sort_keys=False))
         return False
 
+    def begin(self) -> None:
+        """Removes the run that is overwritten: model, text and recipe of the new one are known to be good."""
+        self._aside.forget()
+
     def _stored_recipe(self) -> dict[str, Any] | None:
-        """The recipe of the run that the folder holds; None if there is none, or one that is damaged and began nothing."""
-        config = self.path / RUN_CONFIG
+        """The recipe of the run that the folder holds; None if no run has written one, or it is damaged and began nothing."""
+        config, work = self.path / RUN_CONFIG, self.finished_work
         if not config.exists():
             return None
         try:
@@ -191,46 +225,34 @@ class RunFolder:
             problem = "" if _may_be_a_recipe(stored) else f"{config} holds no recipe"
         except FileError as error:
             stored, problem = None, str(error)
-        if problem and self.finished_work:
+        if problem and work:
             raise RunFolderError(
-                f"{problem}, so what made {', '.join(self.finished_work)} beside it is unknown. Put a copy of it back, give "
-                "another trainer.default_root_dir, or --overwrite to remove the run"
+                f"{problem}, so what made {', '.join(work)} beside it is unknown. Put a copy of it back, give another "
+                "trainer.default_root_dir, or --overwrite to remove the run"
             )
-        return None if problem else stored
+        return None if problem or not (work or self._has_heading()) else stored
 
-    def clear(self) -> None:
-        """Removes what a run writes, and nothing else; what a link leads to is somebody else's.
+    def _has_heading(self) -> bool:
+        """Whether config.yaml was written by a run, however damaged it may be by now."""
+        try:
+            return read_text(self.path / RUN_CONFIG).startswith(_HEADING)
+        except FileError:
+            return False
 
-        A link in place of checkpoints/ stays, for it leads to where there is room; training checkpoints behind it are removed.
+    def _set_aside(self) -> None:
+        """Sets aside what a run writes, and nothing else.
 
         Raises:
-            RunFolderError: If something cannot be removed.
+            RunFolderError: If something cannot be moved.
         """
-        names = [name for name in RUN_FILES if name != RUN_CONFIG]
         try:
-            for path in (
-                self.path / name for name in [*names, RUN_CONFIG]
-            ):  # the recipe last: it says whose the rest is
-                if path.is_symlink() and path.is_dir():
-                    self._clear_link(path)
-                else:
-                    remove(path)
+            self._aside.put()
         except OSError as error:
+            self._aside.put_back()
             raise RunFolderError(
                 f"--overwrite: {error.filename or self.path} cannot be removed ({_reason(error)}); remove it by hand, or "
                 "give another trainer.default_root_dir"
             ) from error
-
-    def _clear_link(self, path: Path) -> None:
-        """Removes a link to a folder; one that training checkpoints are kept behind is emptied of them and stays."""
-        if path.name != CHECKPOINTS:
-            path.unlink()
-            say(f"{path} was a link to a folder; the link is removed, and what the folder holds is left alone.")
-            return
-        for inner in path.iterdir():
-            if inner.suffix in (".ckpt", ".sha256") or is_leftover(inner.name):
-                remove(inner)
-        say(f"{path} is a link and stays; the training checkpoints behind it, in {path.resolve()}, are removed.")
 
     def newest_checkpoint(self, can_be_read: Callable[[Path], bool]) -> tuple[Path | None, list[Path]]:
         """The newest training checkpoint that is whole.
@@ -242,7 +264,7 @@ class RunFolder:
             Its path, or None; and the newer ones that are damaged.
         """
         damaged: list[Path] = []
-        for path in sorted((self.path / CHECKPOINTS).glob("*.ckpt"), key=_epoch, reverse=True):
+        for path in sorted((self.path / CHECKPOINTS).glob(TRAINING_CHECKPOINTS), key=_epoch, reverse=True):
             if _has_its_hash(path) and can_be_read(path):
                 return path, damaged
             damaged.append(path)
@@ -251,12 +273,12 @@ class RunFolder:
     @property
     def epochs_kept(self) -> int:
         """Epochs done by the newest training checkpoint that was written to its end; damage is not looked for."""
-        found = (self.path / CHECKPOINTS).glob("*.ckpt")
+        found = (self.path / CHECKPOINTS).glob(TRAINING_CHECKPOINTS)
         return max((_epoch(path) + 1 for path in found if path.with_suffix(".sha256").is_file()), default=0)
 
     def drop_checkpoints_after(self, epochs_done: int) -> None:
         """Removes the training checkpoints written after `epochs_done` epochs."""
-        for path in (self.path / CHECKPOINTS).glob("*.ckpt"):
+        for path in (self.path / CHECKPOINTS).glob(TRAINING_CHECKPOINTS):
             if _epoch(path) >= epochs_done:
                 path.unlink()
                 path.with_suffix(".sha256").unlink(missing_ok=True)

@@ -98,9 +98,14 @@ def test_a_damaged_recipe_is_replaced_where_nothing_is_lost_and_named_where_some
     tmp_path: Path, content: str
 ) -> None:
     folder = RunFolder(tmp_path)
-    (tmp_path / "config.yaml").write_text(content)
+    assert folder.claim(recipe(), overwrite=False) is False
+    heading = (tmp_path / "config.yaml").read_text().partition("\n")[0]
+    (tmp_path / "config.yaml").write_text(f"{heading}\n{content}")
     assert folder.claim(recipe(), overwrite=False) is False
     (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(RunFolderError, match=r"config\.yaml is there and no run has written it: it would be replaced"):
+        folder.claim(recipe(), overwrite=False)
+    assert (tmp_path / "config.yaml").read_text() == content
     finish_an_epoch(tmp_path)
     with pytest.raises(RunFolderError, match=r"(?s)config\.yaml .*so what made checkpoints beside it is unknown"):
         folder.claim(recipe(), overwrite=False)
@@ -128,13 +133,102 @@ def test_overwriting_follows_no_link_but_to_training_checkpoints(
     (disk / "checkpoints" / "epoch-000000.ckpt").write_text("")
     (disk / "checkpoints" / "epoch-000000.sha256").write_text("")
     (run / "notes.txt").write_text("mine")
+    (disk / "checkpoints" / "another-run.ckpt").write_text("mine")
     assert RunFolder(run).claim(recipe(), overwrite=True) is False
-    assert [p.name for p in (disk / "checkpoints").iterdir()] == ["mine.txt"]
+    RunFolder(run).begin()
+    assert sorted(p.name for p in (disk / "checkpoints").iterdir()) == ["another-run.ckpt", "mine.txt"]
     assert [p.name for p in (disk / "elastic").iterdir()] == ["mine.txt"]
     assert sorted(p.name for p in run.iterdir()) == ["checkpoints", "config.yaml", "notes.txt"]
-    said = capsys.readouterr().err
-    assert "checkpoints is a link and stays" in said
-    assert "elastic was a link to a folder; the link is removed" in said
+    assert "elastic was a link; the link is removed" in capsys.readouterr().err
+
+
+class TestOverwriting:
+    """The old run is there until the new one has begun."""
+
+    @pytest.fixture
+    def run(self, tmp_path: Path) -> Path:
+        folder = RunFolder(tmp_path)
+        folder.claim(recipe(), overwrite=False)
+        finish_an_epoch(tmp_path)
+        (tmp_path / "elastic").mkdir()
+        (tmp_path / "elastic" / "config.json").write_text("{}")
+        (tmp_path / "results.json").write_text("{}")
+        (tmp_path / "wandb").mkdir()
+        (tmp_path / "wandb" / "log").write_text("log")
+        return tmp_path
+
+    def contents(self, folder: Path) -> dict[str, bytes]:
+        found = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+        found.pop(".lock", None)
+        return found
+
+    def fail(self, run: Path) -> None:
+        """A start that writes something and fails."""
+        folder = RunFolder(run)
+        folder.lock()
+        assert folder.claim(recipe(pretrained="typo"), overwrite=True) is False
+        assert not folder.finished_work
+        (run / "metrics.jsonl").write_text("new")
+        (run / "results.json").write_text("new")
+        folder.release()
+
+    def test_a_start_that_fails_leaves_the_run_as_it_was(self, run: Path) -> None:
+        before = self.contents(run)
+        self.fail(run)
+        after = self.contents(run)
+        after.pop("metrics.jsonl")  # of a run that had none
+        assert after == before
+        assert RunFolder(run).claim(recipe(), overwrite=False) is True
+
+    def test_a_start_that_is_killed_leaves_the_run_for_the_next_start(self, run: Path) -> None:
+        before = self.contents(run)
+        RunFolder(run).claim(recipe(pretrained="typo"), overwrite=True)  # and no more of that process
+        assert not (run / "results.json").exists()
+        with RunFolder(run).locked():
+            assert self.contents(run) == before
+
+    def test_a_start_that_begins_leaves_nothing_of_it(self, run: Path) -> None:
+        folder = RunFolder(run)
+        folder.lock()
+        folder.claim(recipe(pretrained="other"), overwrite=True)
+        folder.begin()
+        folder.release()
+        assert self.contents(run).keys() == {"config.yaml"}
+        assert "other" in (run / "config.yaml").read_text()
+
+
+def test_a_corrected_recipe_removes_nothing_that_no_run_has_written(tmp_path: Path) -> None:
+    for name in ("csv/mydata.csv", "wandb/run-1/run.wandb", "results.csv", "results.png", "diagnostics.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    folder = RunFolder(tmp_path)
+    folder.claim(recipe(pretrained="wrong"), overwrite=False)
+    (tmp_path / "csv" / "version_0").mkdir()
+    folder.claim(recipe(pretrained="right"), overwrite=False)
+    left = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
+    assert left == {
+        "config.yaml",
+        "csv/mydata.csv",
+        "wandb/run-1/run.wandb",
+        "results.csv",
+        "results.png",
+        "diagnostics.json",
+    }
+    assert not (tmp_path / "csv" / "version_0").exists()
+
+
+def test_a_run_that_is_killed_while_its_results_are_written_is_not_finished(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    (tmp_path / "elastic").mkdir()
+    (tmp_path / "elastic" / "config.json").write_text("{}")
+    (tmp_path / "results.json").write_text("{}")
+    assert folder.finished
+    with pytest.raises(KeyboardInterrupt), folder.comparing():
+        raise KeyboardInterrupt
+    assert not folder.finished
+    with folder.comparing():
+        pass
+    assert folder.finished
 
 
 def test_what_killed_runs_left_in_the_folder_is_removed_when_it_is_locked(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ _ONLY: dict[str, tuple[object, ...]] = {
     "low_cpu_mem_usage": (True, False, None),
 }
 """Arguments that may be given with one value alone, or change nothing, and are not passed on."""
-_DTYPES = ("auto", "float32", "bfloat16", "float16")
+_DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
 def checked_keywords(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -213,7 +213,7 @@ class TestExport:
         [
             (["--max-bits", "5"], "no prefix of the slices; give one of"),
             ([], "exists; give another folder, or --overwrite"),
-            (["--to", ""], "--to is missing"),
+            (["--to", ""], "--to: '' is no name that a folder can have"),
         ],
     )
     def test_what_cannot_be_exported_is_answered(

@@ -27,7 +27,7 @@ from mobiq_lightning.errors import BitsError, CheckpointError
         ({"trust_remote_code": True}, "trust_remote_code can only be False"),
         ({"use_safetensors": False}, "use_safetensors can only be True"),
         ({"weights_only": False}, "weights_only can only be True"),
-        ({"dtype": torch.int8}, "dtype torch.int8 is none of auto, float32, bfloat16, float16"),
+        ({"dtype": torch.int8}, "dtype torch.int8 is none of auto, float32, bfloat16, float16, float64"),
         ({"dtype": "bf16"}, "dtype 'bf16' is none of"),
         ({"device": "cpu", "device_map": "auto"}, "give device or device_map, not both"),
         ({"device": "nope"}, "device 'nope' is none"),

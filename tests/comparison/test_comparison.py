@@ -202,7 +202,7 @@ def test_a_base_recipe_that_is_wrong_is_said_once(tmp_path: Path) -> None:
         ({"overwrite": 3}, "overwrite (3) must be True or False"),
         ({"model": {"rates": {"ranges": object}}}, "is nothing that a recipe can say"),
         ({"nothing": 3}, "nothing: no such key"),
-        ({"folder": "/dev/null/x"}, "folder: '/dev/null/x' cannot be made"),
+        ({"folder": "/dev/null/x"}, "/dev/null/x: this folder cannot be made"),
     ],
 )
 def test_an_argument_of_the_function_that_is_wrong_is_named(tmp_path: Path, call: dict[str, Any], message: str) -> None:

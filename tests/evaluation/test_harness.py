@@ -143,7 +143,8 @@ def test_rows_keep_what_tells_them_apart(make_model: Callable[..., Path]) -> Non
         (["--tasks", "{folder}/broken.yaml"], 2, "broken.yaml is not valid YAML"),
         (["--tasks", "{folder}/failing.yaml"], 1, "failing cannot be run (UndefinedError"),
         (["--tasks", "local_cloze", "--bits", "2,x"], 2, "give numbers separated by commas"),
-        (["--tasks", "local_cloze", "--bits", "2,9"], 1, "9 bits asked for; this model holds 2 to 8"),
+        (["--tasks", "local_cloze", "--bits", "2,9"], 2, "--bits"),
+        (["--tasks", "local_cloze", "--bits", "1.5"], 1, "1.5 bits asked for; this model holds 2 to 8"),
         ([], 2, "--tasks is missing"),
     ],
 )

@@ -201,7 +201,8 @@ class TestGenerate:
     @pytest.mark.parametrize(
         ("arguments", "code", "message"),
         [
-            (["--prompt", "a", "--bits", "9"], 1, "9 bits asked for; this model holds 2 to 8"),
+            (["--prompt", "a", "--bits", "9"], 2, "--bits: '9'; a number above 0 and at most 8"),
+            (["--prompt", "a", "--bits", "1.5"], 1, "1.5 bits asked for; this model holds 2 to 8"),
             (["--prompt", "a", "--bitz", "3"], 2, "generate:"),
             (["--prompt", "a", "--bits", "many"], 2, "generate:"),
         ],
@@ -280,7 +281,7 @@ class TestRunFolder:
             ["--model.slices.init_args.slice_bits=[4,2,2]"],
             "depths [2] are no prefix of the slices; depths are [4, 6, 8]",
         ),
-        (["--model.budget.init_args.high_bits=9"], "asks for 2 to 9 bits"),
+        (["--model.budget.init_args.high_bits=9"], "high_bits (9.0) must be a number of at least 0 and at most 8"),
         (["--model.eval_bits=[1, 4]"], "[1.0] lie outside"),
         (["--model.epochs_per_block=0"], "at least 1"),
         (["--model.stages=[{share: 0.5, train: [ranges, transforms]}]"], "must be above 0 and add up to 1"),

@@ -291,7 +291,7 @@ class TestCommand:
             (["--bits", "2,5"], "bits [5] are no depths of the slices; depths are [2, 3, 4, 6, 8]"),
             (["--bits", "4"], "bits [4]: precisions are compared with each other, so give at least two"),
             (["--bits", "2,2.5"], "--bits 2,2.5: give whole bits separated by commas"),
-            (["--share", "1.5"], "share (1.5) is the part of the tokens that counts as worst"),
+            (["--share", "1.5"], "--share: '1.5'; a number above 0"),
             ([f"--model.objective={__name__}.Other"], "Other has no depth_weights"),
             (["--shares", "0.2"], "shares: no such key"),
         ],

@@ -1,5 +1,5 @@
 # What others may use of this package; `__init__.py` loads it when it is asked for.
-from .dial import BitsUsed as BitsUsed
+from .counting import BitsUsed as BitsUsed
 from .dial import Dial as Dial
 from .elastic_model import make_elastic as make_elastic
 from .graphed_step import GraphedStep as GraphedStep

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mobiq_lightning.errors import BitsError, shown
 from mobiq_lightning.nn import TABLE_STEP, ReadState, RoutedInput
+from mobiq_lightning.runtime.counting import BitCounter, BitsUsed
 from mobiq_lightning.strategies.thresholds import Scope
 
 Budget = float | Sequence[float] | Tensor
@@ -20,30 +23,31 @@ Budget = float | Sequence[float] | Tensor
 _EXPECTED = "give one figure, or one for each row of the batch"
 
 
-@dataclass(frozen=True)
-class BitsUsed:
-    """Measured number of bits that a model has read since counting began.
+def turning_order(sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """In which order inputs move from one stored budget to the next as the dial is turned.
+
+    Inputs that follow each other in it lie far apart in the model, so that every part of the model keeps pace.
 
     Args:
-        code_bits: Bits of codes read per weight, mean over tokens, weighted by parameters over inputs.
-        all_in_bits: Code bits with those of scales and biases and of the routers, per weight.
-        n_tokens: Number of tokens that were read; what an attention mask, in whatever form, marks as padding is not counted.
-        per_row: Code bits of each row, if rows had budgets of their own.
-        per_layer: Code bits of each input by name, if asked for.
-    """
+        sizes: Number of weights that each input feeds, in the order of the model.
 
-    code_bits: float
-    all_in_bits: float
-    n_tokens: int
-    per_row: list[float] = field(default_factory=list)
-    per_layer: dict[str, float] = field(default_factory=dict)
+    Returns:
+        For each input, the part of the way from one budget to the next at which it begins to move, and the part that it takes,
+        which is its part of all weights; (inputs,) float64 each.
+    """
+    golden = (math.sqrt(5) - 1) / 2
+    order = sorted(range(len(sizes)), key=lambda position: (position * golden) % 1)
+    share = torch.tensor(sizes, dtype=torch.float64) / sum(sizes)
+    start = torch.zeros_like(share)
+    start[order] = share[order].cumsum(0) - share[order]
+    return start, share
 
 
 class Dial:
     """Sets the budget of a model's inputs and counts what they read.
 
-    Thresholds are interpolated on the host from a copy of the tables that is made here, and copied in place to where the
-    routers are: turning the dial waits for no device, and nothing that is compiled or captured has to be made anew.
+    Thresholds are found on the host from a copy of the tables that is made here, and copied in place to where the routers
+    are: turning the dial waits for no device, and nothing that is compiled or captured has to be made anew.
 
     Args:
         inputs: The routed inputs of the model, their tables filled.
@@ -69,12 +73,13 @@ class Dial:
             "layer": torch.stack([routed.layer_thresholds[row].cpu() for routed in self.inputs]),
             "global": torch.stack([routed.global_thresholds[row].cpu() for routed in self.inputs]),
         }
+        self._start, self._share = turning_order([routed.n_weights for routed in self.inputs])
         self._budget: Tensor | None = None
         self._scope_now = scope
         self._generating = False
-        self._kept: list[tuple[Tensor, Tensor]] | None = None
-        self.replaced = 0
-        """Number of times that tensors of thresholds or counts were replaced, which makes captured graphs void."""
+        self._one_at_a_time = threading.RLock()
+        self.counter = BitCounter(self.inputs)
+        self._replaced = 0
         self.state = ReadState()
         for routed in self.inputs:
             routed.state = self.state
@@ -83,6 +88,11 @@ class Dial:
     def budget(self) -> float | Tensor | None:
         """Average bits asked for: one figure, or (B,) with one for each row; None if the dial was never turned."""
         return self._budget if self._budget is None or self.state.per_row else float(self._budget)
+
+    @property
+    def replaced(self) -> int:
+        """Number of times that tensors of thresholds or counts were replaced, which makes captured graphs void."""
+        return self._replaced + self.counter.replaced
 
     def set_bits(self, bits: Budget, scope: Scope | None = None) -> None:
         """Turns the dial to a budget. Outside of a generation, counting begins anew.
@@ -95,15 +105,15 @@ class Dial:
         Raises:
             BitsError: If a budget is no number or outside of what the stored slices can give, or there is no such table.
         """
-        if scope is not None and scope not in self._tables:
-            raise BitsError(f"scope {shown(scope)}; {' or '.join(self._tables)} is expected")
-        self._turn(self._checked(bits), scope or self.scope)
+        self._turn(self._checked(bits), self._known(scope))
         if not self._generating:
             self.reset()
 
     @contextmanager
     def bits(self, bits: Budget, scope: Scope | None = None) -> Iterator[None]:
         """Context in which the dial stands at `bits`; afterwards it stands where it did, and what was counted is kept.
+
+        What is read in a generation or another context within it counts in both.
 
         Args:
             bits: Average bits per weight, one figure for all rows, or (B,) with one for each row of the batches to
@@ -113,16 +123,24 @@ class Dial:
         Raises:
             BitsError: If a budget is outside of what the stored slices can give.
         """
-        before, last_scope = self._budget, self._scope_now
-        self.set_bits(bits, scope)
-        try:
+        budgets, before, last_scope = self._checked(bits), self._budget, self._scope_now
+        if self._generating:  # which goes on counting
+            self._turn(budgets, self._known(scope))
+            try:
+                yield
+            finally:
+                self._turn_back(before, last_scope)
+            return
+        with self._counted(before, last_scope):
+            self._turn(budgets, self._known(scope))
+            self.reset()
             yield
-        finally:
-            self._keep_count(before, last_scope)
 
     @contextmanager
     def generation(self, bits: Budget | None, batch: int | None) -> Iterator[None]:
         """Context in which a batch is continued token by token: counting goes on while the dial turns.
+
+        Of several threads that enter it one goes on at a time, so that none reads at the bits of another.
 
         Args:
             bits: Budget of this generation, after which the dial goes back to where it stood; by default where it
@@ -132,25 +150,34 @@ class Dial:
         Raises:
             BitsError: If a budget is out of range, or there are not as many budgets as rows.
         """
-        before, last_scope = self._budget, self._scope_now
-        asked = self._budget if bits is None else self._checked(bits)
-        if asked is not None and asked.ndim == 1 and len(asked) != batch:
-            raise BitsError(f"{len(asked)} budgets for a batch of {batch} rows; give one for each row, or one for all")
-        if bits is not None and asked is not None:
-            self._turn(asked, last_scope)
-        self.reset()
-        self._generating = self.state.expanded = True
-        try:
-            yield
-        finally:
-            self._generating = self.state.expanded = False
-            self._keep_count(before if bits is not None else None, last_scope)
+        with self._one_at_a_time:
+            before, last_scope = self._budget, self._scope_now
+            asked = self._budget if bits is None else self._checked(bits)
+            if asked is not None and asked.ndim == 1 and len(asked) != batch:
+                raise BitsError(
+                    f"{len(asked)} budgets for a batch of {batch} rows; give one for each row, or one for all"
+                )
+            if self._generating:  # as a model does that is its own assistant: one generation
+                if bits is not None and asked is not None:
+                    self._turn(asked, last_scope)
+                try:
+                    yield
+                finally:
+                    self._turn_back(before if bits is not None else None, last_scope)
+                return
+            with self._counted(before if bits is not None else None, last_scope):
+                if bits is not None and asked is not None:
+                    self._turn(asked, last_scope)
+                self.reset()
+                self._generating = self.state.expanded = True
+                try:
+                    yield
+                finally:
+                    self._generating = self.state.expanded = False
 
     def reset(self) -> None:
         """Sets the counts of what was read to 0."""
-        self._kept = None
-        rows = len(self._budget) if self._budget is not None and self.state.per_row else 1
-        self.replaced += sum(routed.reset_count(rows) for routed in self.inputs)
+        self.counter.reset(self._rows())
 
     def bits_used(self, names: Sequence[str] = ()) -> BitsUsed:
         """Reports the bits that were read since counting began, or in the generation or `bits` context that ended last.
@@ -161,49 +188,48 @@ class Dial:
         Raises:
             BitsError: If no tokens were read.
         """
-        counts = [(routed.bits_read, routed.tokens_read) for routed in self.inputs]
-        tokens = torch.stack([count[1].cpu() for count in counts]).double()  # (inputs, R)
-        if not bool(tokens.any()) and self._kept is not None:
-            counts = self._kept
-            tokens = torch.stack([count[1].cpu() for count in counts]).double()
-        if not bool((tokens.sum(1) > 0).all()):
-            raise BitsError("no tokens were read since the dial was turned; run the model, then ask what it used")
-        read = torch.stack([count[0].cpu() for count in counts]).double()
-        sizes = torch.tensor([float(routed.n_weights) for routed in self.inputs], dtype=torch.float64)
-        per_input = read.sum(1) / tokens.sum(1)
-        code = float((per_input * sizes).sum() / sizes.sum())
-        per_row = (read / tokens.clamp_min(1) * sizes[:, None]).sum(0) / sizes.sum()
-        return BitsUsed(
-            code,
-            code + self.overhead_bits + self.router_bits,
-            int(tokens[0].sum()),
-            per_row.tolist() if len(per_row) > 1 else [],
-            dict(zip(names, per_input.tolist(), strict=True)) if names else {},
-        )
+        return self.counter.used(self.overhead_bits, self.router_bits, names)
 
     def thresholds(self, budgets: Tensor, scope: Scope) -> Tensor:
-        """Interpolates the stored thresholds for R budgets (R,) in average bits: (inputs, R), on the host."""
-        table = self._tables[scope]
+        """Thresholds for R budgets (R,) in average bits: (inputs, R), on the host.
+
+        Between two stored budgets some inputs are at the lower one and the others at the upper one, by as much of the weights
+        as the budget lies between them; one input is in between. Thresholds of all inputs in between would not do: scores have
+        gaps where a depth ends, in which a threshold moves without effect.
+        """
+        table, last = self._tables[scope], round((self.highest - self.lowest) / TABLE_STEP)
         position = (budgets - self.lowest) / TABLE_STEP
-        lower = position.floor().long().clamp(0, max(0, table.shape[1] - 2))
-        upper = (lower + 1).clamp(max=table.shape[1] - 1)
-        values = torch.lerp(table[:, lower], table[:, upper], (position - lower).float())
+        lower = position.floor().long().clamp(0, max(0, last - 1))
+        upper = (lower + 1).clamp(max=last)
+        part = ((position - lower) - self._start[:, None]).div(self._share[:, None]).clamp(0, 1)
+        values = torch.lerp(table[:, lower], table[:, upper], part.float())
         # At the ends of the range nothing is left to choose, whatever the scores of new text are.
-        values[:, budgets == self.lowest] = torch.inf
-        values[:, budgets == self.highest] = -torch.inf
+        values[(lower == 0) & (part == 0)] = torch.inf
+        values[(upper == last) & (part == 1)] = -torch.inf
         return values
 
-    def _keep_count(self, before: Tensor | None, scope: Scope) -> None:
-        """Sets aside what was counted, turns the dial back to `before` unless that is None, and begins counting anew."""
-        if self._generating:  # a context within a generation: the generation goes on counting
-            if before is not None:
-                self._turn(before, scope)
-            return
-        kept = [(routed.bits_read.clone(), routed.tokens_read.clone()) for routed in self.inputs]
+    @contextmanager
+    def _counted(self, before: Tensor | None, scope: Scope) -> Iterator[None]:
+        """Context in which reading is counted by itself; then the dial turns back to `before` unless that is None."""
+        with self.counter.context(self._rows):
+            try:
+                yield
+            finally:
+                self._turn_back(before, scope)
+
+    def _rows(self) -> int:
+        """Rows of a batch that are counted by themselves."""
+        return len(self._budget) if self._budget is not None and self.state.per_row else 1
+
+    def _turn_back(self, before: Tensor | None, scope: Scope) -> None:
         if before is not None:
             self._turn(before, scope)
-        self.reset()
-        self._kept = kept
+
+    def _known(self, scope: Scope | None) -> Scope:
+        """The scope to use; raises `BitsError` if there is no such table."""
+        if scope is not None and scope not in self._tables:
+            raise BitsError(f"scope {shown(scope)}; {' or '.join(self._tables)} is expected")
+        return scope or self.scope
 
     def _checked(self, bits: Budget) -> Tensor:
         """Budgets as a tensor, () or (R,) float64, on the host; raises `BitsError` if one is out of range."""
@@ -232,10 +258,18 @@ class Dial:
             if routed.router.threshold.shape != shape or routed.router.threshold.is_inference():
                 with torch.inference_mode(False):  # or the dial could not be turned outside of it
                     routed.router.threshold = routed.router.threshold.new_empty(shape)
-                self.replaced += 1
+                self._replaced += 1
             by_device.setdefault(routed.router.threshold.device, []).append(row)
         values = self.thresholds(budgets.reshape(-1), scope)
         for device, rows in by_device.items():
             targets = [self.inputs[row].router.threshold for row in rows]
             moved = values[rows].to(device, non_blocking=True)
             torch._foreach_copy_(targets, [value.view(shape) for value in moved])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """State for copies and pickles, which are not in the middle of a generation."""
+        return {**self.__dict__, "_one_at_a_time": None, "_generating": False}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._one_at_a_time = threading.RLock()

@@ -16,7 +16,8 @@ from torch import Tensor
 from mobiq_lightning.errors import CheckpointError, KernelError
 from mobiq_lightning.kernels import missing_for_code, missing_for_kernels
 from mobiq_lightning.nn import KEPT_BYTES, ElasticLinear, KeptWeights, input_names, routed_inputs, stored_bits
-from mobiq_lightning.runtime.dial import BitsUsed, Budget, Dial
+from mobiq_lightning.runtime.counting import BitsUsed
+from mobiq_lightning.runtime.dial import Budget, Dial
 from mobiq_lightning.runtime.fused_blocks import fuse_blocks
 from mobiq_lightning.runtime.graphed_step import CACHE_NAMES, GraphedStep
 from mobiq_lightning.runtime.kernel_input import attach_kernels, detach_kernels
@@ -153,7 +154,8 @@ class ElasticModel:
     def generate(self, *args: Any, bits: Budget | None = None, **kwargs: Any) -> Any:
         """Generates text as `generate` of transformers does, at `bits` bits per weight on average.
 
-        The dial may be turned between tokens, say by a logits processor that calls `set_bits`; the KV cache is kept.
+        The dial may be turned between tokens, say by a logits processor that calls `set_bits`; the KV cache is kept. Calls from
+        several threads are answered one after the other, each at its own bits.
 
         Args:
             *args: Arguments of `generate` of transformers.

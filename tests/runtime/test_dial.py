@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import threading
+import time
 from typing import Any
 
 import pytest
@@ -13,8 +15,8 @@ from mobiq_lightning.calibration.guarding import nested_allocation
 from mobiq_lightning.errors import BitsError
 from mobiq_lightning.nn import ElasticLinear, RoutedInput, held_slices
 from mobiq_lightning.runtime import Dial
-from mobiq_lightning.strategies import MLPRouter, ResidualSlices
-from mobiq_lightning.strategies.thresholds import falling
+from mobiq_lightning.strategies import MLPRouter, ResidualSlices, ThresholdTask
+from mobiq_lightning.strategies.thresholds import average_bits, falling, prefix_scores
 
 BITS = (2, 1, 1, 2, 2)
 
@@ -65,11 +67,13 @@ class TestTurning:
         dial.set_bits(8)
         assert thresholds(dial) == [-torch.inf, -torch.inf]
 
-    def test_thresholds_are_interpolated_between_the_stored_budgets(self, dial: Dial) -> None:
+    def test_between_two_stored_budgets_some_inputs_are_at_each(self, dial: Dial) -> None:
         dial.set_bits(5.0)
         assert thresholds(dial) == pytest.approx([-2.0, -2.0])
         dial.set_bits(5.125)
-        assert thresholds(dial) == pytest.approx([-2.125, -2.125])
+        assert thresholds(dial) == pytest.approx([-2.25, -2.0])
+        dial.set_bits(5.1875)
+        assert thresholds(dial) == pytest.approx([-2.25, -2.125]), "one of them is on its way"
 
     def test_another_scope_is_another_table(self, dial: Dial) -> None:
         dial.set_bits(5.0, "global")
@@ -286,3 +290,100 @@ def test_what_is_no_budget_is_refused_in_a_line(dial: Dial, bits: Any) -> None:
 def test_a_table_that_is_not_there_is_refused(dial: Dial) -> None:
     with pytest.raises(BitsError, match="scope 'model'; layer or global is expected"):
         dial.set_bits(4, "model")  # type: ignore[arg-type]
+
+
+class TestWord:
+    """The dial keeps its word between the stored budgets too, also where scores have gaps."""
+
+    SIZES = (12, 4, 22, 11, 12, 4, 22, 11, 12, 4, 22, 11, 12, 4, 22, 11)
+
+    @pytest.fixture(params=[(2, 1, 1, 2, 2), (2, 1), (4, 4)], ids=str)
+    def slices(self, request: pytest.FixtureRequest) -> tuple[int, ...]:
+        return tuple(request.param)
+
+    @pytest.mark.parametrize("gap", [0.0, 5.0])
+    def test_what_is_used_is_what_is_asked(self, slices: tuple[int, ...], gap: float) -> None:
+        generator = torch.Generator().manual_seed(0)
+        layers = torch.arange(len(slices) - 1.0)
+        scores = [
+            prefix_scores(torch.randn(2000, len(slices) - 1, generator=generator) - gap * layers) for _ in self.SIZES
+        ]
+        dial = Dial([routed_input(size, slices) for size in self.SIZES])
+        budgets = dial.inputs[0].budgets.tolist()
+        for scope in ("layer", "global"):
+            task = ThresholdTask(scores, self.SIZES, slices, budgets, scope)  # type: ignore[arg-type]
+            dial._tables[scope] = MLPRouter.thresholds_for(task)  # type: ignore[index]
+        asked = torch.arange(dial.lowest, dial.highest + 0.01, 0.02, dtype=torch.float64).clamp(max=dial.highest)
+        shares = torch.tensor(self.SIZES) / sum(self.SIZES)
+        for scope in ("layer", "global"):
+            found = dial.thresholds(asked, scope)  # type: ignore[arg-type]
+            assert (found[:, 1:] <= found[:, :-1]).all(), "turning the dial up closes nothing"
+            for column, bits in enumerate(asked.tolist()):
+                used = [average_bits(s, slices, t) for s, t in zip(scores, found[:, column], strict=True)]
+                assert float((torch.stack(used) * shares).sum()) == pytest.approx(bits, abs=0.03), (scope, bits)
+
+
+def routed_input(size: int, slices: tuple[int, ...]) -> RoutedInput:
+    """An input that feeds so many weights."""
+    return RoutedInput(MLPRouter(4, len(slices)), slices, size, None)
+
+
+class TestContexts:
+    """What is read within a context counts in it and in the contexts that it lies in."""
+
+    def test_a_generation_within_a_context_counts_in_both(self, dial: Dial, linears: list[ElasticLinear]) -> None:
+        with dial.bits(2.0):
+            read(linears, torch.randn(1, 3, 40))
+            with dial.generation(8.0, batch=1):
+                read(linears, torch.randn(1, 5, 40))
+            assert (dial.bits_used().code_bits, dial.bits_used().n_tokens) == (8.0, 5), "of the generation alone"
+            read(linears, torch.randn(1, 2, 40))
+            assert dial.bits_used().n_tokens == 10, "of all in the context so far"
+        assert dial.bits_used().n_tokens == 10
+        assert dial.bits_used().code_bits == pytest.approx((5 * 2 + 5 * 8) / 10)
+
+    def test_generations_of_several_rows_count_in_a_context(self, dial: Dial, linears: list[ElasticLinear]) -> None:
+        with dial.bits(4.0):
+            for bits in ([2.0, 8.0], [8.0, 8.0]):
+                with dial.generation(bits, batch=2):
+                    read(linears, torch.randn(2, 5, 40))
+                assert dial.bits_used().per_row == bits
+        assert (dial.bits_used().code_bits, dial.bits_used().n_tokens) == (6.5, 20)
+
+    def test_a_generation_within_a_generation_is_one(self, dial: Dial, linears: list[ElasticLinear]) -> None:
+        with dial.generation(8.0, batch=1):
+            read(linears, torch.randn(1, 3, 40))
+            with dial.generation(None, batch=1):
+                read(linears, torch.randn(1, 4, 40))
+            read(linears, torch.randn(1, 5, 40))
+        assert (dial.bits_used().code_bits, dial.bits_used().n_tokens) == (8.0, 12)
+
+    def test_a_refused_budget_leaves_all_as_it_was(self, dial: Dial, linears: list[ElasticLinear]) -> None:
+        dial.set_bits(8.0)
+        with dial.bits(2.0):
+            read(linears, torch.randn(1, 3, 40))
+            with pytest.raises(BitsError), dial.generation(9.0, batch=1):
+                pass
+        assert (dial.budget, dial.bits_used().code_bits, dial.bits_used().n_tokens) == (8.0, 2.0, 3)
+
+    def test_generations_of_several_threads_do_not_mix(self, dial: Dial, linears: list[ElasticLinear]) -> None:
+        wrong: list[tuple[float, float]] = []
+        barrier = threading.Barrier(4)
+
+        def generate(bits: float) -> None:
+            barrier.wait()
+            for _ in range(5):
+                with dial.generation(bits, batch=1):
+                    for _ in range(3):
+                        read(linears, torch.randn(1, 2, 40))
+                        time.sleep(0)
+                    used = dial.bits_used()
+                if (used.code_bits, used.n_tokens) != (bits, 6):
+                    wrong.append((bits, used.code_bits))
+
+        threads = [threading.Thread(target=generate, args=(bits,)) for bits in (2.0, 8.0, 2.0, 8.0)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert wrong == []

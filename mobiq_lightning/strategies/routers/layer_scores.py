@@ -13,7 +13,7 @@ from mobiq_lightning.strategies.base import Router
 from mobiq_lightning.strategies.thresholds import ThresholdTask, threshold_for_budget
 
 _LEAST_RATE = 1e-30  # nats per token, bit and weight; a slice that gains nothing comes last
-_SEPARATE = 1e-5  # scores that differ by less have no threshold between them in float32, interpolation included
+_SEPARATE = 1e-5  # scores that differ by less have no threshold between them in float32
 _WINDOW = 0.02  # bits by which a budget may be missed where that gains more
 _INSIDE = 0.25  # share of the distance between two scores by which a threshold keeps away from both
 
@@ -48,8 +48,6 @@ class LayerRouter(Router):
         """Computes thresholds at which the average over the weights of all inputs meets each budget.
 
         Thresholds fall with the budget, and lie as near to the one threshold for all inputs as the depths allow.
-        Between two stored budgets, where thresholds are interpolated, inputs therefore open in about the order of their
-        scores.
 
         Args:
             task: Scores and sizes of the inputs, and the budgets to meet.

@@ -64,6 +64,10 @@ class CheckpointError(MobiqError):
     """An elastic checkpoint or a training checkpoint that is damaged, incomplete or from a newer version."""
 
 
+class UntrustedClassError(CheckpointError):
+    """A checkpoint that names a class of somebody's own, which the caller has not said may be imported."""
+
+
 class ResultsError(MobiqError):
     """A file of figures, such as results.json, that is damaged, incomplete or from another version."""
 

@@ -78,7 +78,7 @@ def describe_problems(folder: Path, problems: Sequence[str], effect: str = "noth
         effect: Consequence of the problems, such as ``nothing was loaded``.
     """
     more = f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-    advice = "Copy it again from where it came from; in a run folder, `fit` with its recipe builds it again"
+    advice = "Copy it again from where it came from; if it is in a run folder of yours, `fit` with its recipe builds it again"
     if all(problem.endswith(OTHER_FILE) for problem in problems):
         advice += (
             f". If you changed the file yourself, mobiq_lightning.load({str(folder)!r}, check_hashes=False)"

@@ -21,7 +21,7 @@ from mobiq_lightning.checkpoint.values import value_problems
 from mobiq_lightning.checkpoint.verification import check_figures
 from mobiq_lightning.checkpoint.write import seal, write_shard
 from mobiq_lightning.console import say
-from mobiq_lightning.errors import BitsError, CheckpointError
+from mobiq_lightning.errors import BitsError, CheckpointError, UntrustedClassError
 from mobiq_lightning.files import folder_replaced_atomically, remove_leftovers, write_json
 from mobiq_lightning.nn import held_slices
 from mobiq_lightning.packing import plane_of
@@ -152,7 +152,7 @@ def _check_shapes(contents: Contents) -> bool:
     """
     try:
         router = router_class(contents.elastic.router["class_path"])
-    except CheckpointError:
+    except UntrustedClassError:
         return False  # a copy needs no code of somebody else's; whoever loads it says that it may run
     expected = expected_tensors(skeleton(contents.folder, contents.elastic))
     contents.problems += shape_problems(contents.headers, contents.where, expected)

@@ -12,7 +12,7 @@ from typing import Any
 
 from mobiq_lightning import strategies
 from mobiq_lightning.checkpoint.load_call import current_call
-from mobiq_lightning.errors import CheckpointError
+from mobiq_lightning.errors import CheckpointError, UntrustedClassError
 from mobiq_lightning.strategies.base import Router
 from mobiq_lightning.strategies.transform_base import StoredTransform
 
@@ -24,8 +24,9 @@ def router_class(class_path: str) -> type[Router]:
         class_path: Dotted path of the class. Of one of this package the last part counts: older checkpoints name its file.
 
     Raises:
-        CheckpointError: If it is no router of `mobiq_lightning.strategies` and the caller of `load` has not said that it
-            may be used, or if it cannot be imported, or is no router.
+        UntrustedClassError: If it is no router of `mobiq_lightning.strategies`, and the caller of `load` has not said that
+            it may be used.
+        CheckpointError: If it cannot be imported, or is no router.
     """
     module, _, name = class_path.rpartition(".")
     if module == strategies.__name__ or module.startswith(f"{strategies.__name__}."):
@@ -35,14 +36,17 @@ def router_class(class_path: str) -> type[Router]:
             found = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError, ValueError) as error:
             raise CheckpointError(
-                f"this elastic checkpoint was made with {class_path}, which cannot be imported here ({error}). Put its "
-                "module on the Python path"
+                f"this elastic checkpoint was made with {class_path}, which cannot be imported here ({error}). Put the "
+                "folder of its file into PYTHONPATH, or run `python -m mobiq_lightning` from there"
             ) from error
     else:
-        raise CheckpointError(
-            f"config.json names {class_path} as router, which is none of {strategies.__name__}. Nothing was imported: a "
-            "checkpoint may not choose code that is run. If you know and trust that class, name it: "
-            f"mobiq_lightning.load(..., trust_router={class_path!r}), or --trust-router {class_path}"
+        named = current_call().trust_router
+        instead = f" (trust_router says {named})" if named is not None else ""
+        raise UntrustedClassError(
+            f"config.json names {class_path} as router, which is none of {strategies.__name__}{instead}. Nothing was imported: "
+            "a checkpoint may not choose code that is run. If you know and trust that class, name it: "
+            f"mobiq_lightning.load(..., trust_router={class_path!r}), or --trust-router {class_path}; plain from_pretrained "
+            "takes no such argument"
         )
     if not (isinstance(found, type) and issubclass(found, Router)):
         raise CheckpointError(f"config.json names {class_path} as router, which is no {strategies.__name__}.Router")

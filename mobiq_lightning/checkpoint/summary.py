@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,15 @@ from mobiq_lightning.checkpoint.contents import read_contents
 from mobiq_lightning.checkpoint.format import ElasticFormat
 from mobiq_lightning.checkpoint.load_call import LoadCall, answering, current_call
 from mobiq_lightning.checkpoint.loading import resolve
+from mobiq_lightning.checkpoint.named_classes import router_class
 from mobiq_lightning.checkpoint.provenance import read_provenance
 from mobiq_lightning.checkpoint.quantizer import expected_tensors, insert_elastic_linears
-from mobiq_lightning.errors import CheckpointError, MobiqError
+from mobiq_lightning.errors import CheckpointError, MobiqError, UntrustedClassError
 from mobiq_lightning.nn import BlockLayout, ElasticLinear, routed_inputs
 from mobiq_lightning.packing import TensorKind, depths_of, kind_of
 from mobiq_lightning.runs import CONFIG, RESULTS, Results, read_results
+from mobiq_lightning.strategies import StaticRouter
+from mobiq_lightning.strategies.class_paths import public_path
 
 SCALES, VALUE_TABLES = "scales and biases", "value tables"
 """Names in a summary of the tensors that turn codes into weights."""
@@ -52,6 +55,7 @@ class Summary:
         bytes_by_kind: Bytes of planes, scales and biases, value tables, routers, transforms, threshold tables, and all else.
         n_routers: Number of routers.
         deployable: Whether the routers can be deployed, rather than only say how good others could be.
+        knows_router: Whether the class of the routers was looked at; one of somebody's own is not, without consent.
         n_planes: Number of bit planes held of every weight.
         provenance: Content of provenance.json, empty if there is none.
         results: Content of results.json.
@@ -66,6 +70,7 @@ class Summary:
     bytes_by_kind: Counter[str] = field(default_factory=Counter)
     n_routers: int = 0
     deployable: bool = True
+    knows_router: bool = True
     n_planes: int = 0
     provenance: Mapping[str, Any] = field(default_factory=dict)
     results: Results = field(default_factory=Results)
@@ -96,8 +101,11 @@ def summarize_checkpoint(source: str | Path, trust_router: str | None = None) ->
     contents.require_whole("its summary would be wrong")
     elastic = contents.elastic
     with answering(LoadCall(trust_router=trust_router or current_call().trust_router)):
-        model = skeleton(folder, elastic)
-    problems = shape_problems(contents.headers, contents.where, expected_tensors(model))
+        built, knows = _without_foreign_router(elastic)
+        model = skeleton(folder, built)
+    expected = {name: tensor for name, tensor in expected_tensors(model).items() if knows or kind_of(name) != "router"}
+    headers = {name: entry for name, entry in contents.headers.items() if knows or kind_of(name) != "router"}
+    problems = shape_problems(headers, contents.where, expected)
     if problems:
         raise CheckpointError(describe_problems(folder, problems, "its summary would be wrong"))
     summary = Summary(folder, elastic, type(model).__name__)
@@ -110,11 +118,21 @@ def summarize_checkpoint(source: str | Path, trust_router: str | None = None) ->
             summary.n_planes = module.n_planes
     inputs = routed_inputs(model)
     summary.n_routers = len(inputs)
+    summary.knows_router = knows
     summary.deployable = all(routed.router.deployable for routed in inputs)
     summary.n_blocks = len(BlockLayout(**elastic.layout).find(model))
     summary.provenance = read_provenance(folder)
     summary.results = read_results(folder / RESULTS)
     return summary
+
+
+def _without_foreign_router(elastic: ElasticFormat) -> tuple[ElasticFormat, bool]:
+    """A format whose routers can be built without importing anything of somebody's own; and whether they are its own."""
+    try:
+        router_class(elastic.router["class_path"])
+    except UntrustedClassError:
+        return replace(elastic, router={"class_path": public_path(StaticRouter), "init_args": {}}), False
+    return elastic, True
 
 
 def skeleton(folder: Path, elastic: ElasticFormat) -> Any:

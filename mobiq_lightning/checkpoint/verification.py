@@ -16,7 +16,7 @@ from mobiq_lightning.checkpoint.named_classes import router_class
 from mobiq_lightning.checkpoint.own_files import own_file
 from mobiq_lightning.checkpoint.provenance import read_provenance
 from mobiq_lightning.checkpoint.values import value_problems
-from mobiq_lightning.errors import CheckpointError, MobiqError
+from mobiq_lightning.errors import CheckpointError, MobiqError, UntrustedClassError
 from mobiq_lightning.packing import plane_name
 from mobiq_lightning.runs import HASHES, RESULTS, SPEED, SpeedNote, read_json, read_results
 
@@ -39,6 +39,8 @@ def verify(folder: str | Path, report: Report | None = None, trust_router: str |
 
     Raises:
         CheckpointError: If the folder is no elastic checkpoint at all.
+        UntrustedClassError: If the model cannot be built without importing a router of somebody's own; what can be checked
+            without it was checked and reported.
     """
     from mobiq_lightning.checkpoint.loading import resolve
 
@@ -55,6 +57,8 @@ def verify(folder: str | Path, report: Report | None = None, trust_router: str |
                 break  # the model would not load, for the reasons already found
             try:
                 found = check(path)
+            except UntrustedClassError:
+                raise
             except Exception as error:  # noqa: BLE001 - whatever a damaged file makes of a library is damage
                 found = [f"this could not be checked: {type(error).__name__}: {error}"]
             problems += found
@@ -135,6 +139,8 @@ def _check_model(folder: Path) -> list[str]:
 
     try:
         model = load(folder, check_hashes=False)
+    except UntrustedClassError:
+        raise
     except MobiqError as error:
         return [str(error)]
     problems: list[str] = []

@@ -35,7 +35,9 @@ def print_summary(summary: Summary) -> None:
     if elastic.code != PackedSlices.code:
         table.add_row("code", f"{elastic.code}; the reference reads it, the kernels do not")
     bound = "" if summary.deployable else ", not deployable: an upper bound for routers that see one input"
-    table.add_row("routers", f"{summary.n_routers} x {elastic.router['class_path'].rpartition('.')[2]}{bound}")
+    path = elastic.router["class_path"]
+    kind = path.rpartition(".")[2] if summary.knows_router else f"{path} (not imported)"
+    table.add_row("routers", f"{summary.n_routers} x {kind}{bound}")
     transform = elastic.transform
     if transform is not None:
         arguments = ", ".join(f"{name}={value}" for name, value in transform["init_args"].items())

@@ -33,7 +33,7 @@ class Verify(Command):
         if problems:
             run = RunFolder(given.run)
             again = (
-                f"`{program()} fit {given.run}` builds it again from {CHECKPOINTS}/"
+                f"If it is a run of yours, `{program()} fit {given.run}` builds it again from {CHECKPOINTS}/"
                 if run.epochs_kept
                 else "Copy it again from where it is whole"
             )

@@ -109,7 +109,9 @@ class ElasticCLI(LightningCLI):
             return "the results are written; the same command shows them"
         if not kept:
             return "no epoch was finished; the same command starts the run"
-        return f"{kept} finished epochs are kept; the same command goes on after them"
+        epochs = "1 finished epoch is" if kept == 1 else f"{kept} finished epochs are"
+        without = " without --overwrite" if self._get(self.config, "overwrite") else ""
+        return f"{epochs} kept; the same command{without} goes on after {'it' if kept == 1 else 'them'}"
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the one key that is no part of a recipe."""

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import mobiq_lightning
 from mobiq_lightning.checkpoint import export, summarize_checkpoint, verify
+from mobiq_lightning.cli import main
 from mobiq_lightning.errors import CheckpointError
 from mobiq_lightning.runs import HASHES, INDEX
 from tests.checkpoints import edit_json, logits, rehash, tensors_of
@@ -66,7 +67,7 @@ def name_router(folder: Path, class_path: str, **arguments: Any) -> None:
 
 
 class TestCode:
-    @pytest.mark.parametrize("name", [name for name in READERS if name != "export"])
+    @pytest.mark.parametrize("name", ["load", "from_pretrained", "verify"])  # those that need the router
     def test_a_router_that_a_checkpoint_brings_is_not_imported(self, hostile: Path, tmp_path: Path, name: str) -> None:
         with pytest.raises(CheckpointError, match=r"elastic\.payload\.Router .* Nothing was imported"):
             READERS[name](hostile)
@@ -78,6 +79,23 @@ class TestCode:
         export(hostile, tmp_path / "copy")
         assert not (tmp_path / "ran").exists()
         assert not (tmp_path / "copy" / "later.py").exists()
+
+    def test_what_it_holds_is_shown_without_importing_it(
+        self, hostile: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["inspect", str(hostile)]) == 0
+        assert "elastic.payload.Router (not imported)" in capsys.readouterr().out
+        assert not (tmp_path / "ran").exists()
+
+    def test_a_command_runs_it_if_it_is_named_there(self, hostile: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["verify", str(hostile)]) == 1
+        output = capsys.readouterr()
+        assert "--trust-router elastic.payload.Router" in output.err
+        assert "DAMAGED" not in output.out
+        assert "builds it again" not in output.err, "which would run the code"
+        assert main(["verify", str(hostile), "--trust-router", "elastic.payload.Router"]) == 0
+        assert main(["generate", str(hostile), "--prompt", "a", "--trust_router=elastic.payload.Router"]) == 0
+        assert main(["generate", str(hostile), "--prompt", "a"]) == 1, "consent is for one command"
 
     def test_consent_to_another_router_is_none(self, hostile: Path, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="Nothing was imported"):

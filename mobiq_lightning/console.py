@@ -65,5 +65,9 @@ def table_console() -> Console:
     """Where tables are printed: standard output, wide enough for all of them where it is no terminal."""
     from rich.console import Console
 
+    class Table(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # the command line answers it; rich would end the process with another exit code
+
     width = None if sys.stdout.isatty() else max(_NO_TERMINAL_COLUMNS, shutil.get_terminal_size().columns)
-    return Console(width=width, markup=False)  # names of models and tasks may have brackets in them
+    return Table(width=width, markup=False)  # names of models and tasks may have brackets in them

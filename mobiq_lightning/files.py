@@ -184,15 +184,17 @@ def _write_failure(error: Exception, temporary: Path, path: Path) -> OSError | N
         number = error.errno
     elif found := re.search(r"os error (\d+)", str(error)):  # safetensors
         number = int(found[1])
-    elif isinstance(error, RuntimeError) and re.search(r"inline_container|PytorchStreamWriter", str(error)):
-        number = _probe(temporary)  # torch does not tell why
+    elif isinstance(error, RuntimeError):  # torch does not tell why, and words it in several ways
+        number = _probe(temporary)
+        if not number and re.search(r"inline_container|PytorchStreamWriter|iostream|basic_ios", str(error)):
+            number = errno.EIO
     else:
         return None
     return OSError(number, os.strerror(number), str(path)) if number else None
 
 
 def _probe(temporary: Path) -> int:
-    """Why a file cannot be written: the error number of going on with it."""
+    """Why a file cannot be written: the error number of going on with it, 0 if that works."""
     try:
         with temporary.open("ab") as file:
             file.write(bytes(_PROBE_BYTES))
@@ -200,4 +202,4 @@ def _probe(temporary: Path) -> int:
             os.fsync(file.fileno())
     except OSError as error:
         return error.errno or errno.EIO
-    return errno.EIO
+    return 0

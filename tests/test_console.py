@@ -59,3 +59,14 @@ def test_wandb_writes_nothing_where_it_is_disabled(tmp_path: Path, monkeypatch: 
     logger.finalize("success")
     assert list(tmp_path.iterdir()) == []
     assert os.environ["WANDB_MODE"] == "disabled"
+
+
+def test_a_table_that_nobody_reads_any_more_is_told_from_other_errors() -> None:
+    code = (
+        "from mobiq_lightning.console import table_console; from mobiq_lightning.jobs import exit_code; import sys\n"
+        "sys.exit(exit_code(lambda: [table_console().print('x' * 100) for _ in range(10_000)]))"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.wait(60) == 141

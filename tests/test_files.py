@@ -125,3 +125,26 @@ def test_what_cannot_be_written_is_an_error_of_the_system_that_names_the_file(tm
     assert (found.value.errno, found.value.filename) == (errno.EFBIG, str(path))
     assert path.read_text() == "what was there before"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize("said", ["basic_ios::clear: iostream error", "[enforce fail at inline_container.cc:672]"])
+def test_what_torch_says_of_a_full_disk_is_the_disks_error(tmp_path: Path, said: str) -> None:
+    def write(temporary: Path) -> None:
+        temporary.symlink_to("/dev/full")
+        raise RuntimeError(said)
+
+    with pytest.raises(OSError, match="No space left on device") as refused:
+        write_atomically(tmp_path / "epoch-000001.ckpt", write)
+    assert refused.value.errno == errno.ENOSPC
+    assert refused.value.filename == str(tmp_path / "epoch-000001.ckpt")
+
+
+def test_another_error_while_writing_is_not_the_disks(tmp_path: Path) -> None:
+    def write(temporary: Path) -> None:
+        temporary.write_text("")
+        raise RuntimeError("cannot pickle that")
+
+    with pytest.raises(RuntimeError, match="cannot pickle that"):
+        write_atomically(tmp_path / "file", write)
+    assert list(tmp_path.iterdir()) == []

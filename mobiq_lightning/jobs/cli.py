@@ -135,6 +135,8 @@ class ElasticCLI(LightningCLI):
             self.resumes = not overwrite  # the first process locks the folder and claims it for all
         elif self.command != "build":
             self.run_folder.lock()
+            if self.command == "validate":
+                read_results(self.run_folder.path / RESULTS)  # it is added to at the end; damage is said now
             if self.command == "fit":
                 self.resumes = self.run_folder.claim(self.recipe, overwrite)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from mobiq_lightning.errors import RunFolderError
+from mobiq_lightning.errors import FileError, RunFolderError
 from mobiq_lightning.files import write_json
 from mobiq_lightning.input_files import read_mapping
 from mobiq_lightning.runs.file_names import IDENTITY
@@ -29,7 +29,15 @@ def check_identity(
     if not path.is_file() or not RunFolder(folder).finished_work:
         write_json(path, identity)
         return
-    stored = read_mapping(path)
+    try:
+        stored = read_mapping(path)
+        if missing := [key for key in identity if not isinstance(stored.get(key), str)]:
+            raise FileError(f"{path} does not say of {', '.join(missing)}")
+    except FileError as error:
+        raise RunFolderError(
+            f"{error}, so whether model and text are those of the run cannot be told. Put a copy of it back; or, if you know "
+            "that they are, remove it: the run goes on"
+        ) from error
     changed = [f"{k}: {stored.get(k)} then, {v} now" for k, v in identity.items() if stored.get(k) != v]
     if changed and all(stored.get(k) == former().get(k, v) for k, v in identity.items()):
         return

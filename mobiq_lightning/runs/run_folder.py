@@ -284,9 +284,22 @@ class RunFolder:
                 path.with_suffix(".sha256").unlink(missing_ok=True)
 
     def retries(self) -> dict[int | None, int]:
-        """How often each block, or the stages of the whole model (None), were started anew after NaN or infinity."""
+        """How often each block, or the stages of the whole model (None), were started anew after NaN or infinity.
+
+        Raises:
+            RunFolderError: If retries.json is damaged.
+        """
         path = self.path / RETRIES
-        stored = read_mapping(path) if path.is_file() else {}
+        try:
+            stored = read_mapping(path) if path.is_file() else {}
+            if not all(
+                (k == _WHOLE_MODEL or k.isdecimal()) and type(v) is int and 0 <= v < 100 for k, v in stored.items()
+            ):
+                raise FileError(f"{path} should say how often each block was started anew, and says {str(stored)[:80]}")
+        except FileError as error:
+            raise RunFolderError(
+                f"{error}. Remove the file: the run goes on, and blocks that were started anew have their full learning rates"
+            ) from error
         return {None if k == _WHOLE_MODEL else int(k): v for k, v in stored.items()}
 
     def note_retry(self, block: int | None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -253,3 +254,21 @@ def test_output_that_nobody_reads_any_more_ends_the_command_without_a_traceback(
         process.stdout.close()
         assert process.stderr.read() == ""
         assert process.wait(60) == 141
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated (SIGTERM) before anything was begun")],
+)
+def test_a_signal_while_the_package_is_imported_is_answered_in_a_line(number: int, code: int, said: str) -> None:
+    script = (
+        "import importlib.abc, os, signal, sys\n"
+        "class Slow(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        f"        if name == 'mobiq_lightning.cli': os.kill(os.getpid(), {int(number)})\n"
+        "sys.meta_path.insert(0, Slow())\n"
+        "from mobiq_lightning.__main__ import run\n"
+        "sys.exit(run())\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (code, f"{said}\n")

@@ -241,3 +241,19 @@ def test_what_killed_runs_left_in_the_folder_is_removed_when_it_is_locked(tmp_pa
     with RunFolder(tmp_path).locked():
         left = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.tmp")]
     assert left == [f".mine.{process.pid}.tmp"]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"x": 1}', '{"0": "a"}', '{"0": 1e999}', '{"0": -1}'])
+def test_damaged_counts_of_retries_are_named_with_what_to_do(tmp_path: Path, content: str) -> None:
+    (tmp_path / "retries.json").write_text(content)
+    with pytest.raises(RunFolderError, match=r"retries\.json .*Remove the file: the run goes on"):
+        RunFolder(tmp_path).retries()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"source weights": 3}'])
+def test_a_damaged_identity_is_named_with_what_to_do(tmp_path: Path, content: str) -> None:
+    finish_an_epoch(tmp_path)
+    (tmp_path / "identity.json").write_text(content)
+    with pytest.raises(RunFolderError, match=r"identity\.json .*remove it: the run goes on"):
+        check_identity(tmp_path, {"source weights": "1"})
+    assert (tmp_path / "identity.json").read_text() == content

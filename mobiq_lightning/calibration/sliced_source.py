@@ -9,6 +9,7 @@ from torch import nn
 
 from mobiq_lightning.calibration.apply_transform import fold_into_source
 from mobiq_lightning.calibration.hidden_states import BlockCaller
+from mobiq_lightning.errors import ModelError
 from mobiq_lightning.nn import BlockLayout, CalibratedBlock, RoutedInput, RouterFactory, Share, SliceFactory
 from mobiq_lightning.sources import Source
 from mobiq_lightning.strategies.base import SliceScheme
@@ -50,15 +51,28 @@ class SlicedSource:
         """Replaces the linears of the decoder blocks by sliced ones.
 
         Raises:
-            ModelError: If the transform changes what the model computes.
+            ModelError: If the transform changes what the model computes, or a layout of one's own names linears that no block
+                has.
         """
         decoder = self.decoder
+        self._check_names(decoder)
         groups = [self.layout.group_linears(block, self.share_routers) for block in decoder]
         fold_into_source(self.source, decoder, self.transform)
         for block, of_block in zip(decoder, groups, strict=True):
             self.blocks.append(CalibratedBlock(block, of_block, self.slices, self.router, self.transform))
         for position, routed in enumerate(self.all_inputs()):
             routed.router.place(position, len(self.all_inputs()))
+
+    def _check_names(self, decoder: nn.ModuleList) -> None:
+        """Raises a `ModelError` if shared inputs name no linear; those of the default are of several families."""
+        if self.layout.shared_inputs == BlockLayout().shared_inputs:
+            return
+        own = {name.rpartition(".")[2] for name, module in decoder.named_modules() if isinstance(module, nn.Linear)}
+        unknown = [name for group in self.layout.shared_inputs for name in group if name not in own]
+        if unknown:
+            raise ModelError(
+                f"model.layout.shared_inputs: no block has {', '.join(unknown)}; its linears are {', '.join(sorted(own))}"
+            )
 
     @property
     def decoder(self) -> nn.ModuleList:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
 
+from mobiq_lightning.console import MODULE
 from mobiq_lightning.errors import RecipeError
 from mobiq_lightning.jobs.trainer_checks import MAX_EPOCHS
 
@@ -22,6 +24,10 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 """Settings of the trainer where a recipe says nothing."""
 
 
+_LONGEST = 300
+"""Characters of the parser's own words that are shown."""
+
+
 class RecipeParser(LightningArgumentParser):
     """Says what is wrong in a few lines instead of a page of usage, and takes no abbreviated keys."""
 
@@ -33,7 +39,20 @@ class RecipeParser(LightningArgumentParser):
         """Turns whatever the parser finds into a `RecipeError`."""
         if "are required" in message:
             message += ". Give a recipe, as in --config recipes/tiny.yaml"
-        raise RecipeError(message) from ex
+        raise RecipeError(in_a_line(message)) from ex
+
+
+def in_a_line(message: str) -> str:
+    """What the parser says of a key over several lines, as one line that begins with the key."""
+    key = "".join(f"{name}: " for name in re.findall(r'Parser key "([^"]+)":', message)[:1])
+    if missing := re.search(r"No module named '([\w.]+)'", message):
+        return (
+            f"{key}no module {missing[1]!r} is on the Python path. Run `{MODULE}` from the folder of its file, or put that "
+            "folder into PYTHONPATH"
+        )
+    parts = [part.strip(" -") for part in re.sub(r'Parser key "[^"]+":', "", message).splitlines()]
+    text = " ".join(part if part.endswith((":", ".", ",")) else f"{part};" for part in parts if part).rstrip("; ")
+    return key + (text if len(text) <= _LONGEST else f"{text[:_LONGEST]}...")
 
 
 def with_whole_stages(arguments: Sequence[str]) -> list[str]:

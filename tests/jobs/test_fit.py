@@ -283,6 +283,10 @@ class TestRunFolder:
         ),
         (["--model.budget.init_args.high_bits=9"], "high_bits (9.0) must be a number of at least 0 and at most 8"),
         (["--model.eval_bits=[1, 4]"], "[1.0] lie outside"),
+        (
+            ["--model.layout={shared_inputs: [[q_proj, a]]}"],
+            "model.layout.shared_inputs: no block has a; its linears are",
+        ),
         (["--model.epochs_per_block=0"], "at least 1"),
         (["--model.stages=[{share: 0.5, train: [ranges, transforms]}]"], "must be above 0 and add up to 1"),
         (["--model.slices.init_args.group_size=0"], "group_size (0)"),

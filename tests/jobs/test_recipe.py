@@ -321,3 +321,26 @@ def test_a_grid_is_a_file_and_not_its_content() -> None:
 def test_a_recipe_is_not_copied_to_where_nothing_can_be_written(target: str) -> None:
     with pytest.raises(RecipeError, match="cannot be written"):
         copy("tiny", Path(target))
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        (
+            "Parser key \"group_size\":\n  Expected a <class 'int'>. Got value: abc",
+            "group_size: Expected a <class 'int'>. Got value: abc",
+        ),
+        (
+            'Parser key "model.router":\n\n- Expected a path but my_routers.Peak either not accessible or invalid\n'
+            "- Type expects a function: No module named 'my_routers'",
+            "model.router: no module 'my_routers' is on the Python path. Run `python -m mobiq_lightning` from the folder of its "
+            "file, or put that folder into PYTHONPATH",
+        ),
+        ('Parser key "a.b":\n  Does not validate:\n  - one\n  - two', "a.b: Does not validate: one; two"),
+    ],
+)
+def test_what_the_parser_says_is_one_line_that_begins_with_the_key(message: str, said: str) -> None:
+    from mobiq_lightning.jobs.parsing import in_a_line
+
+    assert in_a_line(message) == said
+    assert len(in_a_line(message + " x" * 1000)) < 400

@@ -106,7 +106,9 @@ def test_validate_replaces_them_and_overwrite_removes_them(finished: Run, tmp_pa
     assert main([*validate, "--data.eval_max_windows=3"]) == 0
     found = json.loads((run / "diagnostics.json").read_text())
     assert [budget["target_bits"] for budget in found["budgets"]] == [3]
-    RunFolder(run).clear()
+    folder = RunFolder(run)
+    folder.claim({"trainer": {"callbacks": None}}, overwrite=True)
+    folder.begin()
     assert not (run / "diagnostics.json").exists()
 
 

@@ -263,6 +263,7 @@ def test_output_that_nobody_reads_any_more_ends_the_command_without_a_traceback(
 def test_a_signal_while_the_package_is_imported_is_answered_in_a_line(number: int, code: int, said: str) -> None:
     script = (
         "import importlib.abc, os, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # which shells turn off in the background
         "class Slow(importlib.abc.MetaPathFinder):\n"
         "    def find_spec(self, name, path, target=None):\n"
         f"        if name == 'mobiq_lightning.cli': os.kill(os.getpid(), {int(number)})\n"

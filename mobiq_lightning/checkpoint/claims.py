@@ -1,4 +1,4 @@
-"""What config.json claims of sizes, compared with the tensors that are there, before anything of those sizes is built."""
+"""What config.json claims of sizes and names of code, looked at before anything of it is built or fetched."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PLAIN = re.compile(r"[a-z0-9_]*")
 
 
 def exaggerations(config: Mapping[str, Any], elastic: ElasticFormat, tensors: Iterable[str]) -> list[str]:
-    """Lists what config.json claims of blocks and planes that the tensors do not bear out, one line each.
+    """Lists what config.json claims of blocks and planes that the tensors do not bear out, and what it may not name.
 
     Sizes of single tensors are compared when the model is there without any memory; blocks are made one after the other, and
     a million of them take hours.

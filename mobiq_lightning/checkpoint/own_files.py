@@ -79,7 +79,8 @@ def links_out(folder: Path) -> list[str]:
 
 def is_hub_snapshot(folder: Path) -> bool:
     """Whether a folder is one of the hub's cache, in which files lie that somebody has asked for, and not all."""
-    return folder.resolve().parent.name == _SNAPSHOTS
+    home = folder.resolve()
+    return home.parent.name == _SNAPSHOTS and home.parents[1].name.startswith("models--")
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], ElasticFormat]:

@@ -36,19 +36,24 @@ class SetAside:
     def put_back(self) -> None:
         """Puts back what was set aside, in place of what a start that failed has left; does nothing if nothing was."""
         for path, aside in self._places():
+            remove(_forgotten(aside))
             for kept in sorted(aside.iterdir()) if aside.is_dir() else ():
                 remove(path / kept.name)
                 os.replace(kept, path / kept.name)
             remove(aside)
 
     def forget(self) -> None:
-        """Removes what was set aside, but not what links in it lead to."""
+        """Removes what was set aside, but not what links in it lead to. Killed half-way, it does not come back in parts."""
         for _, aside in self._places():
-            for kept in sorted(aside.iterdir()) if aside.is_dir() else ():
+            if not aside.is_dir():
+                continue
+            gone = _forgotten(aside)
+            os.replace(aside, gone)
+            for kept in sorted(gone.iterdir()):
                 if kept.is_symlink():
                     say(f"{kept.name} was a link; the link is removed, and what it leads to is left alone.")
                 remove(kept)
-            remove(aside)
+            remove(gone)
 
     def _places(self) -> Iterator[tuple[Path, Path]]:
         """Folders in which files of the run are, each with where they are set aside."""
@@ -63,3 +68,8 @@ class SetAside:
             there = [name for name in self.names if os.path.lexists(path / name)]
             return [name for name in there if not (name == CHECKPOINTS and (path / name).is_symlink())]
         return [inner.name for inner in path.iterdir() if _OURS.fullmatch(inner.name) or is_leftover(inner.name)]
+
+
+def _forgotten(aside: Path) -> Path:
+    """The name under which a folder is that is being removed."""
+    return aside.with_name(f"{aside.name}.gone")

@@ -187,6 +187,21 @@ class TestOverwriting:
         with RunFolder(run).locked():
             assert self.contents(run) == before
 
+    def test_a_kill_while_the_old_run_is_removed_brings_nothing_of_it_back(
+        self, run: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folder = RunFolder(run)
+        folder.claim(recipe(pretrained="other"), overwrite=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                "mobiq_lightning.runs.set_aside.remove", lambda path: (_ for _ in ()).throw(KeyboardInterrupt)
+            )
+            with pytest.raises(KeyboardInterrupt):
+                folder.begin()
+        with RunFolder(run).locked():
+            assert self.contents(run).keys() == {"config.yaml"}
+            assert "other" in (run / "config.yaml").read_text()
+
     def test_a_start_that_begins_leaves_nothing_of_it(self, run: Path) -> None:
         folder = RunFolder(run)
         folder.lock()

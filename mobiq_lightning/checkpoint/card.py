@@ -19,12 +19,12 @@ from mobiq_lightning.runs import (
     HarnessEntry,
     Measured,
     Results,
+    findings,
     generated_of,
     label,
     read_results,
     sentences,
     summarize,
-    verdict,
 )
 
 
@@ -115,8 +115,8 @@ def _measured(results: Results, highest: int, capped: bool) -> str:
             f"| {label(row.allocation, measured.deployable)} | {row.target_bits:g} | {row.used_bits:.2f} | {row.all_in_bits:.2f} "
             f"| {row.perplexity:.2f}{spread} | {row.kl:.4f} |"
         )
-    said = verdict(row for row in measured.rows if row.target_bits <= highest or row.allocation == "full")
-    lines += [f"\n{said}"] if said else []
+    said = findings(row for row in measured.rows if row.target_bits <= highest or row.allocation == "full")
+    lines += [f"\n{' '.join(said)}"] if said else []
     if capped:
         lines.append(
             f"\nMeasured with all planes. This file holds the first {highest} bits, so between the depths of its slices its "

@@ -19,10 +19,10 @@ from mobiq_lightning.runs import (
     HarnessEntry,
     Measured,
     Results,
+    findings,
     label,
     sentences,
     summarize,
-    verdict,
 )
 
 _COLORS: dict[Allocation, str] = {"rtn": "#8c8c8c", "router": "#c8102e", "static": "#1f77b4", "layers": "#7b3fa0"}
@@ -50,7 +50,7 @@ def print_table(measured: Measured) -> None:
 
     table = Table(
         title=f"{measured.heading}, {measured.protocol.n_tokens} tokens",
-        caption=verdict(measured.rows),
+        caption="\n".join(findings(measured.rows)),
     )
     for column in ("allocation", "target bits", "used bits", "all-in bits", "perplexity", "KL (nats)"):
         table.add_column(column, justify="left" if column == "allocation" else "right", no_wrap=True)

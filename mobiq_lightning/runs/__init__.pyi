@@ -79,9 +79,12 @@ from .rows import Row as Row
 from .rows import label as label
 from .rows import spread_of as spread_of
 from .rows import summarize as summarize
-from .rows import verdict as verdict
 from .run_folder import RunFolder as RunFolder
 from .same_recipe import differing_keys as differing_keys
 from .shared_work import SharedWork as SharedWork
 from .speed import SpeedNote as SpeedNote
 from .speed import SpeedRow as SpeedRow
+from .verdict import all_in_verdict as all_in_verdict
+from .verdict import findings as findings
+from .verdict import idle_budgets as idle_budgets
+from .verdict import verdict as verdict

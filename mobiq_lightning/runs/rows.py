@@ -1,4 +1,4 @@
-"""Rows of a comparison: what was measured of each allocation at each budget, their names, and the verdict in words."""
+"""Rows of a comparison: what was measured of each allocation at each budget, and what allocations are called."""
 
 from __future__ import annotations
 
@@ -132,38 +132,3 @@ def label(allocation: Allocation, deployable: bool = True) -> str:
         deployable: Whether the routers of the run can be deployed, see `RouterNote`.
     """
     return LABELS[allocation] if deployable or allocation != "router" else f"{LABELS[allocation]}, not deployable"
-
-
-def verdict(rows: Iterable[Row]) -> str:
-    """Says in words at which budgets the router has a lower perplexity than the best control that was measured.
-
-    Returns:
-        Sentences about the budgets where it wins, loses and ties; an empty text where there was nothing to choose.
-    """
-    by_budget: dict[float, dict[Allocation, float]] = {}
-    for row in summarize(rows):
-        if row.allocation in ("router", *CONTROLS):
-            by_budget.setdefault(row.target_bits, {})[row.allocation] = row.perplexity
-    controls = [name for name in CONTROLS if any(name in found for found in by_budget.values())]
-    wins: list[str] = []
-    losses: list[str] = []
-    ties: list[str] = []
-    for bits, perplexity in by_budget.items():
-        if not all(0 < value < math.inf for value in perplexity.values()):
-            continue  # there is no ratio of what is not finite
-        nothing_left = len({round(value, 6) for value in perplexity.values()}) == 1  # at the ends of the range
-        if nothing_left or len(perplexity) < 1 + len(controls):
-            continue
-        best = min(controls, key=lambda name: perplexity[name])
-        lead = perplexity["router"] / perplexity[best] - 1
-        group = ties if abs(lead) < TIE else wins if lead < 0 else losses
-        group.append(f"{bits:g} ({lead:+.1%} against {SHORT[best]})")
-    beaten = {1: "the one control", 2: "both controls"}.get(len(controls), "all controls")
-    parts = [f"The router beats {beaten} at {_join(wins)}." if wins else f"The router beats {beaten} nowhere."]
-    parts += [f"It is behind at {_join(losses)}."] if losses else []
-    parts += [f"Within {TIE:.1%} at {_join([t.split()[0] for t in ties])}."] if ties else []
-    return " ".join(parts) if wins or losses or ties else ""
-
-
-def _join(items: Sequence[str]) -> str:
-    return ", ".join(items)

@@ -1,4 +1,4 @@
-"""The table, the verdict and the loggers."""
+"""The table and the loggers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from mobiq_lightning.evaluation import print_table, write_results
 from mobiq_lightning.evaluation.report import plot
 from mobiq_lightning.loggers import JsonlLogger, WandbLogger
-from mobiq_lightning.runs import Allocation, CalibrationText, EvalProtocol, Measured, Results, Row, summarize, verdict
+from mobiq_lightning.runs import Allocation, CalibrationText, EvalProtocol, Measured, Results, Row, summarize
 
 
 def row(allocation: Allocation, bits: float, perplexity: float, seed: int | None = None) -> Row:
@@ -40,27 +40,6 @@ def test_seeds_are_merged_into_mean_and_spread() -> None:
     merged = next(r for r in summarize(ROWS) if r.allocation == "random" and r.target_bits == 3)
     assert merged.perplexity == pytest.approx(12.4)
     assert merged.spread == pytest.approx(0.2828, abs=1e-3)
-
-
-def test_the_verdict_says_where_the_router_wins_and_where_not() -> None:
-    text = verdict(ROWS)
-    assert "beats both controls at 3 (-3.2% against random)" in text
-    assert "behind at 4 (+0.9% against static)" in text
-    assert "nowhere" in verdict([row("router", 3, 12.0), row("static", 3, 11.0), row("random", 3, 13.0)])
-    assert "Within 0.1% at 3" in verdict([row("router", 3, 12.0), row("static", 3, 12.001), row("random", 3, 13.0)])
-    assert verdict([row("router", 2, 12.0), row("static", 2, 12.0), row("random", 2, 12.0)]) == ""
-
-
-def test_the_verdict_is_of_all_controls_that_were_measured() -> None:
-    two = [row("router", 3, 12.0, 0), row("static", 3, 12.5), row("layers", 3, 11.9)]
-    rest = [row("shuffled", 3, 12.1, 0), row("random", 3, 12.6, 0)]
-    assert (
-        verdict([*two, *rest])
-        == "The router beats all controls nowhere. It is behind at 3 (+0.8% against best layers)."
-    )
-    assert verdict([two[0], two[1], *rest]).startswith("The router beats all controls at 3 (-0.8% against shuffled)")
-    assert verdict(two[:2]) == "The router beats the one control at 3 (-4.0% against static)."
-    assert verdict(two[:1]) == ""
 
 
 def test_a_comparison_without_random_seeds_is_printed_and_drawn(

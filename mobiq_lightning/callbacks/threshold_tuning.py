@@ -13,7 +13,7 @@ from mobiq_lightning.calibration.guarding import StaticDepths
 from mobiq_lightning.callbacks.base import CalibrationCallback
 from mobiq_lightning.callbacks.guards import guards_of
 from mobiq_lightning.nn import meet_budget
-from mobiq_lightning.packing import depths_of
+from mobiq_lightning.packing import STORED_DTYPE, depths_of
 from mobiq_lightning.runtime import Dial
 from mobiq_lightning.strategies import ThresholdTask
 from mobiq_lightning.strategies.base import Router
@@ -42,8 +42,10 @@ class ThresholdTuning(CalibrationCallback):
             self.tune(module, module.text.calibration_ids()[: self.windows])
 
     def tune(self, module: ElasticCalibration, input_ids: Tensor) -> None:
-        """Fills the tables from windows (N, T)."""
+        """Fills the tables from windows (N, T), once the routers have the precision that they are stored in."""
         inputs, guards = module.sliced.all_inputs(), guards_of(module.trainer)
+        for routed in inputs:
+            round_parameters(routed.router)
         static = StaticDepths(module.sliced, lambda seen: guards is not None and guards.note_collapse(module, seen))
         sizes, slice_bits = [routed.n_weights for routed in inputs], inputs[0].slice_bits
         kind = type(inputs[0].router)
@@ -85,6 +87,13 @@ class ThresholdTuning(CalibrationCallback):
     def _store(self, module: ElasticCalibration, tables: dict[Scope, Tensor]) -> None:
         for row, routed in enumerate(module.sliced.all_inputs()):
             routed.set_tables(tables["layer"][row], tables["global"][row])
+
+
+@torch.no_grad()
+def round_parameters(router: Router) -> None:
+    """Rounds what a router has learned to bfloat16, so that it takes half the bits: a checkpoint stores it in that."""
+    for parameter in router.parameters():
+        parameter.copy_(parameter.to(STORED_DTYPE))
 
 
 def _tables_for(

@@ -37,7 +37,7 @@ from mobiq_lightning.checkpoint.saving import saved_with_hashes
 from mobiq_lightning.checkpoint.values import value_problems
 from mobiq_lightning.errors import CheckpointError
 from mobiq_lightning.nn import BlockLayout, ElasticLinear, make_shared_input, routed_inputs
-from mobiq_lightning.packing import deeper_than
+from mobiq_lightning.packing import compact, deeper_than, kind_of
 from mobiq_lightning.runs import CONFIG, HASHES
 from mobiq_lightning.runtime import make_elastic
 
@@ -139,6 +139,11 @@ class ElasticQuantizer(HfQuantizer):
         check_values(model)
         model.requires_grad_(False)
         make_elastic(model, self.quantization_config.threshold_scope, self.quantization_config.default_bits)
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Any], dict[str, str]]:
+        """Gives transformers what it saves of a model, routers in the dtype that checkpoints store them in, and no metadata."""
+        state = model.state_dict()
+        return {name: compact(value) if kind_of(name) == "router" else value for name, value in state.items()}, {}
 
     def saving(self, model: nn.Module, folder: Path) -> AbstractContextManager[None]:
         """Context in which transformers saves a model into a folder, which has hashes that fit when it ends.

@@ -19,7 +19,7 @@ from mobiq_lightning.errors import CheckpointError, FileError
 from mobiq_lightning.files import replace_folder, sha256, write_atomically, write_json
 from mobiq_lightning.input_files import read_mapping
 from mobiq_lightning.nn import BlockLayout, CalibratedBlock, SlicedLinear
-from mobiq_lightning.packing import TRANSFORM, input_tensor_name
+from mobiq_lightning.packing import ROUTER, TRANSFORM, compact, input_tensor_name
 from mobiq_lightning.runs import COMPANIONS, CONFIG, HASHES, INDEX, LATER, PARTIAL_SUFFIX, RESULTS, Results, shard_name
 from mobiq_lightning.sources import Source
 
@@ -241,6 +241,7 @@ def _input_tensors(prefix: str, learned: CalibratedBlock) -> dict[str, Tensor]:
         held = {name: value for name, value in routed.state_dict().items() if not name.startswith(f"{TRANSFORM}.")}
         if routed.transform is not None:
             held |= {f"{TRANSFORM}.{name}": value for name, value in routed.transform.stored().items()}
+        held = {name: compact(value) if name.startswith(f"{ROUTER}.") else value for name, value in held.items()}
         carrier = f"{prefix}.{key.replace('-', '.')}"
         tensors |= {input_tensor_name(carrier, name): value for name, value in held.items()}
     return tensors

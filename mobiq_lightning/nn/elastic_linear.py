@@ -21,7 +21,7 @@ from mobiq_lightning.nn.kept_weights import KeptWeights
 from mobiq_lightning.nn.reading import FixedSlices, FullPrecision
 from mobiq_lightning.nn.routed_input import RoutedInput, held_slices, without_casts
 from mobiq_lightning.nn.sliced_linear import SlicedLinear
-from mobiq_lightning.packing import CODES, INPUT, SCALE_DTYPE, PackedSlices, PackedWeight, plane_name
+from mobiq_lightning.packing import CODES, INPUT, SCALE_DTYPE, PackedSlices, PackedWeight, compact, plane_name
 
 if TYPE_CHECKING:
     from mobiq_lightning.nn.fused_products import FusedProducts
@@ -231,7 +231,7 @@ def stored_bits(model: nn.Module) -> tuple[float, float]:
     n_weights = sum(linear.n_weights for linear in linears)
     overhead = sum(linear.overhead_bits * linear.n_weights for linear in linears) / n_weights
     overhead += sum(_transform_bits(linear) for linear in linears) / n_weights
-    stored = [value for routed in routed_inputs(model) for value in routed.router.state_dict().values()]
+    stored = [compact(value) for routed in routed_inputs(model) for value in routed.router.state_dict().values()]
     routers = sum(8 * value.element_size() * value.numel() for value in stored) / n_weights
     return overhead, routers
 

@@ -108,7 +108,9 @@ class TestResults:
         }  # by the bytes of a plane's row: eight columns in each, the last padded
         n_weights = sum(v.shape[0] * columns[v.shape[1]] for k, v in tensors.items() if k.endswith("plane_0"))
         scales = sum(v.numel() * 16 for k, v in tensors.items() if "slice_scale" in k or "slice_bias" in k)
-        routers = sum(v.numel() * 32 for k, v in tensors.items() if ".router." in k and not k.endswith("threshold"))
+        of_routers = [v for k, v in tensors.items() if ".router." in k]
+        assert {v.dtype for v in of_routers} == {torch.bfloat16}
+        routers = sum(v.numel() * 16 for v in of_routers)
         router = next(r for r in rows if r["allocation"] == "router" and r["target_bits"] == 8)
         static = next(r for r in rows if r["allocation"] == "static" and r["target_bits"] == 8)
         assert static["all_in_bits"] == pytest.approx(8 + scales / n_weights)

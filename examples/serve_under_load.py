@@ -44,6 +44,8 @@ def main() -> None:
     policy = BitsPolicy.from_checkpoint(arguments.checkpoint, off_peak_queue=2, peak_queue=16)
     levels = [f"{level.bits:g} bits (perplexity {level.perplexity:.2f})" for level in policy.levels]
     print("levels:", ", ".join(levels))
+    if policy.no_faster:
+        print("left out, since they are no faster here:", ", ".join(f"{bits:g} bits" for bits in policy.no_faster))
     print("queue lengths at which the next level begins:", [round(point, 1) for point in policy.switching_points])
 
     draw = random.Random(0)

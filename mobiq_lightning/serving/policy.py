@@ -30,8 +30,9 @@ class CurvePoint:
 class BitsPolicy:
     """Chooses the bits to run at from the length of a queue, or from the speed that is wanted.
 
-    Only budgets that are worth it count as levels: those within the quality floor, and of two that are as good only the
-    cheaper one. When load rises, bits fall at once; they rise again only when load has fallen by `margin` below the point
+    Only budgets that are worth it count as levels: those within the quality floor, of two that are as good only the cheaper
+    one, and of two that are as fast only the better one: where fewer bits are no faster, as on a CPU, they would cost quality
+    for nothing. When load rises, bits fall at once; they rise again only when load has fallen by `margin` below the point
     where they fell, so that a load that hovers around that point does not turn the dial back and forth.
 
     Not for use by several threads at once; give each model its own.
@@ -45,6 +46,7 @@ class BitsPolicy:
         max_perplexity_ratio: Quality floor: the largest perplexity that may be chosen, as a multiple of the curve's
             best.
         tie: Relative difference in perplexity below which two budgets are as good.
+        speed_tie: Relative difference in speed below which two budgets are as fast, where the curve holds all speeds.
         margin: Hysteresis, as a share of the load.
 
     Raises:
@@ -60,6 +62,7 @@ class BitsPolicy:
         highest_bits: float = 8.0,
         max_perplexity_ratio: float = 2.0,
         tie: float = 0.002,
+        speed_tie: float = 0.05,
         margin: float = 0.25,
     ) -> None:
         settings = {
@@ -69,6 +72,7 @@ class BitsPolicy:
             "margin": margin,
         }
         settings |= {"highest_bits": highest_bits, "max_perplexity_ratio": max_perplexity_ratio, "tie": tie}
+        settings["speed_tie"] = speed_tie
         for name, value in settings.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise RecipeError(f"{name} ({shown(value)}) must be a finite number")
@@ -95,8 +99,10 @@ class BitsPolicy:
                 f"no budget of the curve lies within {lowest_bits:g} to {highest_bits:g} bits and within "
                 f"{max_perplexity_ratio:g} times the best perplexity ({best:.4g}); relax one of them"
             )
-        self.levels = levels[::-1]
+        self.levels = _faster_and_faster(levels[::-1], speed_tie)
         """Budgets that are used, most bits first."""
+        self.no_faster = [level.bits for level in levels[::-1] if level not in self.levels]
+        """Budgets in bits that are good enough but no faster than a level with more bits, so that they are not used."""
         self.off_peak_queue, self.peak_queue, self.margin = off_peak_queue, peak_queue, margin
         self.level = 0
         self.saturated = False
@@ -190,6 +196,18 @@ class BitsPolicy:
         while self.level > wanted and known[self.level - 1] >= tokens_per_second * (1 + self.margin):
             self.level -= 1
         return self.bits
+
+
+def _faster_and_faster(levels: list[CurvePoint], tie: float) -> list[CurvePoint]:
+    """The levels, most bits first, without those that are no faster than one with more bits; all if a speed is unknown."""
+    kept: list[CurvePoint] = []
+    for level in levels:
+        before = kept[-1].tokens_per_second if kept else 0.0
+        if level.tokens_per_second is None or before is None:
+            return levels
+        if not kept or level.tokens_per_second > before * (1 + tie):
+            kept.append(level)
+    return kept
 
 
 def _usable(point: Any) -> bool:

@@ -35,6 +35,27 @@ class TestLevels:
         curve = [CurvePoint(2, 40.0), CurvePoint(2.5, 41.0), CurvePoint(4, 25.0)]
         assert [level.bits for level in BitsPolicy(curve).levels] == [4, 2]
 
+    def test_a_budget_that_is_no_faster_than_one_with_more_bits_is_no_level(self) -> None:
+        curve = [
+            CurvePoint(2, 40.0, 100.0),
+            CurvePoint(3, 28.0, 101.0),
+            CurvePoint(4, 25.0, 80.0),
+            CurvePoint(8, 24.0, 79.9),
+        ]
+        policy = BitsPolicy(curve)
+        assert [level.bits for level in policy.levels] == [8, 3]
+        assert policy.no_faster == [4, 2]
+        assert [policy.bits_for_queue(queue) for queue in (0, 1000)] == [8, 3]
+
+    def test_where_no_budget_is_faster_the_best_serves_every_load(self) -> None:
+        flat = BitsPolicy([CurvePoint(point.bits, point.perplexity, 100.0) for point in CURVE])
+        assert [flat.bits_for_queue(queue) for queue in (0, 8, 1000)] == [6, 6, 6]
+        assert flat.no_faster == [4, 3, 2]
+
+    def test_without_all_speeds_none_decides(self) -> None:
+        curve = [CurvePoint(2, 40.0, 100.0), CurvePoint(3, 28.0, 100.0), CurvePoint(4, 25.0)]
+        assert [level.bits for level in BitsPolicy(curve).levels] == [4, 3, 2]
+
     def test_quality_has_a_floor(self) -> None:
         assert [level.bits for level in BitsPolicy(CURVE, max_perplexity_ratio=1.2).levels] == [6, 4, 3]
 

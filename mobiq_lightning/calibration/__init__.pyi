@@ -16,3 +16,5 @@ from .scores import block_scores_of as block_scores_of
 from .scores import scores_of as scores_of
 from .stage_training import begin_stage as begin_stage
 from .stage_training import end_stage as end_stage
+from .stage_training import require_gradients as require_gradients
+from .stage_training import unchanged_weights as unchanged_weights

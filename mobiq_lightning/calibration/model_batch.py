@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mobiq_lightning.nn import (
+    FixedSlices,
     RoutedInput,
     common_threshold,
     fixed_depth,
     full_precision,
     meet_budget,
+    read_as,
     record_gates,
     record_live_scores,
 )
@@ -33,6 +35,7 @@ class ModelBatch:
         inputs: The routed inputs of the model.
         input_ids: (B, T) calibration windows.
         depths: Fixed depths in the loss, in bits, with their weights; None: those of the objective.
+        mixture: A depth, and what each input reads in place of it; by default all read what is asked for.
         recompute: Compute the inside of each block again in the backward pass instead of keeping it (gradient
             checkpointing): one forward pass more, and the memory of one block instead of all.
 
@@ -48,7 +51,9 @@ class ModelBatch:
         input_ids: Tensor,
         depths: dict[int, float] | None = None,
         recompute: bool = False,
+        mixture: tuple[int, Sequence[FixedSlices]] | None = None,
     ) -> None:
+        self.mixture = mixture
         self.model, self.blocks, self.inputs, self.input_ids = model, blocks, inputs, input_ids
         self.depths, self.recompute = depths, recompute
         with torch.no_grad(), full_precision(inputs):
@@ -56,7 +61,9 @@ class ModelBatch:
             check_output(self.target, model, lambda: model(input_ids=input_ids, use_cache=False), "the whole model")
 
     def at_depth(self, bits: int) -> Tensor:
-        """(B, T, V) logits with all weights read at `bits`."""
+        """(B, T, V) logits with all weights read at `bits`, or as the mixture says that stands for them."""
+        if self.mixture is not None and self.mixture[0] == bits:
+            return self._logits(partial(read_as, self.inputs, self.mixture[1]))
         return self._logits(partial(fixed_depth, self.inputs, bits))
 
     def routed(self, target_bits: float, meet_exactly: bool) -> tuple[Tensor, Tensor]:

@@ -36,6 +36,8 @@ class Stage:
         other_depths: Depths in the loss beside `depth`, in bits, each with its weight. Coarser ones read the first bits of
             the codes in training. At finer ones weights are the source's, moved into the cells that the codes in training
             leave them, so that a code moves only if that is worth more than what finer depths lose.
+        mixed: Part of the steps, in [0, 1], in which some inputs, drawn anew for each step, read `depth` and the others the depth
+            before it: what a dial between the two makes of the model. Only where the whole model is trained.
         lr_scale: What the learning rates of what is trained are multiplied with.
         scope: `block`: one block after the other, against its output. `model`: all, against the model's output.
     """
@@ -46,6 +48,7 @@ class Stage:
     epochs: int | None = None
     depth: int | None = None
     other_depths: dict[int, float] = field(default_factory=dict)
+    mixed: float = 0.0
     lr_scale: float = 1.0
     scope: Literal["block", "model"] = "block"
 
@@ -228,6 +231,10 @@ def stage_problems(stages: Sequence[Stage], depths: Sequence[int], learns_codes:
             yield f"{where}: lr_scale ({stage.lr_scale:g}) must be above 0 and at most {MOST:g}"
         if wrong := [weight for weight in stage.other_depths.values() if not 0 <= weight <= MOST]:
             yield f"{where}: other_depths: weight {wrong[0]:g} must be at least 0 and at most {MOST:g}"
+        if not 0 <= stage.mixed <= 1:
+            yield f"{where}: mixed ({stage.mixed:g}) is a part of the steps; give 0 to 1"
+        if stage.mixed and (stage.scope != "model" or stage.depth in (None, depths[0])):
+            yield f"{where}: mixed ({stage.mixed:g}) takes scope: model and a depth above {depths[0]}, to mix with the one before"
         if stage.epochs is not None and stage.epochs > MOST:
             yield f"{where}: epochs ({stage.epochs:.3g}) must be at most {MOST:g}"
         if stage.scope == "model" and stage.share is not None:

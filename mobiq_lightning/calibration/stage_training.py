@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from mobiq_lightning.calibration.block_batch import BlockBatch
 from mobiq_lightning.calibration.model_batch import ModelBatch
 from mobiq_lightning.calibration.rates import KINDS
-from mobiq_lightning.nn import SlicedLinear
+from mobiq_lightning.nn import KEPT_BYTES, CalibratedBlock, FixedSlices, SlicedLinear, keeping_weights
 from mobiq_lightning.strategies import TrainableCodes
 from mobiq_lightning.strategies.base import BlockRun, Objective
 
@@ -52,11 +53,53 @@ def objective_on(module: ElasticCalibration, batch: dict[str, Tensor]) -> tuple[
     if block is None:
         ids = batch["input_ids"].to(module.device)
         model, decoder = sliced.source.model, list(sliced.decoder)
-        run = ModelBatch(model, decoder, sliced.all_inputs(), ids, depths, module.recompute_blocks)
+        run = ModelBatch(model, decoder, sliced.all_inputs(), ids, depths, module.recompute_blocks, _mixture(module))
         return module.model_objective, run
     assert module.hidden is not None
     calibrated = sliced.block_at(block)
     return module.objective, BlockBatch(calibrated, block, sliced.caller, module.hidden, batch["index"], depths)
+
+
+def _mixture(module: ElasticCalibration) -> tuple[int, list[FixedSlices]] | None:
+    """In a step that mixes depths, the depth of the stage with what each input reads in its place."""
+    stage = module.stage
+    generator = torch.Generator().manual_seed(
+        module.global_step
+    )  # so that a resumed run draws what the interrupted one did
+    drawn, part = torch.rand(2, generator=generator).tolist()
+    if stage.depth is None or drawn >= stage.mixed:
+        return None
+    inputs = module.sliced.all_inputs()
+    deepest = inputs[0].depths.index(stage.depth) + 1
+    place = torch.rand(len(inputs), generator=generator)
+    lower = (place >= max(part, float(place.min()) + 1e-6)).tolist()  # one at least reads what is trained
+    return stage.depth, [FixedSlices(deepest - below) for below in lower]
+
+
+@contextmanager
+def unchanged_weights(module: ElasticCalibration, blocks: Sequence[CalibratedBlock]) -> Iterator[None]:
+    """Context in which nothing changes ranges, codes and transforms of some blocks, so that weights are made once, if they fit.
+
+    On a GPU they take a quarter of what is free at most.
+    """
+    limit = KEPT_BYTES
+    if module.device.type == "cuda":
+        limit = min(limit, torch.cuda.mem_get_info(module.device)[0] // 4)
+    with keeping_weights([linear for block in blocks for linear in block.sliced_linears()], limit):
+        yield
+
+
+def require_gradients(module: ElasticCalibration) -> None:
+    """Has gradients computed for what the current stage trains alone: those of all else would be dropped, at a third of the time.
+
+    A stage that trains nothing, such as one of routers that have nothing to learn, keeps them: its loss needs some.
+    """
+    blocks, stage = module.blocks_in_training(), module.stage
+    idle = not any(block.parameters_of(kind) for block in blocks for kind in KINDS if stage.trains(kind))
+    for block in blocks:
+        for kind in KINDS:
+            for parameter in block.parameters_of(kind):
+                parameter.requires_grad_(idle or stage.trains(kind))
 
 
 def keep_gradients(module: ElasticCalibration) -> None:

@@ -10,7 +10,13 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from mobiq_lightning.calibration import ElasticCalibration, eval_mode, measuring_bytes, whole_model_on_device
+from mobiq_lightning.calibration import (
+    ElasticCalibration,
+    eval_mode,
+    measuring_bytes,
+    unchanged_weights,
+    whole_model_on_device,
+)
 from mobiq_lightning.callbacks.base import CalibrationCallback
 from mobiq_lightning.console import say
 from mobiq_lightning.errors import ModelError, RecipeError
@@ -37,8 +43,8 @@ class LayerGains(CalibrationCallback):
     Args:
         windows: Calibration windows to measure on, the first ones; 0 measures nothing.
         methods: `probes` (of which the comparison makes its best layers) or `gradients`, beside what the router asks for.
-        reference_bits: The depth, in bits, that all other inputs read while one is probed; by default that of the middle
-            slice.
+        reference_bits: One depth, in bits, that all other inputs read while one is probed; by default the depth that the
+            slice in question reaches.
         batch_size: Windows per forward pass of a probe.
     """
 
@@ -97,7 +103,8 @@ class LayerGains(CalibrationCallback):
         with whole_model_on_device(module, needed) as shortage:
             if shortage is None:
                 ids = input_ids.to(module.device)
-                found = {method: self._measured(module, method, ids) for method in methods}
+                with unchanged_weights(module, module.sliced.calibrated_blocks()):
+                    found = {method: self._measured(module, method, ids) for method in methods}
                 views = self._views(module, ids) if "probes" in found else []
         if shortage is not None:
             missing = f"not measured: {shortage}"
@@ -121,19 +128,16 @@ class LayerGains(CalibrationCallback):
         """Gains (inputs, S - 1), nats per token; of probes (inputs, S - 1, tokens)."""
         model = module.sliced.source.model
         if method == "probes":
-            bits = self._reference(module.sliced.all_inputs()[0].depths)
-            return token_gains(model, module.sliced.all_inputs(), input_ids, bits, self.batch_size)
+            return token_gains(model, module.sliced.all_inputs(), input_ids, self.reference_bits, self.batch_size)
         return gradient_gains(model, [block.readers for block in module.sliced.calibrated_blocks()], input_ids)
 
     def _views(self, module: ElasticCalibration, input_ids: Tensor) -> list[TokenView]:
-        """What routers see of the tokens that were probed."""
+        """What routers see of the tokens that were probed, at the middle depth unless there is one for all probes."""
         blocks = module.sliced.calibrated_blocks()
-        bits = self._reference(module.sliced.all_inputs()[0].depths)
+        depths = module.sliced.all_inputs()[0].depths
+        bits = self.reference_bits or depths[len(depths) // 2]
         with eval_mode([router for block in blocks for router in block.routers()]):
             return token_views(module.sliced.source.model, blocks, input_ids, bits, self.batch_size)
-
-    def _reference(self, depths: Sequence[int]) -> int:
-        return depths[len(depths) // 2] if self.reference_bits is None else self.reference_bits
 
     def _write(
         self,
@@ -146,7 +150,7 @@ class LayerGains(CalibrationCallback):
     ) -> None:
         inputs, names = module.sliced.all_inputs(), module.sliced.input_names()
         rows = rows_of(found, names, [routed.n_weights for routed in inputs], inputs[0].slice_bits)
-        reference_bits = self._reference(inputs[0].depths) if "probes" in found else None
+        reference_bits = self.reference_bits if "probes" in found else None
         methods, of_tokens = {method: _summary(rows, method) for method in found}, None
         if tokens is not None and rows:
             spread = token_rows(tokens, views, ids.shape[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from mobiq_lightning.calibration import (
     end_stage,
     initialize_transforms,
     move_model,
+    require_gradients,
     say_if_short,
+    unchanged_weights,
 )
 from mobiq_lightning.callbacks.base import CalibrationCallback
 from mobiq_lightning.callbacks.cut_short import check_epoch_is_whole
@@ -38,6 +41,7 @@ class LayerwiseCalibration(CalibrationCallback):
 
     def __init__(self) -> None:
         self.sweep: int | None = None
+        self._unchanged = ExitStack()
 
     def on_fit_start(self, trainer: Trainer, module: ElasticCalibration) -> None:
         """Sets the number of epochs, and makes sure that an interrupted run had this model and this text."""
@@ -64,8 +68,11 @@ class LayerwiseCalibration(CalibrationCallback):
             # Later, a resumed run has them from its checkpoint.
             initialize_transforms(module.blocks_in_training()[0], module.hidden)
         begin_stage(module)
+        require_gradients(module)
         for block in module.blocks_in_training():
             block.show_weights_to_routers()
+        if module.stage.trains_routers_alone:
+            self._unchanged.enter_context(unchanged_weights(module, module.blocks_in_training()))
 
     def catch_up(self, module: ElasticCalibration) -> None:
         """Brings the hidden states to the current block, or the whole model to the device; does nothing if it is there."""
@@ -87,6 +94,10 @@ class LayerwiseCalibration(CalibrationCallback):
             _forget(module, segment.block)
         module.sliced.caller.bring(segment.block)
 
+    def on_exception(self, trainer: Trainer, module: ElasticCalibration, exception: BaseException) -> None:
+        """Lets go of the weights that are kept within an epoch."""
+        self._unchanged.close()
+
     def _leave(self, module: ElasticCalibration) -> None:
         """Ends a sweep or a model stage: tables and frozen weights leave the device."""
         module.end_hidden_states()
@@ -94,6 +105,7 @@ class LayerwiseCalibration(CalibrationCallback):
 
     def on_train_epoch_end(self, trainer: Trainer, module: ElasticCalibration) -> None:
         """At the end of a block, shows routers its final weights, and makes sure that all processes learned the same."""
+        self._unchanged.close()
         check_epoch_is_whole(trainer, module)
         end_stage(module)
         if not module.schedule.ends_visit(module.current_epoch):

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from mobiq_lightning.calibration import ElasticCalibration, eval_mode, scores_of
+from mobiq_lightning.calibration import ElasticCalibration, eval_mode, scores_of, unchanged_weights
 from mobiq_lightning.calibration.guarding import StaticDepths
 from mobiq_lightning.callbacks.base import CalibrationCallback
 from mobiq_lightning.callbacks.guards import guards_of
@@ -50,7 +50,8 @@ class ThresholdTuning(CalibrationCallback):
         sizes, slice_bits = [routed.n_weights for routed in inputs], inputs[0].slice_bits
         kind = type(inputs[0].router)
         budgets = inputs[0].budgets.tolist()
-        with eval_mode([routed.router for routed in inputs]):
+        blocks = module.sliced.calibrated_blocks()
+        with eval_mode([routed.router for routed in inputs]), unchanged_weights(module, blocks):
             with meet_budget(inputs, module.budget.final_bits):
                 scores = scores_of(module.sliced, input_ids)
             scopes: tuple[Scope, Scope] = ("layer", "global")

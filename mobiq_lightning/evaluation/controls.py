@@ -10,7 +10,7 @@ from torch import Tensor
 from mobiq_lightning.nn import RoutedInput
 from mobiq_lightning.runs import Control
 from mobiq_lightning.strategies import RandomRouter, StaticRouter, ThresholdTask
-from mobiq_lightning.strategies.allocation import best_depths
+from mobiq_lightning.strategies.allocation import best_depths, split_budget
 from mobiq_lightning.strategies.base import Router
 
 
@@ -25,8 +25,9 @@ def control_thresholds(
     """Thresholds (inputs,) at which a control spends as many bits as the router did.
 
     Args:
-        control: Name of the control. `static` draws layers at random, `layers` chooses those that gain most, `shuffled`
-            draws tokens at random within each input, and `random` draws tokens at random over all inputs alike.
+        control: Name of the control. `static` draws layers at random, `layers` chooses those to which the next slice gains
+            most, `shuffled` draws tokens at random within each input, and `random` draws tokens at random over all inputs
+            alike.
         sizes: Number of weights that read each input.
         slice_bits: Bits of each slice.
         spent: Mean bits that the router read of each input's weights. `shuffled` spends them input by input, the others
@@ -40,7 +41,11 @@ def control_thresholds(
     if control == "layers":
         assert gains is not None
         worth = torch.cat([gains.new_zeros(len(sizes), 1), gains.cumsum(1)], dim=1)
-        return torch.tensor([0.5 - n_open for n_open in best_depths(worth, sizes, slice_bits, mean)])
+        # Gains are measured around a depth, and add up there alone: a mixture of the two next depths is what they can predict.
+        lower, part = split_budget(slice_bits, mean)
+        allowed = torch.zeros_like(worth, dtype=torch.bool)
+        allowed[:, lower : lower + 1 + (part > 0)] = True
+        return torch.tensor([0.5 - n_open for n_open in best_depths(worth, sizes, slice_bits, mean, allowed)])
     budgets = list(spent) if control == "shuffled" else [mean] * len(sizes)
     return torch.stack(
         [RandomRouter.thresholds_for(ThresholdTask([], [1], slice_bits, [bits]))[0, 0] for bits in budgets]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +23,19 @@ Readers = Sequence[tuple[RoutedInput, Sequence[SlicedLinear]]]
 
 @torch.no_grad()
 def token_gains(
-    model: Any, inputs: Sequence[RoutedInput], input_ids: Tensor, reference_bits: int, batch_size: int = 4
+    model: Any, inputs: Sequence[RoutedInput], input_ids: Tensor, reference_bits: int | None = None, batch_size: int = 4
 ) -> Tensor:
     """Measures by how much each slice lowers the KL divergence to full precision at each token, one input at a time.
 
-    All other inputs read one depth meanwhile. It takes a forward pass for each input and each depth but the reference,
-    and two for all of them together. Gains of inputs are measured alone: that they add up is an approximation.
+    A slice is measured where it is of use: all other inputs read the depth that it reaches, and one reads a slice less. It
+    takes a forward pass for each input and each slice after the first, and one for each depth with full precision. Gains of
+    inputs are measured alone: that they add up is an approximation.
 
     Args:
         model: The model with sliced linears, on one device.
         inputs: The I routed inputs of the model.
         input_ids: (N, T) windows on that device.
-        reference_bits: The depth, in bits, that all other inputs read.
+        reference_bits: One depth, in bits, that all other inputs read instead, whichever slice is measured.
         batch_size: Windows per forward pass.
 
     Returns:
@@ -40,20 +44,39 @@ def token_gains(
     """
     depths, batches = inputs[0].depths, []
     for ids in input_ids.split(batch_size):
-        divergences = torch.zeros(len(inputs), len(depths), ids.numel())
         with full_precision(inputs):
-            reference = F.log_softmax(_logits(model, ids).float(), dim=-1)
-        with fixed_depth(inputs, reference_bits):
-            at_reference = divergences_of_tokens(_logits(model, ids), reference)
-            for row, routed in enumerate(inputs):
-                for column, bits in enumerate(depths):
-                    found = at_reference
-                    if bits != reference_bits:
-                        with fixed_depth([routed], bits):
-                            found = divergences_of_tokens(_logits(model, ids), reference)
-                    divergences[row, column] = found.flatten()
-        batches.append(divergences[:, :-1] - divergences[:, 1:])
+            full = F.log_softmax(_logits(model, ids).float(), dim=-1)
+        measure = partial(_divergences, model, inputs, ids, full)
+        gains = torch.zeros(len(inputs), len(depths) - 1, ids.numel())
+        if reference_bits is None:
+            for column, (below, depth) in enumerate(pairwise(depths)):
+                whole = measure(depth)
+                for row in range(len(inputs)):
+                    gains[row, column] = measure(depth, row, below) - whole
+        else:
+            whole = measure(reference_bits)
+            for row in range(len(inputs)):
+                found = [whole if bits == reference_bits else measure(reference_bits, row, bits) for bits in depths]
+                gains[row] = -torch.stack(found).diff(dim=0)
+        batches.append(gains)
     return torch.cat(batches, dim=-1)
+
+
+def _divergences(
+    model: Any,
+    inputs: Sequence[RoutedInput],
+    ids: Tensor,
+    full: Tensor,
+    bits: int,
+    row: int | None = None,
+    bits_of_row: int | None = None,
+) -> Tensor:
+    """KL (N * T,) to full precision with all inputs at a depth, but the one of `row` at a depth of its own."""
+    with ExitStack() as stack:
+        stack.enter_context(fixed_depth(inputs, bits))
+        if row is not None and bits_of_row is not None:
+            stack.enter_context(fixed_depth([inputs[row]], bits_of_row))
+        return divergences_of_tokens(_logits(model, ids), full).flatten().cpu()
 
 
 def gradient_gains(model: Any, blocks: Sequence[Readers], input_ids: Tensor) -> Tensor:

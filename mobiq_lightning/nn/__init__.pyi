@@ -8,6 +8,7 @@ from .contexts import common_threshold as common_threshold
 from .contexts import fixed_depth as fixed_depth
 from .contexts import full_precision as full_precision
 from .contexts import meet_budget as meet_budget
+from .contexts import read_as as read_as
 from .contexts import record_gates as record_gates
 from .contexts import record_live_scores as record_live_scores
 from .contexts import record_scores as record_scores
@@ -29,3 +30,4 @@ from .routed_input import RoutedInput as RoutedInput
 from .routed_input import held_slices as held_slices
 from .shared_input import make_shared_input as make_shared_input
 from .sliced_linear import SlicedLinear as SlicedLinear
+from .sliced_linear import keeping_weights as keeping_weights

@@ -1,6 +1,6 @@
 # What others may use of this package; `__init__.py` loads it when it is asked for.
-from .compact import STORED_DTYPE as STORED_DTYPE
-from .compact import compact as compact
+from .fewer_bits import STORED_DTYPE as STORED_DTYPE
+from .fewer_bits import compact as compact
 from .nested import SCALE_DTYPE as SCALE_DTYPE
 from .nested import WHOLE_ROW as WHOLE_ROW
 from .nested import PackedSlices as PackedSlices

@@ -44,6 +44,10 @@ from .guard_events import GuardName as GuardName
 from .guard_events import sentence as sentence
 from .guard_events import sentences as sentences
 from .identity import check_identity as check_identity
+from .in_words import all_in_verdict as all_in_verdict
+from .in_words import findings as findings
+from .in_words import idle_budgets as idle_budgets
+from .in_words import verdict as verdict
 from .layer_gains import UNIT as UNIT
 from .layer_gains import GainMethod as GainMethod
 from .layer_gains import GainsSummary as GainsSummary
@@ -84,7 +88,3 @@ from .same_recipe import differing_keys as differing_keys
 from .shared_work import SharedWork as SharedWork
 from .speed import SpeedNote as SpeedNote
 from .speed import SpeedRow as SpeedRow
-from .verdict import all_in_verdict as all_in_verdict
-from .verdict import findings as findings
-from .verdict import idle_budgets as idle_budgets
-from .verdict import verdict as verdict

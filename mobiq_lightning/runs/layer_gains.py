@@ -59,7 +59,8 @@ class LayerGainsFile(Record):
     Args:
         windows: Calibration windows that were measured on.
         seq_len: Tokens per window.
-        reference_bits: Depth, in bits, that all other inputs read while one was probed; None if none was.
+        reference_bits: Depth, in bits, that all other inputs read while one was probed; None if they read the depth that each
+            slice reaches, or none was probed.
         unit: Unit of the gains.
         rows: A row for each input and each slice after the first, in the order of the model.
     """
@@ -114,7 +115,8 @@ class GainsSummary(Record):
     Args:
         windows: Calibration windows that were measured on.
         seq_len: Tokens per window.
-        reference_bits: Depth, in bits, that all other inputs read while one was probed; None if none was.
+        reference_bits: Depth, in bits, that all other inputs read while one was probed; None if they read the depth that each
+            slice reaches, or none was probed.
         seconds: Time that it took.
         methods: Figures by method.
         tokens: How gains spread over tokens; None if none was probed.

@@ -69,7 +69,15 @@ def sliced(make_model: Callable[..., Path]) -> Sliced:
     return Sliced(source.model, plain, blocks, names)
 
 
-def test_probes_are_differences_of_the_models_divergence(sliced: Sliced) -> None:
+def test_a_slice_is_probed_where_all_other_inputs_read_it_too(sliced: Sliced) -> None:
+    gains = token_gains(sliced.model, sliced.inputs, IDS, batch_size=2).mean(-1)
+    whole = [sliced.divergence_at([k] * 8) for k in (1, 2, 3)]
+    for row in range(8):
+        without = [sliced.divergence_at([k - (i == row) for i in range(8)]) for k in (2, 3)]
+        assert gains[row].tolist() == pytest.approx([without[0] - whole[1], without[1] - whole[2]], abs=2e-5)
+
+
+def test_probes_at_one_depth_are_differences_of_the_models_divergence(sliced: Sliced) -> None:
     gains = token_gains(sliced.model, sliced.inputs, IDS, reference_bits=3, batch_size=2)
     assert gains.shape == (8, 2, IDS.numel())
     gains = gains.mean(-1)
@@ -111,7 +119,7 @@ class TestOfARun:
     def test_the_file_has_a_row_for_each_input_and_slice_and_results_a_summary(self, finished: Run) -> None:
         run, _ = finished
         kept = json.loads((run / "layer_gains.json").read_text())
-        assert (kept["windows"], kept["seq_len"], kept["reference_bits"]) == (8, 32, 4)
+        assert (kept["windows"], kept["seq_len"], kept.get("reference_bits")) == (8, 32, None)
         of_tokens = {"token_std", "first_token", "norm_rank", "router_rank"}
         assert set(kept["rows"][0]) == {"input", "weights", "slice", "bits", "probes"} | of_tokens
         assert len(kept["rows"]) == 8 * 4

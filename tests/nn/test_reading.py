@@ -22,13 +22,14 @@ from mobiq_lightning.nn import (
     fixed_depth,
     full_precision,
     meet_budget,
+    read_as,
     record_gates,
     record_live_scores,
     record_scores,
     routed_by,
     transformed_by,
 )
-from mobiq_lightning.nn.contexts import observed_by, read_as
+from mobiq_lightning.nn.contexts import observed_by
 from mobiq_lightning.nn.observers import BitsRecorder
 from mobiq_lightning.nn.reading import CommonThreshold, FullPrecision, MeetBudget, Routed
 from mobiq_lightning.strategies import MLPRouter, ResidualSlices, StaticRouter

@@ -189,10 +189,16 @@ class TestControls:
             assert float(used.mean()) == pytest.approx(bits, abs=0.02)
             assert len(used.unique()) == (1 if bits in (2.0, 6.0) else 2)
 
-    def test_best_layers_spend_the_mean_that_the_router_did_where_it_gains_most(self) -> None:
+    def test_best_layers_spend_the_mean_that_the_router_did_where_the_next_slice_gains_most(self) -> None:
         gains, wanted = falling_gains(), [2.0, 3.0, 4.0, 2.5] * 2
         mean = sum(bits * size for bits, size in zip(wanted, SIZES, strict=True)) / sum(SIZES)
         thresholds = control_thresholds("layers", SIZES, BITS, wanted, gains=gains)
         n_open = [round(0.5 - float(t)) for t in thresholds]
-        assert n_open == best_depths(worth_of(gains), SIZES, BITS, mean)
+        next_slice = torch.tensor([[2 <= BITS[0] + n <= 3 for n in range(len(BITS))]] * len(SIZES))
+        assert n_open == best_depths(worth_of(gains), SIZES, BITS, mean, next_slice)
         assert spent(n_open) == pytest.approx(mean, abs=0.02)
+
+    def test_at_a_depth_of_the_slices_best_layers_read_that_depth(self) -> None:
+        for n_open, depth in enumerate(depths_of(BITS)):
+            thresholds = control_thresholds("layers", SIZES, BITS, [float(depth)] * len(SIZES), gains=falling_gains())
+            assert [round(0.5 - float(t)) for t in thresholds] == [n_open] * len(SIZES)

@@ -19,7 +19,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from tests import markers
+from tests import interpreter, markers
 
 SETTINGS = ("WANDB_", "HF_", "TRANSFORMERS_", "MOBIQ_", "SLURM_")
 """How variables begin that change what the package and its libraries do, whoever calls the tests."""
@@ -54,6 +54,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol() -> Iterator[None]:
     """Takes back what a test and its fixtures leave in the environment: Lightning, W&B and others write there."""
+    interpreter.quicken()
     before = dict(os.environ)
     try:
         return (yield)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -136,10 +136,14 @@ class TestStoredCurves:
             BitsPolicy.from_checkpoint(folder)
 
 
-def test_the_example_serves_a_queue(finished: Run, tmp_path: Path) -> None:
+def test_the_example_serves_a_queue(
+    finished: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     example = Path(__file__).parents[2] / "examples" / "serve_under_load.py"
-    command = [sys.executable, str(example), str(finished[0]), "--new-tokens", "2"]
-    output = subprocess.run(command, check=True, capture_output=True, text=True, timeout=200).stdout
+    monkeypatch.setattr(sys, "argv", [str(example), str(finished[0]), "--new-tokens", "2"])
+    capsys.readouterr()
+    runpy.run_path(str(example), run_name="__main__")
+    output = capsys.readouterr().out
     steps = [line for line in output.splitlines() if line.startswith("step")]
     assert len(steps) > 8
     assert any(" 2 bits asked for, 2.00 used" in line for line in steps)

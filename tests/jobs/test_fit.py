@@ -305,8 +305,9 @@ def test_recipes_that_cannot_work_are_refused_before_the_model_is_loaded(
     assert "Loading weights" not in error
 
 
-@pytest.mark.parametrize("bits", ["[2,2,2,2]", "[2,2,4]"])
-@pytest.mark.parametrize("router", ["MLPRouter", "StaticRouter", "RandomRouter"])
+@pytest.mark.parametrize(
+    ("router", "bits"), [("MLPRouter", "[2,2,4]"), ("StaticRouter", "[2,2,2,2]"), ("RandomRouter", "[2,2,4]")]
+)
 def test_other_slices_and_routers_run_by_a_change_of_the_recipe(
     recipe_arguments: list[str], tmp_path: Path, bits: str, router: str
 ) -> None:

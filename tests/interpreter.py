@@ -12,18 +12,17 @@ def quicken() -> None:
     Patches stay until the launch ends, so those of later calls change nothing; they take a third of the interpreter's time.
     """
     interpreter: Any = sys.modules.get("triton.runtime.interpreter")
-    if interpreter is None or hasattr(interpreter.InterpretedFunction, "patched_in_this_launch"):
-        return
+    if not hasattr(interpreter, "_patch_lang") or hasattr(interpreter, "patched_in_this_launch"):
+        return  # not loaded, of a version that does otherwise, or done
     function, launch = interpreter.InterpretedFunction, interpreter.GridExecutor
     patch, call, start = interpreter._patch_lang, function.__call__, launch.__call__
     patched: set[Any] = set()
-    function.patched_in_this_launch = patched
+    interpreter.patched_in_this_launch = patched
 
-    def patch_once(fn: Any) -> Any:
-        if fn in patched:
-            return interpreter._LangPatchScope()
-        patched.add(fn)
-        return patch(fn)
+    def patch_once(fn: Any) -> None:
+        if fn not in patched:
+            patched.add(fn)
+            patch(fn)
 
     def called_from_a_kernel(self: Any, *args: Any, **kwargs: Any) -> Any:
         interpreter._patch_lang = patch_once

@@ -9,9 +9,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(
-    ["mobiq_lightning.jobs.running", "mobiq_lightning.calibration", "mobiq_lightning.callbacks"]
-)
+_SERVER.set_forkserver_preload(["mobiq_lightning.jobs.cli", "mobiq_lightning.calibration", "mobiq_lightning.callbacks"])
 
 
 def start(arguments: list[str], said: Path) -> BaseProcess:

@@ -51,7 +51,7 @@ def arguments_for(recipe_arguments: list[str], folder: Path) -> list[str]:
 def test_a_killed_run_goes_on_and_ends_bit_by_bit_as_if_it_had_not_been(
     recipe_arguments: list[str], tmp_path: Path, strategies: list[str]
 ) -> None:
-    recipe_arguments = [*recipe_arguments, *strategies, "--data.n_samples=32"]
+    recipe_arguments = [*recipe_arguments, *strategies, "--data.n_samples=16"]
     assert main(["fit", *arguments_for(recipe_arguments, tmp_path / "whole")]) == 0
     killed = tmp_path / "killed"
     # The first kill falls into the first block, the second into the second one.

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import runpy
+import subprocess
 import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import SimpleNamespace
+from typing import IO, Any
+
+import pytest
 
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["mobiq_lightning.jobs.cli", "mobiq_lightning.calibration", "mobiq_lightning.callbacks"])
@@ -22,16 +30,63 @@ def start(arguments: list[str], said: Path) -> BaseProcess:
     Returns:
         A process that can be killed, and whose `exitcode` is that of the command.
     """
-    process = _SERVER.Process(target=_run, args=(arguments, str(said)), daemon=True)
+    return _start(_command, arguments, str(said))
+
+
+@contextmanager
+def forked_cells() -> Iterator[None]:
+    """Has comparisons of this process fork their cells."""
+    with pytest.MonkeyPatch.context() as patch:
+        names = {name: getattr(subprocess, name) for name in ("DEVNULL", "STDOUT")}
+        patch.setattr("mobiq_lightning.comparison.workers.subprocess", SimpleNamespace(Popen=_Cell, **names))
+        yield
+
+
+class _Cell:
+    """As much of `subprocess.Popen` as a comparison uses for a cell."""
+
+    def __init__(self, command: list[str], stdout: IO[bytes], env: Mapping[str, str], **_: Any) -> None:
+        assert command[:3] == [sys.executable, "-m", "mobiq_lightning.comparison.cell"]
+        self._process = _start(_module, command[2:], stdout.name, dict(env))
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def wait(self) -> int | None:
+        self._process.join()
+        return self._process.exitcode
+
+
+def _start(target: Callable[..., None], *arguments: Any) -> BaseProcess:
+    process = _SERVER.Process(target=target, args=arguments, daemon=True)
     process.start()
     return process
 
 
-def _run(arguments: list[str], said: str) -> None:
-    """What the new process does."""
+def _command(arguments: list[str], said: str) -> None:
     from mobiq_lightning.cli import main
 
-    file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    _print_to(said)
+    sys.exit(main(arguments))
+
+
+def _module(arguments: list[str], said: str, environment: dict[str, str]) -> None:
+    """Runs a module whose last argument is the process that it ends with: here the one that was forked."""
+    os.environ.clear()
+    os.environ.update(environment)
+    _print_to(said)
+    sys.argv = [*arguments[:-1], str(os.getppid())]
+    runpy.run_module(arguments[0], run_name="__main__")
+
+
+def _print_to(path: str) -> None:
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(file, stream)
-    sys.exit(main(arguments))

@@ -25,6 +25,7 @@ import yaml
 from mobiq_lightning.cli import main
 from mobiq_lightning.runs import CONTROLS
 from tests.conftest import small_recipe
+from tests.processes import forked_cells
 
 ROOT = Path(__file__).parents[2]
 
@@ -84,7 +85,7 @@ def compared(make_model: Callable[..., Path], text_file: Path, tmp_path_factory:
     path.write_text(yaml.safe_dump(grid, sort_keys=False))
     arguments = ["--config", str(path)]
     kept, orphans = kill_after_first_cell(folder / "out", arguments)
-    with redirect_stdout(io.StringIO()) as printed, redirect_stderr(io.StringIO()) as said:
+    with redirect_stdout(io.StringIO()) as printed, redirect_stderr(io.StringIO()) as said, forked_cells():
         code = main(["compare", *arguments])
     return Compared(folder / "out", arguments, code, printed.getvalue(), said.getvalue(), kept, orphans)
 

@@ -19,6 +19,7 @@ from mobiq_lightning.nn import ElasticLinear
 from mobiq_lightning.strategies import ErrorSketchRouter
 from tests.checkpoints import tensors_of
 from tests.conftest import small_recipe
+from tests.processes import forked_cells
 
 ROOT = Path(__file__).parents[2]
 ROUTER = "--model.router={class_path: ErrorSketchRouter, init_args: {n_projections: 4, seed: 3}}"
@@ -80,7 +81,8 @@ def test_an_oracle_is_called_not_deployable_wherever_it_is_shown_and_its_bits_ar
         "strategies": {"exact": {"model.router": "OracleRouter"}},
     }
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid))
-    assert main(["compare", "--config", str(tmp_path / "grid.yaml")]) == 0
+    with forked_cells():
+        assert main(["compare", "--config", str(tmp_path / "grid.yaml")]) == 0
     assert "exact cannot be deployed: its routers store" in " ".join(capsys.readouterr().out.split())
     run = next((tmp_path / "out" / "cells").iterdir())
     results = json.loads((run / "results.json").read_text())

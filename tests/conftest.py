@@ -140,7 +140,11 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return make
 
 
-def small_recipe(model: Path, text_file: Path, folder: Path) -> list[str]:
+UNTIMED = "{class_path: mobiq_lightning.callbacks.LatencyCheck, init_args: {seconds: 0}}"
+"""The callback that times the checkpoint of a run, which takes as long as a quarter of a small run, switched off."""
+
+
+def small_recipe(model: Path, text_file: Path, folder: Path, timed: bool = False) -> list[str]:
     """A command line that calibrates a small model in seconds, in ``folder/run``."""
     return [
         "--config",
@@ -160,6 +164,7 @@ def small_recipe(model: Path, text_file: Path, folder: Path) -> list[str]:
         "--data.eval_max_windows=8",
         "--trainer.accelerator=cpu",
         f"--trainer.default_root_dir={folder / 'run'}",
+        *([] if timed else [f"--trainer.callbacks=[{UNTIMED}]"]),
     ]
 
 
@@ -174,7 +179,7 @@ Run = tuple[Path, list[str]]
 
 @pytest.fixture(scope="session")
 def finished(make_model: Callable[..., Path], text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A finished run and the command line that made it. Not to be changed by tests."""
+    """A finished run, its checkpoint timed, and the command line that made it. Not to be changed by tests."""
     from mobiq_lightning.cli import main
 
     # Of all processes that run tests the first one calibrates, and the others wait for it.
@@ -183,7 +188,7 @@ def finished(make_model: Callable[..., Path], text_file: Path, tmp_path_factory:
     stored = folder / "arguments.json"
     with FileLock(f"{folder}.lock"):
         if not stored.exists():
-            arguments = small_recipe(make_model(), text_file, folder)
+            arguments = small_recipe(make_model(), text_file, folder, timed=True)
             assert main(["fit", *arguments]) == 0
             stored.write_text(json.dumps(arguments), encoding="utf-8")
     return folder / "run", json.loads(stored.read_text(encoding="utf-8"))

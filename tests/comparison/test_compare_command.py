@@ -73,7 +73,10 @@ def compared(make_model: Callable[..., Path], text_file: Path, tmp_path_factory:
         "bits": [2, 2.5, 3],
         "workers": 2,
         "wandb": {"project": "tests", "offline": True},
-        "changes": {**keys_of(small_recipe(make_model(), text_file, folder)), "model.eval_bits": [2, 2.5, 3, 4]},
+        "changes": {
+            **keys_of(small_recipe(make_model(), text_file, folder, timed=True)),
+            "model.eval_bits": [2, 2.5, 3, 4],
+        },
         "strategies": {
             "sampled": {},
             "greedy": {"data.n_samples": 100_000},  # more than the text has

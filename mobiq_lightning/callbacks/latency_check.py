@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from lightning.pytorch import Trainer
 
 from mobiq_lightning.calibration import ElasticCalibration
 from mobiq_lightning.callbacks.base import CalibrationCallback
+from mobiq_lightning.callbacks.place import place_of_results
 from mobiq_lightning.checkpoint import add_results
+from mobiq_lightning.console import say
 from mobiq_lightning.errors import RecipeError
 from mobiq_lightning.latency import Clock, print_budgets, time_linears
-from mobiq_lightning.runs import ELASTIC, RESULTS, add_to_results
+from mobiq_lightning.runs import ELASTIC, RESULTS, add_to_results, merged_latency, read_results
 from mobiq_lightning.serving import measure_speed, store_speed
 
 LINEARS_SHARE = 0.4
@@ -58,8 +60,7 @@ class LatencyCheck(CalibrationCallback):
         for row in latency["budgets"]:
             row["tokens_per_second"] = speeds.get(row["target_bits"], {}).get("tokens_per_second")
         store_speed(module.run_folder / ELASTIC, list(speeds.values()), latency["device"], latency["path"])
-        _add(module.run_folder, latency)
-        print_budgets(latency)
+        print_budgets(_add(module, latency))
         _log(trainer, module, latency)
 
 
@@ -82,9 +83,25 @@ def _speeds(model: Any, budgets: list[float], deadline: float) -> dict[float, di
     return dict(sorted(found.items()))
 
 
-def _add(run: Path, latency: dict[str, Any]) -> None:
-    """Puts it beside what the comparison has found."""
-    add_results(run / ELASTIC, add_to_results(run / RESULTS, latency=latency))
+def _add(module: ElasticCalibration, latency: dict[str, Any]) -> Mapping[str, Any]:
+    """Puts it beside what the comparison has found, and beside what is known of other budgets on this machine.
+
+    Returns:
+        What is known now.
+    """
+    run, place = module.run_folder, place_of_results(module)
+    known, found = read_results(place / RESULTS).latency, latency
+    if known is not None:
+        both = merged_latency(known, latency)
+        if both is None:
+            say(
+                f"{place / RESULTS}: times on {known['device']} ({known['what']}) are replaced by those of this machine."
+            )
+        found = both or latency
+    results = add_to_results(place / RESULTS, latency=found)
+    if place == run:
+        add_results(run / ELASTIC, results)
+    return found
 
 
 def _log(trainer: Trainer, module: ElasticCalibration, latency: dict[str, Any]) -> None:

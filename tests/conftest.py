@@ -6,7 +6,7 @@ import json
 import os
 import pydoc_data.topics
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,15 @@ from filelock import FileLock
 
 from tests import markers
 
+SETTINGS = ("WANDB_", "HF_", "TRANSFORMERS_", "MOBIQ_", "SLURM_")
+"""How variables begin that change what the package and its libraries do, whoever calls the tests."""
+PLACES = ("HF_HOME", "HF_DATASETS_CACHE", "WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR")
+"""Such variables that say no more than where files go: elsewhere it may not be possible to write."""
+LAUNCHED = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "JSM_NAMESPACE_RANK", "PL_GLOBAL_SEED")
+"""Variables with which launchers and Lightning tell a process what it is part of."""
+for name in list(os.environ):
+    if name in LAUNCHED or (name.startswith(SETTINGS) and name not in PLACES):
+        del os.environ[name]
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_SILENT"] = "true"
 torch.set_num_threads(min(2, torch.get_num_threads()))  # OMP_NUM_THREADS=1 where other work runs beside
@@ -40,6 +49,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.stash[markers.COLLECTED] = tests
     if "PYTEST_XDIST_WORKER" in os.environ and len(tests) == len(items):
         items[:] = markers.costly_files_first(tests)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Iterator[None]:
+    """Takes back what a test and its fixtures leave in the environment: Lightning, W&B and others write there."""
+    before = dict(os.environ)
+    try:
+        return (yield)
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

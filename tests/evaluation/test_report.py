@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,7 @@ def test_wandb_without_a_key_writes_offline_into_the_run_folder(
     import wandb
 
     wandb.finish()
+    assert "WANDB_MODE" not in os.environ  # later runs of this process are their own
     assert "written offline" in capsys.readouterr().err
     files = list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len(files) == 1
@@ -150,5 +152,9 @@ def test_wandb_without_a_key_writes_offline_into_the_run_folder(
 
 
 def test_a_wandb_key_is_found_without_the_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    assert WandbLogger(save_dir=str(tmp_path))._wandb_init.get("mode") == "offline"
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    assert WandbLogger(save_dir=str(tmp_path))._offline is False
+    assert WandbLogger(save_dir=str(tmp_path))._wandb_init.get("mode") is None
+    assert WandbLogger(save_dir=str(tmp_path), offline=True)._wandb_init.get("mode") == "offline"

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -63,6 +63,8 @@ class RunFolder:
         self.path = Path(path)
         self._lock = FolderLock(self.path / LOCK)
         self._aside = SetAside(self.path, RUN_FILES)
+        self.found: Literal["", "begun", "finished"] = ""
+        """How far the run was that `claim` found in the folder; empty if it has to start."""
 
     def __repr__(self) -> str:
         return f"RunFolder({str(self.path)!r})"
@@ -191,6 +193,7 @@ class RunFolder:
                     "at other bits or on other text, use `validate`"
                 )
             if not differences:
+                self.found = "finished" if self.finished else "begun" if self.epochs_kept else ""
                 if stored != recipe and not self.finished:
                     write_text(config, _HEADING + yaml.safe_dump(recipe, sort_keys=False))
                 return True

@@ -48,7 +48,7 @@ def write_results(results: Results, folder: Path) -> None:
 def print_table(measured: Measured) -> None:
     """Prints the table of a comparison and, in words, how the router did against controls and what guards noticed.
 
-    Of the controls the best one of each budget is shown; within `whole_tables` all of them are.
+    At each budget of the router, rounding and the best control are shown; within `whole_tables` all rows are.
     """
     from rich.table import Table
 
@@ -60,7 +60,7 @@ def print_table(measured: Measured) -> None:
         table.add_column(column, justify="left" if column == "allocation" else "right", no_wrap=True)
     rows = summarize(measured.rows)
     names = {row: label(row.allocation, measured.deployable) for row in rows}
-    shown = names if tables_are_whole() else _best_controls(names)
+    shown = names if tables_are_whole() else _what_counts(names)
     last = None
     for row, name in shown.items():
         if last is not None and row.target_bits != last:
@@ -78,20 +78,23 @@ def print_table(measured: Measured) -> None:
     console = table_console()
     console.print(table)
     left = len(names) - len(shown)
-    said = [f"{left} rows of other controls are in {RESULTS_TABLE}; --all shows them here."] if left else []
+    said = [f"{left} more rows are in {RESULTS_TABLE}; --all shows them here."] if left else []
     for line in [*said, *sentences(measured.guards)]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _best_controls(names: Mapping[MeanRow, str]) -> dict[MeanRow, str]:
-    """Of the controls at each budget the one with the lowest perplexity, and all else; what tables call them."""
+def _what_counts(names: Mapping[MeanRow, str]) -> dict[MeanRow, str]:
+    """Full precision, the router, and at its budgets rounding and the best control; what tables call them."""
     found: dict[MeanRow, str] = {}
+    budgets = {row.target_bits for row in names if row.allocation == "router"}
     at_budget: dict[float, list[MeanRow]] = {}
     for row in names:
         if row.allocation in CONTROLS:
             at_budget.setdefault(row.target_bits, []).append(row)
     for row, name in names.items():
         others = at_budget.get(row.target_bits, [])
+        if row.allocation == "rtn" and budgets and row.target_bits not in budgets:
+            continue
         if row not in others:
             found[row] = name
         elif row is others[0]:

@@ -16,7 +16,8 @@ from mobiq_lightning.runs.file_names import ELASTIC, OTHER_PROTOCOLS, RESULTS
 from mobiq_lightning.runs.results import Addition, EvalProtocol, Measured, Results, read_results
 from mobiq_lightning.runs.rows import CONTROLS, LABELS, Row
 
-_OF_TEXT = ("data_hash", "eval_protocol", "window", "n_windows", "n_tokens", "bos", "tokenizer")
+_OF_TEXT = ("data_hash", "n_windows", "n_tokens")
+_OF_SCORING = ("eval_protocol", "window", "bos", "tokenizer")
 """Keys of a protocol that say what is scored and how; the others name it, or say what the run was calibrated on."""
 _DRAWN = ("shuffled", "random")
 """Allocations that `model.random_seeds` draws: each seed is a row of its own."""
@@ -49,13 +50,12 @@ class Basis:
         return cls(measured.protocol, scope, measured.dtype, next(full, None), measured.checkpoint)
 
     def differences(self, other: Basis) -> list[str]:
-        """What differs of the protocol, a clause each; what one of the two does not know counts as equal."""
+        """What another basis has instead, a clause each; what one of the two does not know counts as equal."""
         mine, others = self._compared(), other._compared()
-        return [
-            f"{key.replace('_', ' ')} {others[key]} (not {value})"
-            for key, value in mine.items()
-            if None not in (value, others[key]) and value != others[key]
-        ]
+        differing = [k for k in mine if None not in (mine[k], others[k]) and mine[k] != others[k]]
+        text = [f"{other._text} (not {self._text})"] if any(key in _OF_TEXT for key in differing) else []
+        rest = [key for key in differing if key not in _OF_TEXT]
+        return text + [f"{key.replace('_', ' ')} {others[key]} (not {mine[key]})" for key in rest]
 
     def is_of_checkpoint(self, other: Basis) -> bool:
         """Whether both are of the same checkpoint, as far as both say."""
@@ -68,8 +68,13 @@ class Basis:
         name = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(self.protocol.data).stem).strip("-")[:_LONGEST_NAME] or "text"
         return f"{name}-window-{self.protocol.window}-{digest}"
 
+    @property
+    def _text(self) -> str:
+        protocol = self.protocol
+        return f"{Path(protocol.data).name}, tokens {protocol.data_hash}, {protocol.n_tokens} of them scored"
+
     def _compared(self) -> dict[str, Any]:
-        of_text = {key: getattr(self.protocol, key) for key in _OF_TEXT}
+        of_text = {key: getattr(self.protocol, key) for key in (*_OF_TEXT, *_OF_SCORING)}
         how = {"threshold_scope": self.threshold_scope, "dtype": self.dtype, "full_bits": self.full_bits}
         return {**of_text, **how}
 

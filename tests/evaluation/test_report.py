@@ -79,7 +79,7 @@ def test_a_comparison_without_random_seeds_is_printed_and_drawn(
 def test_the_table_has_the_best_control_of_each_budget_or_every_row_and_the_files_hold_all(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = measured(ROWS)
+    found = measured([*ROWS, row("rtn", 6, 10.1)])
     print_table(found)
     output = capsys.readouterr().out
     shown = [line.split("│")[1:3] for line in output.splitlines() if line.startswith("│")]
@@ -91,7 +91,7 @@ def test_the_table_has_the_best_control_of_each_budget_or_every_row_and_the_file
         ("router", "4"),
         ("best control: static layers", "4"),
     ]
-    assert "2 rows of other controls are in results.csv; --all shows them here." in output
+    assert "3 more rows are in results.csv; --all shows them here." in output
     assert "12.40 ± 0.28" in output
     with whole_tables():
         print_table(found)
@@ -99,7 +99,7 @@ def test_the_table_has_the_best_control_of_each_budget_or_every_row_and_the_file
     assert output.count("│ random tokens") == 2
     assert "12.40 ± 0.28" in output
     assert "--all" not in output
-    write_results(Results(found), tmp_path)
+    write_results(Results(measured(ROWS)), tmp_path)
     stored = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert [list(r) for r in stored] == [
         ["allocation", "target_bits", "used_bits", "all_in_bits", "perplexity", "kl", "seed"]

@@ -84,7 +84,10 @@ def test_what_is_not_known_to_differ_is_one_protocol() -> None:
     [
         ({"threshold_scope": "global"}, "threshold scope global (not layer)"),
         ({"dtype": "bfloat16"}, "dtype bfloat16 (not float32)"),
-        ({"protocol": replace(PROTOCOL, data_hash="i")}, "data hash i (not h)"),
+        (
+            {"protocol": replace(PROTOCOL, data_hash="i")},
+            "text, tokens i, 1000 of them scored (not text, tokens h, 1000 of them scored)",
+        ),
         ({"protocol": replace(PROTOCOL, window=64)}, "window 64 (not 128)"),
     ],
 )

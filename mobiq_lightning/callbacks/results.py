@@ -65,7 +65,12 @@ class Results(CalibrationCallback):
         known = of_run if place == run else read_results(place / RESULTS)
         new = self._measured(module, rows, of_run.measured, basis)
         if known.measured is not None and not Basis.of(known.measured).is_of_checkpoint(basis):
-            say(f"{place / RESULTS} was of another checkpoint than {run / ELASTIC} is now; what it held is replaced.")
+            held = (
+                [f"{len(known.measured.rows)} rows", "times"] if known.latency else [f"{len(known.measured.rows)} rows"]
+            )
+            held += [f"{len(known.lm_eval)} scores of tasks"] if known.lm_eval else []
+            said = f"what it held ({', '.join(held)}) is replaced"
+            say(f"{place / RESULTS} was of another checkpoint than {run / ELASTIC} is now; {said}.")
             known = StoredResults()
         measured = merged(known.measured, new)
         # A later `validate` must not lose what guards noticed, the harness's tasks and speeds.

@@ -17,9 +17,10 @@ import yaml
 from mobiq_lightning.checkpoint import load
 from mobiq_lightning.cli import main
 from mobiq_lightning.evaluation import RTN_BITS
+from mobiq_lightning.jobs.damaged_run import results_fit
 from mobiq_lightning.nn import SlicedLinear, fixed_depth, routed_inputs
 from mobiq_lightning.packing import unpack_codes
-from mobiq_lightning.runs import read_diagnostics, read_results
+from mobiq_lightning.runs import RunFolder, read_diagnostics, read_results
 from mobiq_lightning.runtime import Dial
 from mobiq_lightning.serving import BitsPolicy
 from tests.checkpoints import tensors_of
@@ -303,6 +304,20 @@ class TestRunFolder:
         assert [b.target_bits for b in read_diagnostics(beside / "diagnostics.json").budgets] == [3, 4]
         assert (beside / "results.png").is_file()
         assert [path.read_bytes() for path in own] == before
+
+    def test_results_say_which_checkpoint_they_are_of(
+        self, finished: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        stored = json.loads((finished[0] / "results.json").read_text())
+        assert results_fit(RunFolder(finished[0]))
+        assert capsys.readouterr().err == ""
+        run = tmp_path / "run"
+        run.mkdir()
+        (run / "elastic").symlink_to(finished[0] / "elastic")
+        for checkpoint, fits in (("another", False), (None, True), (stored["checkpoint"], True)):
+            (run / "results.json").write_text(json.dumps({**stored, "checkpoint": checkpoint}))
+            assert results_fit(RunFolder(run)) is fits
+        assert "it is compared again" in capsys.readouterr().err
 
     def test_results_of_a_checkpoint_that_was_built_anew_are_replaced(
         self, finished: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]

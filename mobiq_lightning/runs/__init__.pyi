@@ -60,7 +60,6 @@ from .merging import drop_stale as drop_stale
 from .merging import known_results as known_results
 from .merging import merged as merged
 from .merging import merged_diagnostics as merged_diagnostics
-from .merging import merged_latency as merged_latency
 from .merging import merged_speed as merged_speed
 from .merging import place_of as place_of
 from .record import Record as Record

@@ -165,23 +165,21 @@ def merged_diagnostics(known: Diagnostics, new: Diagnostics) -> Diagnostics | No
     return replace(new, budgets=tuple(budgets[bits] for bits in sorted(budgets)))
 
 
-def merged_latency(known: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Times of the linears of a model at the budgets of both; None if they are of another machine, path or other shapes."""
-    if any(known.get(key) != new.get(key) for key in ("device", "path", "plain")):
-        return None
-    before, now = _shapes_of(known), _shapes_of(new)
-    if before.keys() != now.keys():
-        return None
-    shapes = [{**now[key], "depths": _united(before[key].get("depths"), now[key]["depths"], "bits")} for key in now]
-    return {**new, "shapes": shapes, "budgets": _united(known["budgets"], new["budgets"], "target_bits")}
-
-
 def merged_speed(known: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Content of speed.json with the budgets of both; None if they are of another machine or path."""
+    """Content of speed.json with what stays of its former one: the budgets beyond those that were measured now.
+
+    Between two budgets speed is interpolated, and rows of different times, when a machine was more or less busy, make no curve:
+    a lower budget would seem slower than a higher one.
+
+    Returns:
+        None if the former one is of another machine or path.
+    """
     places = [(stored["environment"]["device"], stored["environment"].get("path", "")) for stored in (known, new)]
     if places[0] != places[1]:
         return None
-    return {**new, "rows": _united(known["rows"], new["rows"], "bits")}
+    now = [row["bits"] for row in new["rows"]]
+    stay = [row for row in known["rows"] if now and not min(now) <= row["bits"] <= max(now)]
+    return {**new, "rows": sorted([*stay, *new["rows"]], key=lambda row: row["bits"])}
 
 
 def _identity(row: Row) -> tuple[Any, ...]:
@@ -193,18 +191,3 @@ def _order(row: Row) -> tuple[Any, ...]:
     """Where a row stands: allocations one after the other, and then the controls, budget by budget."""
     number = list(LABELS).index(row.allocation)
     return (1, row.target_bits, number) if row.allocation in CONTROLS else (0, number, row.target_bits)
-
-
-def _shapes_of(latency: Mapping[str, Any]) -> dict[tuple[Any, ...], Mapping[str, Any]]:
-    """The shapes of a measurement by what makes them the same."""
-    found = latency.get("shapes")
-    shapes = [shape for shape in found if isinstance(shape, Mapping)] if isinstance(found, Sequence) else []
-    return {tuple(shape.get(key) for key in ("shape", "rows", "columns", "inputs")): shape for shape in shapes}
-
-
-def _united(known: Any, new: Sequence[Mapping[str, Any]], key: str) -> list[Mapping[str, Any]]:
-    """Rows of both in the order of a number that each has; of two with the same one the newer counts."""
-    before = known if isinstance(known, Sequence) else ()
-    rows = [row for row in (*before, *new) if isinstance(row, Mapping) and isinstance(row.get(key), (int, float))]
-    by_key = {row[key]: row for row in rows}
-    return [by_key[number] for number in sorted(by_key)]

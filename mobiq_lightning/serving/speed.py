@@ -123,7 +123,8 @@ def random_prompt(model: Any, batch: int, tokens: int) -> Tensor:
 
 
 def store_speed(folder: Path, rows: Sequence[dict[str, float]], device: str | None = None, path: str = "") -> None:
-    """Puts speeds into speed.json of a checkpoint: budgets that were measured before on the same machine and path stay.
+    """Puts speeds into speed.json of a checkpoint. Of those that it holds of the same machine and path, budgets beyond the new
+    ones stay; between two budgets `BitsPolicy` interpolates.
 
     Those of another machine or path are replaced, and so is a damaged file; both are said.
 

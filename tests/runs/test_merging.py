@@ -25,7 +25,6 @@ from mobiq_lightning.runs import (
     SlicesNote,
     merged,
     merged_diagnostics,
-    merged_latency,
     merged_speed,
     place_of,
 )
@@ -111,35 +110,15 @@ def test_another_name_of_the_same_text_is_the_same_text(tmp_path: Path) -> None:
     assert replace(renamed, protocol=replace(renamed.protocol, data="../a b/ü.txt")).folder_name.startswith("text-")
 
 
-def test_speeds_of_one_machine_and_path_are_put_together() -> None:
+def test_speeds_of_one_machine_stay_beyond_the_budgets_that_were_measured_now() -> None:
     def stored(device: str, path: str, *bits: float) -> dict[str, Any]:
-        return {"environment": {"device": device, "path": path}, "rows": [{"bits": b, "at": path} for b in bits]}
+        return {"environment": {"device": device, "path": path}, "rows": [{"bits": b, "n": len(bits)} for b in bits]}
 
-    both = merged_speed(stored("cpu", "reference", 2, 8), stored("cpu", "reference", 8, 3.5))
+    both = merged_speed(stored("cpu", "reference", 2, 3, 4, 8), stored("cpu", "reference", 4, 2.5))
     assert both is not None
-    assert [r["bits"] for r in both["rows"]] == [2, 3.5, 8]
+    assert [(r["bits"], r["n"]) for r in both["rows"]] == [(2, 4), (2.5, 2), (4, 2), (8, 4)]
     assert merged_speed(stored("cpu", "reference", 2), stored("gpu", "reference", 8)) is None
     assert merged_speed(stored("gpu", "reference", 2), stored("gpu", "kernels", 8)) is None
-
-
-def test_times_of_other_shapes_or_damaged_ones_are_not_put_together() -> None:
-    def latency(bits: float, shapes: Any, device: str = "cpu") -> dict[str, Any]:
-        return {"device": device, "path": "r", "plain": "f", "shapes": shapes, "budgets": [{"target_bits": bits}]}
-
-    def shape(columns: int, *depths: int) -> dict[str, Any]:
-        return {"shape": "q", "rows": 4, "columns": columns, "inputs": 1, "depths": [{"bits": d} for d in depths]}
-
-    both = merged_latency(latency(3, [shape(8, 3)]), latency(2, [shape(8, 2)]))
-    assert both is not None
-    assert [budget["target_bits"] for budget in both["budgets"]] == [2, 3]
-    assert [depth["bits"] for depth in both["shapes"][0]["depths"]] == [2, 3]
-    for wrong in ([shape(4, 2)], [], None, [3]):
-        assert merged_latency(latency(2, wrong), latency(3, [shape(8, 3)])) is None
-    damaged = [{**shape(8), "depths": [7, {"bits": "x"}]}]
-    both = merged_latency(latency(2, damaged), latency(3, [shape(8, 3)]))
-    assert both is not None
-    assert [depth["bits"] for depth in both["shapes"][0]["depths"]] == [3]
-    assert merged_latency(latency(2, [shape(8, 2)], "gpu"), latency(3, [shape(8, 3)])) is None
 
 
 def test_diagnostics_of_the_same_inputs_are_put_together() -> None:

@@ -182,6 +182,7 @@ class RunFolder:
         """
         if overwrite:
             self._set_aside()
+        self.found = "finished" if self.finished else "begun" if self.epochs_kept else ""
         config = self.path / RUN_CONFIG
         stored, work = self._stored_recipe(), self.finished_work
         if stored is not None:
@@ -193,7 +194,6 @@ class RunFolder:
                     "at other bits or on other text, use `validate`"
                 )
             if not differences:
-                self.found = "finished" if self.finished else "begun" if self.epochs_kept else ""
                 if stored != recipe and not self.finished:
                     write_text(config, _HEADING + yaml.safe_dump(recipe, sort_keys=False))
                 return True

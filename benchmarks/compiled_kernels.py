@@ -276,10 +276,12 @@ def _opcode(instruction: str) -> str:
 
 
 def report(pattern: str = "") -> Iterator[Compiled]:
-    """Compiles the variants whose names match a pattern, for every architecture."""
+    """Compiles the variants of which something matches a pattern: ``grouped, all depths, sm_90`` is the name of one and what
+    it is compiled for.
+    """
     for architecture in ARCHITECTURES:
         for variant in variants(architecture):
-            if re.search(pattern, variant.name):
+            if re.search(pattern, f"{variant.name}, sm_{architecture}"):
                 yield compile_variant(variant, architecture)
 
 

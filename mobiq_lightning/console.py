@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +18,7 @@ SCRIPT = "mobiq-lightning"
 MODULE = "python -m mobiq_lightning"
 _RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
 """Environment variables in which launchers tell a process its place; in the first process all that are set are 0."""
+_whole_tables: ContextVar[bool] = ContextVar("whole_tables", default=False)
 _NO_TERMINAL_COLUMNS = 120
 """Width of tables where standard output is no terminal: as much as the widest table needs."""
 
@@ -59,6 +63,21 @@ def as_utf8(text: str) -> str:
 def program() -> str:
     """How this program was started, as a user would type it again: the installed script, or Python with the package."""
     return SCRIPT if Path(sys.argv[0]).stem == SCRIPT else MODULE
+
+
+@contextmanager
+def whole_tables(whole: bool = True) -> Iterator[None]:
+    """Within it, tables on the terminal have all their rows, if so wished, and not only those that most want to see."""
+    before = _whole_tables.set(whole)
+    try:
+        yield
+    finally:
+        _whole_tables.reset(before)
+
+
+def tables_are_whole() -> bool:
+    """Whether tables on the terminal have all their rows."""
+    return _whole_tables.get()
 
 
 def table_console() -> Console:

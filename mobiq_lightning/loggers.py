@@ -82,20 +82,18 @@ class WandbLogger(LightningWandbLogger):
         mode = (
             "disabled" if os.environ.get("WANDB_DISABLED", "").lower() == "true" else os.environ.get("WANDB_MODE", "")
         )
-        if mode == "disabled":
-            offline = False
-        elif mode and offline is None:
+        if mode and offline is None:
             offline = mode in ("offline", "dryrun")
         if offline is None:
             offline = not _has_key()
             if offline:
                 say("No W&B key found: the run is written offline; `wandb sync` its folder later.")
-        super().__init__(
-            name=name, save_dir=save_dir or ".", project=project, group=group, job_type=job_type, offline=offline
-        )
+        super().__init__(name=name, save_dir=save_dir or ".", project=project, group=group, job_type=job_type)
         if mode == "disabled":
             self._wandb_init["mode"] = mode
             say("W&B is disabled (WANDB_MODE): nothing is logged there, and nothing is written.")
+        elif offline:  # Lightning's own argument would put all later runs of the process offline
+            self._wandb_init["mode"] = "offline"
 
     def use_folder(self, folder: Path) -> None:
         """Has the run written into a run folder, unless `save_dir` was given."""

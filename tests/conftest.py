@@ -6,7 +6,7 @@ import json
 import os
 import pydoc_data.topics
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,17 @@ import pytest
 import torch
 from filelock import FileLock
 
-from tests import markers
+from tests import interpreter, markers
 
+SETTINGS = ("WANDB_", "HF_", "TRANSFORMERS_", "MOBIQ_", "SLURM_")
+"""How variables begin that change what the package and its libraries do, whoever calls the tests."""
+PLACES = ("HF_HOME", "HF_DATASETS_CACHE", "WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR")
+"""Such variables that say no more than where files go: elsewhere it may not be possible to write."""
+LAUNCHED = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "JSM_NAMESPACE_RANK", "PL_GLOBAL_SEED")
+"""Variables with which launchers and Lightning tell a process what it is part of."""
+for name in list(os.environ):
+    if name in LAUNCHED or (name.startswith(SETTINGS) and name not in PLACES):
+        del os.environ[name]
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_SILENT"] = "true"
 torch.set_num_threads(min(2, torch.get_num_threads()))  # OMP_NUM_THREADS=1 where other work runs beside
@@ -40,6 +49,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.stash[markers.COLLECTED] = tests
     if "PYTEST_XDIST_WORKER" in os.environ and len(tests) == len(items):
         items[:] = markers.costly_files_first(tests)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Iterator[None]:
+    """Takes back what a test and its fixtures leave in the environment: Lightning, W&B and others write there."""
+    interpreter.quicken()
+    before = dict(os.environ)
+    try:
+        return (yield)
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
 
 
 @pytest.fixture(scope="session")
@@ -118,7 +140,11 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return make
 
 
-def small_recipe(model: Path, text_file: Path, folder: Path) -> list[str]:
+UNTIMED = "{class_path: mobiq_lightning.callbacks.LatencyCheck, init_args: {seconds: 0}}"
+"""The callback that times the checkpoint of a run, which takes as long as a quarter of a small run, switched off."""
+
+
+def small_recipe(model: Path, text_file: Path, folder: Path, timed: bool = False) -> list[str]:
     """A command line that calibrates a small model in seconds, in ``folder/run``."""
     return [
         "--config",
@@ -138,6 +164,7 @@ def small_recipe(model: Path, text_file: Path, folder: Path) -> list[str]:
         "--data.eval_max_windows=8",
         "--trainer.accelerator=cpu",
         f"--trainer.default_root_dir={folder / 'run'}",
+        *([] if timed else [f"--trainer.callbacks=[{UNTIMED}]"]),
     ]
 
 
@@ -152,7 +179,7 @@ Run = tuple[Path, list[str]]
 
 @pytest.fixture(scope="session")
 def finished(make_model: Callable[..., Path], text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A finished run and the command line that made it. Not to be changed by tests."""
+    """A finished run, its checkpoint timed, and the command line that made it. Not to be changed by tests."""
     from mobiq_lightning.cli import main
 
     # Of all processes that run tests the first one calibrates, and the others wait for it.
@@ -161,7 +188,7 @@ def finished(make_model: Callable[..., Path], text_file: Path, tmp_path_factory:
     stored = folder / "arguments.json"
     with FileLock(f"{folder}.lock"):
         if not stored.exists():
-            arguments = small_recipe(make_model(), text_file, folder)
+            arguments = small_recipe(make_model(), text_file, folder, timed=True)
             assert main(["fit", *arguments]) == 0
             stored.write_text(json.dumps(arguments), encoding="utf-8")
     return folder / "run", json.loads(stored.read_text(encoding="utf-8"))

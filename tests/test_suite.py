@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -84,6 +85,20 @@ def test_a_test_that_asserts_nothing_is_found() -> None:
     assert not found("subprocess.run(command)")
     for body in ("assert x", "check_files(x)", "torch.testing.assert_close(a, b)", "subprocess.run(c, check=True)"):
         assert found(body)
+
+
+@pytest.mark.parametrize("time", ["first", "second"])
+def test_no_test_finds_what_another_left_in_the_environment(time: str) -> None:
+    assert os.environ.setdefault("LEFT_BY_A_TEST", time) == time
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+    os.environ["HF_HUB_OFFLINE"] = "0"
+
+
+def test_settings_of_whoever_calls_the_tests_do_not_reach_them() -> None:
+    code = "import os, tests.conftest; print(sorted(n for n in os.environ if n.startswith(('WANDB_', 'MOBIQ_'))))"
+    outer = {**os.environ, "WANDB_MODE": "offline", "MOBIQ_TUNED": "/nowhere", "MOBIQ_CACHE": "/nowhere"}
+    done = subprocess.run([sys.executable, "-c", code], env=outer, capture_output=True, text=True, cwd=TESTS.parent)
+    assert done.stdout == "['WANDB_SILENT']\n", done.stderr
 
 
 def runs() -> None:

@@ -10,10 +10,11 @@ from lightning.pytorch import Trainer
 
 from mobiq_lightning.calibration import ElasticCalibration
 from mobiq_lightning.callbacks.base import CalibrationCallback
+from mobiq_lightning.callbacks.place import place_of_results
 from mobiq_lightning.checkpoint import add_results
 from mobiq_lightning.errors import RecipeError
 from mobiq_lightning.latency import Clock, print_budgets, time_linears
-from mobiq_lightning.runs import ELASTIC, RESULTS, add_to_results
+from mobiq_lightning.runs import ELASTIC, RESULTS, add_to_results, known_results
 from mobiq_lightning.serving import measure_speed, store_speed
 
 LINEARS_SHARE = 0.4
@@ -23,7 +24,7 @@ NEW_TOKENS = {"cuda": 64, "cpu": 8}
 
 
 class LatencyCheck(CalibrationCallback):
-    """After the comparison, times the loaded checkpoint: its linears at each budget, and decoding.
+    """After the comparison, times the loaded checkpoint: its linears at each budget that was ever compared, and decoding.
 
     Results go to results.json (``latency``) of run and checkpoint, to the terminal, to the loggers, and as a curve from bits
     to tokens per second to speed.json of the checkpoint, for `BitsPolicy`. Where the model runs on the reference, they say
@@ -51,16 +52,27 @@ class LatencyCheck(CalibrationCallback):
         comparison = module.comparison
         assert comparison is not None
         model, deadline = comparison.elastic, time.monotonic() + self.seconds
-        used = {row.target_bits: row.used_bits for row in comparison.rows() if row.allocation == "router"}
+        run, place = module.run_folder, place_of_results(module)
+        used = _used(place)
         clock = Clock(model.device, repeats=5, seconds=self.seconds * LINEARS_SHARE / 40)
         latency = time_linears(model, used, clock)
-        speeds = _speeds(model, sorted(used), deadline)
+        # Also those of the run where this is another text: what was measured at different times makes no curve.
+        speeds = _speeds(model, sorted({*used, *_used(run)}), deadline)
         for row in latency["budgets"]:
             row["tokens_per_second"] = speeds.get(row["target_bits"], {}).get("tokens_per_second")
-        store_speed(module.run_folder / ELASTIC, list(speeds.values()), latency["device"], latency["path"])
-        _add(module.run_folder, latency)
+        store_speed(run / ELASTIC, list(speeds.values()), latency["device"], latency["path"])
+        results = add_to_results(place / RESULTS, latency=latency)
+        if place == run:
+            add_results(run / ELASTIC, results)
         print_budgets(latency)
         _log(trainer, module, latency)
+
+
+def _used(folder: Path) -> dict[float, float]:
+    """The bits that the router used at each budget that the results in a folder hold."""
+    measured = known_results(folder).measured
+    rows = [row for row in measured.rows if row.allocation == "router"] if measured else []
+    return {row.target_bits: row.used_bits for row in sorted(rows, key=lambda row: row.target_bits)}
 
 
 def _speeds(model: Any, budgets: list[float], deadline: float) -> dict[float, dict[str, float]]:
@@ -80,11 +92,6 @@ def _speeds(model: Any, budgets: list[float], deadline: float) -> dict[float, di
         new_tokens = NEW_TOKENS[model.device.type]
         found[bits] = measure_speed(model, [bits], new_tokens=new_tokens, repeats=2)[0]
     return dict(sorted(found.items()))
-
-
-def _add(run: Path, latency: dict[str, Any]) -> None:
-    """Puts it beside what the comparison has found."""
-    add_results(run / ELASTIC, add_to_results(run / RESULTS, latency=latency))
 
 
 def _log(trainer: Trainer, module: ElasticCalibration, latency: dict[str, Any]) -> None:

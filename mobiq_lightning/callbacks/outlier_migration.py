@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from mobiq_lightning.calibration import ElasticCalibration
 from mobiq_lightning.callbacks.base import CalibrationCallback
+from mobiq_lightning.callbacks.place import place_of_results
 from mobiq_lightning.environment import environment
 from mobiq_lightning.errors import RecipeError
 from mobiq_lightning.outliers import (
@@ -29,7 +30,7 @@ class OutlierMigration(CalibrationCallback):
     """After the comparison, reads the checkpoint with all tokens at one depth, for several depths, and compares the worst
     tokens: by the KL divergence of the model, and by the relative error of the linears of each input.
 
-    Results go to outliers.json, outliers.csv and outliers.png in the run folder, to the terminal and to the loggers. What a
+    Results go to outliers.json, outliers.csv and outliers.png beside results.json, to the terminal and to the loggers. What a
     calibration for one precision costs at another needs further calibrations: ``python -m mobiq_lightning outliers``.
 
     Args:
@@ -67,7 +68,7 @@ class OutlierMigration(CalibrationCallback):
             "share": self.share,
             "tokens": {"elastic": tokens},
         }
-        write_outliers(found, record, module.sliced.source.tokenizer, module.run_folder)
+        write_outliers(found, record, module.sliced.source.tokenizer, place_of_results(module))
         print_overlaps(found["tokens"])
         for logger in trainer.loggers:  # at the step of the last budget: W&B takes no earlier one
             logger.log_metrics(overlap_metrics(tokens), step=module.global_step + len(module.eval_bits))

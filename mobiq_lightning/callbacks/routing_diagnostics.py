@@ -11,11 +11,24 @@ from torch import Tensor
 
 from mobiq_lightning.calibration import ElasticCalibration
 from mobiq_lightning.callbacks.base import CalibrationCallback
-from mobiq_lightning.errors import RecipeError
+from mobiq_lightning.callbacks.place import basis_of
+from mobiq_lightning.console import say
+from mobiq_lightning.errors import RecipeError, ResultsError
 from mobiq_lightning.evaluation import BlockErrors, Comparison, residual_basis, use_by_frequency, use_by_position
 from mobiq_lightning.files import write_json
 from mobiq_lightning.nn import full_precision
-from mobiq_lightning.runs import DIAGNOSTICS, BlockErrorNote, BudgetUse, Diagnostics, InputSize
+from mobiq_lightning.runs import (
+    DIAGNOSTICS,
+    Basis,
+    BlockErrorNote,
+    BudgetUse,
+    Diagnostics,
+    InputSize,
+    known_results,
+    merged_diagnostics,
+    place_of,
+    read_diagnostics,
+)
 from mobiq_lightning.sources import IGNORED, ComparisonPass
 
 
@@ -76,7 +89,22 @@ class RoutingDiagnostics(CalibrationCallback):
             block_error=BlockErrorNote(int(tokens), tuple(map(tuple, errors.tolist()))),
         )
         if trainer.is_global_zero:
-            write_json(module.run_folder / DIAGNOSTICS, found.to_json())
+            _write(module, found)
+
+
+def _write(module: ElasticCalibration, found: Diagnostics) -> None:
+    """Writes diagnostics, with what is known of other budgets of the same checkpoint and text."""
+    basis = basis_of(module)
+    path = place_of(module.run_folder, basis) / DIAGNOSTICS
+    measured = known_results(path.parent).measured
+    if path.is_file() and measured is not None and Basis.of(measured).is_of_checkpoint(basis):
+        try:
+            known = merged_diagnostics(read_diagnostics(path), found)
+        except ResultsError as error:
+            known = None
+            say(f"{error}. It is written anew, with the budgets of this comparison alone.")
+        found = known or found
+    write_json(path, found.to_json())
 
 
 def _budget(target_bits: float, sums: dict[str, Tensor], depths: Sequence[int]) -> BudgetUse:

@@ -8,6 +8,7 @@ from .load_call import answering as answering
 from .loading import load as load
 from .loading import load_tokenizer as load_tokenizer
 from .loading import resolve as resolve
+from .own_files import content_hash as content_hash
 from .own_files import own_file as own_file
 from .provenance import describe_provenance as describe_provenance
 from .quantizer import insert_elastic_linears as insert_elastic_linears

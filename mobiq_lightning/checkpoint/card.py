@@ -87,7 +87,7 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 inputs = tokenizer("Once", return_tensors="pt")
 model.set_bits({middle:g})
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]), model.bits_used())
-model.generate(**inputs, bits={lowest})                      # or a tensor with a budget for each row of the batch
+model.generate(**inputs, max_new_tokens=32, bits={lowest})   # or a tensor with a budget for each row of the batch
 ```
 `AutoModelForCausalLM.from_pretrained` works too, **after** `import mobiq_lightning`. Without that import transformers does not
 know this format: it warns of an unknown quantization type and goes on with random weights.

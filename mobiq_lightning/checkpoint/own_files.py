@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -133,6 +135,22 @@ def read_hashes(folder: Path) -> Hashes | None:
     if not all(isinstance(part, dict) and all(isinstance(v, str) for v in part.values()) for part in parts):
         raise CheckpointError(f"{HASHES} cannot be read: files and tensors should map names to hashes")
     return Hashes(*parts)  # type: ignore[arg-type]
+
+
+def content_hash(folder: Path) -> str | None:
+    """Hash of what a checkpoint computes: its tensors, and what config.json says of them; None if it has no hashes.json.
+
+    A checkpoint that is built again from the same training checkpoint has the same one.
+
+    Raises:
+        CheckpointError: If config.json or hashes.json cannot be read.
+    """
+    hashes = read_hashes(folder)
+    if hashes is None:
+        return None
+    config, _ = read_config(folder)
+    said = json.dumps([hashes.tensors, config["quantization_config"]], sort_keys=True)
+    return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
 def differing_files(folder: Path, hashes: Mapping[str, str]) -> list[str]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mobiq_lightning.checkpoint.own_files import own_file
 from mobiq_lightning.environment import environment
-from mobiq_lightning.runs import PROVENANCE, Record, read_json
+from mobiq_lightning.runs import PROVENANCE, Record, at_least, read_json
 from mobiq_lightning.sources import Source
 from mobiq_lightning.strategies.transform_base import Transform
 
@@ -21,6 +21,7 @@ class _Source(Record):
     name: str
     weights: str
     tokenizer: str
+    bytes: int | None = field(default=None, metadata=at_least(0))
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,9 @@ def describe_provenance(source: Source, calibration: dict[str, Any], transform: 
         transform: Transform of weights and inputs before slicing.
     """
     seed = os.environ.get("PL_GLOBAL_SEED")
+    about = {"name": source.name, "weights": source.fingerprint, "tokenizer": source.tokenizer_hash}
     return {
-        "source": {"name": source.name, "weights": source.fingerprint, "tokenizer": source.tokenizer_hash},
+        "source": {**about, **({"bytes": source.n_bytes} if source.n_bytes else {})},
         "calibration": calibration,
         "transform": transform.describe(),
         "seed": None if seed is None else int(seed),

@@ -80,6 +80,11 @@ class Summary:
         """Depths in bits at which the held slices can be read, ascending."""
         return [depth for depth in depths_of(tuple(self.config.slice_bits)) if depth <= self.n_planes]
 
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all tensors together."""
+        return sum(self.bytes_by_kind.values())
+
     def bits_per_weight(self, *kinds: str) -> float:
         """Stored bits of the given kinds of tensors together, per sliced weight."""
         return 8 * sum(self.bytes_by_kind[kind] for kind in kinds) / self.n_weights

@@ -20,6 +20,8 @@ WIDTH = 110
 """Columns of help texts."""
 RUN_HELP = "run folder, elastic checkpoint, or its id on the Hugging Face hub"
 
+ALL_HELP = "show every row of the comparison; by default router, rounding and the best control of each budget"
+
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
     """Wraps at the width of the help of commands, whatever the terminal's."""

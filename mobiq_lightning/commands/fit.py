@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from argparse import Namespace
 
-from mobiq_lightning.commands.command import Parser
+from mobiq_lightning.commands.command import ALL_HELP, Parser
 from mobiq_lightning.commands.recipe_command import RecipeCommand
+from mobiq_lightning.console import is_first_process, whole_tables
 
 
 class Fit(RecipeCommand):
@@ -15,14 +17,21 @@ class Fit(RecipeCommand):
     """
 
     name = "fit"
-    usage = "RECIPE [--overwrite] [--KEY VALUE ...]"
+    usage = "RECIPE [--overwrite] [--all] [--KEY VALUE ...]"
 
     def add_options(self, parser: Parser) -> None:
         """Declares what is no part of a recipe."""
         parser.add_argument("--overwrite", action="store_true", help="remove the run that the run folder holds")
+        parser.add_argument("--all", action="store_true", help=ALL_HELP)
 
     def run(self, given: Namespace) -> None:
-        """Runs the job."""
+        """Runs the job, and says what it made."""
         from mobiq_lightning.jobs import run_job
 
-        run_job("fit", [*given.keys, *(["--overwrite"] if given.overwrite else [])])
+        started = time.monotonic()
+        with whole_tables(given.all):
+            run = run_job("fit", [*given.keys, *(["--overwrite"] if given.overwrite else [])])
+        if is_first_process():
+            from mobiq_lightning.commands.ending import say_what_was_made
+
+            say_what_was_made(run, time.monotonic() - started)

@@ -11,6 +11,11 @@ from mobiq_lightning.evaluation import print_harness, print_table
 from mobiq_lightning.runs import Results, generated_of
 
 
+def size_of(n_bytes: float) -> str:
+    """A size in MB, or in GB from one on."""
+    return f"{n_bytes / 1e9:,.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:,.2f} MB"
+
+
 def print_summary(summary: Summary) -> None:
     """Prints what a checkpoint holds."""
     from rich.table import Table
@@ -52,11 +57,13 @@ def print_summary(summary: Summary) -> None:
         "stored bits per weight", f"{stored:.3f} with {' and '.join(values)}, {stored + routers:.3f} with routers"
     )
     sizes = ", ".join(f"{kind} {size / 1e6:,.2f} MB" for kind, size in summary.bytes_by_kind.most_common())
-    table.add_row("sizes", sizes)
+    table.add_row("sizes", f"{size_of(summary.n_bytes)}: {sizes}")
     if origin:
         source, calibration, versions = origin["source"], origin["calibration"], origin["environment"]
         table.add_section()
-        table.add_row("source model", f"{source['name']}, weights {source['weights']}, tokenizer {source['tokenizer']}")
+        size = f" ({size_of(source['bytes'])})" if source.get("bytes") else ""
+        about = f"{source['name']}, weights {source['weights']}{size}, tokenizer {source['tokenizer']}"
+        table.add_row("source model", about)
         table.add_row(
             "calibration",
             f"{calibration['n_samples']} x {calibration['seq_len']} tokens of {calibration['data']}"

@@ -1,22 +1,24 @@
-"""Writes the table of a comparison: on the terminal, as JSON, as CSV and as a plot."""
+"""Writes the table of a comparison: on the terminal, as JSON and as CSV, with its plot."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from mobiq_lightning.console import table_console
+from mobiq_lightning.console import table_console, tables_are_whole
+from mobiq_lightning.evaluation.figure import plot
 from mobiq_lightning.files import write_atomically, write_json, write_text
 from mobiq_lightning.runs import (
     COLUMNS,
+    CONTROLS,
     RESULTS,
     RESULTS_PLOT,
     RESULTS_TABLE,
-    Allocation,
     HarnessEntry,
+    MeanRow,
     Measured,
     Results,
     findings,
@@ -25,9 +27,8 @@ from mobiq_lightning.runs import (
     summarize,
 )
 
-_COLORS: dict[Allocation, str] = {"rtn": "#8c8c8c", "router": "#c8102e", "static": "#1f77b4", "layers": "#7b3fa0"}
-_COLORS |= {"shuffled": "#c99700", "random": "#2ca02c"}
-_MARKERS = {"rtn": "s", "router": "o", "static": "^", "layers": "D", "shuffled": "+", "random": "x"}
+_ALIKE = 1e-6
+"""Relative difference in perplexity below which controls read the same: at the ends of the range nothing is left to choose."""
 
 
 def write_results(results: Results, folder: Path) -> None:
@@ -45,7 +46,10 @@ def write_results(results: Results, folder: Path) -> None:
 
 
 def print_table(measured: Measured) -> None:
-    """Prints the table of a comparison and, in words, how the router did against controls and what guards noticed."""
+    """Prints the table of a comparison and, in words, how the router did against controls and what guards noticed.
+
+    At each budget of the router, rounding and the best control are shown; within `whole_tables` all rows are.
+    """
     from rich.table import Table
 
     table = Table(
@@ -54,14 +58,17 @@ def print_table(measured: Measured) -> None:
     )
     for column in ("allocation", "target bits", "used bits", "all-in bits", "perplexity", "KL (nats)"):
         table.add_column(column, justify="left" if column == "allocation" else "right", no_wrap=True)
+    rows = summarize(measured.rows)
+    names = {row: label(row.allocation, measured.deployable) for row in rows}
+    shown = names if tables_are_whole() else _what_counts(names)
     last = None
-    for row in summarize(measured.rows):
+    for row, name in shown.items():
         if last is not None and row.target_bits != last:
             table.add_section()
         last = row.target_bits
         spread = f" ± {row.spread:.2f}" if row.n_seeds > 1 else ""
         table.add_row(
-            label(row.allocation, measured.deployable),
+            name,
             f"{row.target_bits:g}",
             f"{row.used_bits:.2f}",
             f"{row.all_in_bits:.2f}",
@@ -70,53 +77,31 @@ def print_table(measured: Measured) -> None:
         )
     console = table_console()
     console.print(table)
-    for line in sentences(measured.guards):
+    left = len(names) - len(shown)
+    said = [f"{left} more rows are in {RESULTS_TABLE}; --all shows them here."] if left else []
+    for line in [*said, *sentences(measured.guards)]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def plot(measured: Measured) -> Any:
-    """Draws perplexity against used bits, one line per allocation; a perplexity that is not finite is left out.
-
-    Returns:
-        The matplotlib figure.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    rows = summarize(row for row in measured.rows if row.finite)
-    for full in (row for row in rows if row.allocation == "full"):
-        axes.axhline(full.perplexity, color="black", linewidth=1, linestyle=":", label="full precision")
-    for allocation, color in _COLORS.items():
-        points = sorted((row.used_bits, row.perplexity, row.spread) for row in rows if row.allocation == allocation)
-        if not points:
+def _what_counts(names: Mapping[MeanRow, str]) -> dict[MeanRow, str]:
+    """Full precision, the router, and at its budgets rounding and the best control; what tables call them."""
+    found: dict[MeanRow, str] = {}
+    budgets = {row.target_bits for row in names if row.allocation == "router"}
+    at_budget: dict[float, list[MeanRow]] = {}
+    for row in names:
+        if row.allocation in CONTROLS:
+            at_budget.setdefault(row.target_bits, []).append(row)
+    for row, name in names.items():
+        others = at_budget.get(row.target_bits, [])
+        if row.allocation == "rtn" and budgets and row.target_bits not in budgets:
             continue
-        bits, perplexity, spread = zip(*points, strict=True)
-        axes.errorbar(
-            bits,
-            perplexity,
-            yerr=spread,
-            color=color,
-            marker=_MARKERS[allocation],
-            markersize=5,
-            linewidth=1.3 if allocation != "rtn" else 0,
-            capsize=2,
-            label=label(allocation, measured.deployable),
-        )
-    axes.set_yscale("log")
-    axes.set_xlabel("used code bits per weight")
-    axes.set_ylabel("perplexity (log scale)")
-    axes.yaxis.set_major_formatter("{x:.4g}")
-    axes.yaxis.set_minor_formatter("{x:.4g}")
-    axes.grid(True, which="both", alpha=0.25)
-    lost = len(measured.rows) - sum(row.finite for row in measured.rows)
-    said = f"\n{lost} of {len(measured.rows)} rows are not finite and left out" if lost else ""
-    axes.set_title(f"{measured.heading}{said}", fontsize=10, parse_math=False)
-    if rows:
-        axes.legend()
-    return figure
+        if row not in others:
+            found[row] = name
+        elif row is others[0]:
+            best = min(others, key=lambda other: other.perplexity if other.finite else math.inf)
+            alike = len(others) > 1 and max(r.perplexity for r in others) - best.perplexity <= _ALIKE * best.perplexity
+            found[best] = "all controls" if alike else f"best control: {names[best]}"
+    return found
 
 
 def print_harness(entries: Sequence[HarnessEntry]) -> None:

@@ -24,13 +24,13 @@ from mobiq_lightning.callbacks.cut_short import check_fit_is_whole
 from mobiq_lightning.console import is_first_process, program, say
 from mobiq_lightning.errors import MobiqError, NonFiniteError, RecipeError, RunFolderError
 from mobiq_lightning.evaluation import print_table
-from mobiq_lightning.jobs.damaged_run import carry_over, must_be_rebuilt
+from mobiq_lightning.jobs.damaged_run import carry_over, must_be_rebuilt, results_fit
 from mobiq_lightning.jobs.lost_process import lost_process
 from mobiq_lightning.jobs.parsing import TRAINER_DEFAULTS, RecipeParser, with_whole_stages
 from mobiq_lightning.jobs.run_parts import callbacks_of_run, loggers_of_run
 from mobiq_lightning.jobs.trainer_checks import check_trainer, trainer_errors
 from mobiq_lightning.latency import print_budgets
-from mobiq_lightning.runs import CONFIG, ELASTIC, RESULTS, SPEED, RunFolder, read_results
+from mobiq_lightning.runs import CONFIG, ELASTIC, RESULTS, SPEED, RunFolder, check_results, read_results
 from mobiq_lightning.sources import TextWindows
 
 Command: TypeAlias = Literal["fit", "validate", "build"]
@@ -136,7 +136,7 @@ class ElasticCLI(LightningCLI):
         elif self.command != "build":
             self.run_folder.lock()
             if self.command == "validate":
-                read_results(self.run_folder.path / RESULTS)  # it is added to at the end; damage is said now
+                check_results(self.run_folder.path)  # they are added to at the end; damage is said now
             if self.command == "fit":
                 self.resumes = self.run_folder.claim(self.recipe, overwrite)
 
@@ -193,7 +193,7 @@ class ElasticCLI(LightningCLI):
         self.run_folder.check_in_place()
         self._export()
         self.trainer.strategy.barrier()  # the other ranks load what the first one has written
-        if finished:
+        if finished and results_fit(self.run_folder):
             self._show_results()
         else:
             with self.run_folder.comparing():
@@ -211,7 +211,7 @@ class ElasticCLI(LightningCLI):
             print_budgets(results.latency)
 
     def validate(self) -> None:
-        """Compares the run's checkpoint again and replaces its results."""
+        """Compares the run's checkpoint again; what is measured again replaces itself in its results, all else stays."""
         self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
 
     def _newest_checkpoint(self) -> Path | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mobiq_lightning.calibration import can_be_read
-from mobiq_lightning.checkpoint import add_results, check_files
+from mobiq_lightning.checkpoint import add_results, check_files, content_hash
 from mobiq_lightning.console import say
 from mobiq_lightning.errors import CheckpointError
 from mobiq_lightning.runs import CHECKPOINTS, RESULTS, SPEED, RunFolder, read_results
@@ -45,3 +45,13 @@ def carry_over(folder: RunFolder, speed: bytes | None) -> None:
     if speed is not None:
         (folder.checkpoint / SPEED).write_bytes(speed)
     add_results(folder.checkpoint, read_results(folder.path / RESULTS))
+
+
+def results_fit(folder: RunFolder) -> bool:
+    """Whether the results of a run are of the checkpoint that it holds now, as far as they say."""
+    measured = read_results(folder.path / RESULTS).measured
+    known, held = measured and measured.checkpoint, content_hash(folder.checkpoint)
+    if None in (known, held) or known == held:
+        return True
+    say(f"{folder.checkpoint} holds other bytes than those that {RESULTS} is of; it is compared again.")
+    return False

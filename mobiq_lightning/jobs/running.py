@@ -43,7 +43,12 @@ def fit(recipe: Recipe, *, overwrite: bool = False, **overrides: Any) -> RunFold
 
 
 def validate(recipe: Recipe, **overrides: Any) -> RunFolder:
-    """Compares a finished run again, at other bits or on other text, and replaces its results.
+    """Compares a finished run again, at other bits or on other text.
+
+    Rows of the same text and protocol are put into results.json: a budget that is measured again replaces itself, all others
+    stay, and so do diagnostics; speed is measured at all of them. What is measured on another text, window, threshold scope
+    or dtype is written beside, into a folder of ``other_protocols/``, and changes nothing of what the checkpoint says of
+    itself.
 
     Args:
         recipe: The recipe of the run, or the run folder itself.

@@ -22,6 +22,7 @@ from .file_names import JOURNAL as JOURNAL
 from .file_names import LATER as LATER
 from .file_names import LAYER_GAINS as LAYER_GAINS
 from .file_names import LOCK as LOCK
+from .file_names import OTHER_PROTOCOLS as OTHER_PROTOCOLS
 from .file_names import OUTLIERS as OUTLIERS
 from .file_names import OUTLIERS_PLOT as OUTLIERS_PLOT
 from .file_names import OUTLIERS_TABLE as OUTLIERS_TABLE
@@ -56,9 +57,19 @@ from .layer_gains import LayerGainsFile as LayerGainsFile
 from .layer_gains import MethodGains as MethodGains
 from .layer_gains import TokenGains as TokenGains
 from .layer_gains import TokenSpread as TokenSpread
+from .merging import Basis as Basis
+from .merging import budgets_of as budgets_of
+from .merging import check_results as check_results
+from .merging import drop_stale as drop_stale
+from .merging import known_results as known_results
+from .merging import merged as merged
+from .merging import merged_diagnostics as merged_diagnostics
+from .merging import merged_speed as merged_speed
+from .merging import place_of as place_of
 from .record import Record as Record
 from .record import at_least as at_least
 from .record import read_json as read_json
+from .results import Addition as Addition
 from .results import CalibrationText as CalibrationText
 from .results import EvalProtocol as EvalProtocol
 from .results import HarnessEntry as HarnessEntry

@@ -38,6 +38,8 @@ RESULTS_PLOT = "results.png"
 """Perplexity against used bits; written by the callback `Results`."""
 DIAGNOSTICS = "diagnostics.json"
 """What routers do and how good blocks are; written by the callback `RoutingDiagnostics`."""
+OTHER_PROTOCOLS = "other_protocols"
+"""Folder of what `validate` measured on another text or in another way, a folder each, with the names of the files above."""
 OUTLIERS = "outliers.json"
 """Which tokens suffer most at each precision; written by the callback `OutlierMigration` and by `outliers`."""
 OUTLIERS_TABLE = "outliers.csv"
@@ -70,6 +72,7 @@ RUN_FILES = (
     RESULTS_TABLE,
     RESULTS_PLOT,
     DIAGNOSTICS,
+    OTHER_PROTOCOLS,
     OUTLIERS,
     OUTLIERS_TABLE,
     OUTLIERS_PLOT,

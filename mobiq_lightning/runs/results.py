@@ -92,6 +92,19 @@ class RouterNote(Record):
 
 
 @dataclass(frozen=True)
+class Addition(Record):
+    """A later comparison whose rows were put beside those of earlier ones.
+
+    Args:
+        environment: Versions and machine, see `environment`.
+        budgets: Budgets whose rows it measured, but for those that were measured once more since.
+    """
+
+    environment: Mapping[str, str]
+    budgets: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Measured(Record):
     """What the comparison of a run has measured.
 
@@ -104,6 +117,9 @@ class Measured(Record):
         collapsed: Inputs whose router collapsed, with the share of their tokens that read the same depth.
         layer_gains: What slices gain, or in words why that is not known.
         guards: What guards of the calibration have noticed.
+        checkpoint: Hash of what the checkpoint holds that was compared; None in results from before it was noted.
+        dtype: The dtype of both models; None in results from before it was noted.
+        additions: Later comparisons that measured some of the rows; None if all are of one.
         rows: A row for each allocation, budget and seed.
     """
 
@@ -115,6 +131,9 @@ class Measured(Record):
     collapsed: Mapping[str, float] = field(default_factory=dict, kw_only=True)
     layer_gains: GainsSummary | str = field(default="", kw_only=True)
     guards: tuple[GuardEvent, ...] = field(default=(), kw_only=True)
+    checkpoint: str | None = field(default=None, kw_only=True)
+    dtype: str | None = field(default=None, kw_only=True)
+    additions: tuple[Addition, ...] | None = field(default=None, kw_only=True)
     rows: tuple[Row, ...]
 
     @property

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -63,6 +63,8 @@ class RunFolder:
         self.path = Path(path)
         self._lock = FolderLock(self.path / LOCK)
         self._aside = SetAside(self.path, RUN_FILES)
+        self.found: Literal["", "begun", "finished"] = ""
+        """How far the run was that `claim` found in the folder; empty if it has to start."""
 
     def __repr__(self) -> str:
         return f"RunFolder({str(self.path)!r})"
@@ -180,6 +182,7 @@ class RunFolder:
         """
         if overwrite:
             self._set_aside()
+        self.found = "finished" if self.finished else "begun" if self.epochs_kept else ""
         config = self.path / RUN_CONFIG
         stored, work = self._stored_recipe(), self.finished_work
         if stored is not None:

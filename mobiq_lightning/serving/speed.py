@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mobiq_lightning.console import say
 from mobiq_lightning.environment import environment
+from mobiq_lightning.errors import ResultsError
 from mobiq_lightning.files import write_json
-from mobiq_lightning.runs import SPEED
+from mobiq_lightning.runs import SPEED, SpeedNote, merged_speed, read_json
 
 WARM_UP_STEPS = 3
 """Steps before a graph is timed: one without a graph, one that is captured, and one that is replayed."""
@@ -121,7 +123,10 @@ def random_prompt(model: Any, batch: int, tokens: int) -> Tensor:
 
 
 def store_speed(folder: Path, rows: Sequence[dict[str, float]], device: str | None = None, path: str = "") -> None:
-    """Writes speed.json into a checkpoint.
+    """Puts speeds into speed.json of a checkpoint. Of those that it holds of the same machine and path, budgets beyond the new
+    ones stay; between two budgets `BitsPolicy` interpolates.
+
+    Those of another machine or path are replaced, and so is a damaged file; both are said.
 
     Args:
         folder: The elastic checkpoint.
@@ -131,7 +136,30 @@ def store_speed(folder: Path, rows: Sequence[dict[str, float]], device: str | No
     """
     measured = environment()
     measured |= {"device": device or measured["device"]} | ({"path": path} if path else {})
-    write_json(folder / SPEED, {"environment": measured, "rows": list(rows)})
+    write_json(folder / SPEED, _with_known(folder / SPEED, {"environment": measured, "rows": list(rows)}))
+
+
+def _with_known(file: Path, new: dict[str, Any]) -> dict[str, Any]:
+    """New content of speed.json with what stays of its former one."""
+    if not file.is_file():
+        return new
+    try:
+        known = read_json(file)
+        SpeedNote.from_json(known, file)
+    except ResultsError as error:
+        say(f"{error}. It is written anew.")
+        return new
+    both = merged_speed(known, new)
+    if both is None:
+        before, now = (
+            f"{there['device']}{', ' + there['path'] if 'path' in there else ''}"
+            for there in (known["environment"], new["environment"])
+        )
+        budgets = ", ".join(f"{row['bits']:g}" for row in new["rows"])
+        say(
+            f"{file}: speeds of another machine or path ({before}) are replaced by those at {budgets} bits here ({now})."
+        )
+    return both or new
 
 
 def _seconds_of_generate(model: Any, ids: Tensor, bits: float, new_tokens: int, repeats: int) -> float:

@@ -43,6 +43,14 @@ class Source:
         return int(self.model.get_input_embeddings().num_embeddings)
 
     @cached_property
+    def n_bytes(self) -> int | None:
+        """Bytes of the files that its weights were read from; None if they come from none, or are gone since."""
+        try:
+            return sum(path.stat().st_size for path in self.files) or None
+        except OSError:
+            return None
+
+    @cached_property
     def fingerprint(self) -> str:
         """Hash that identifies the weights: of config.json and of all bytes of the files that they were read from."""
         return fingerprint(self.folder, self.files) if self.files else ""

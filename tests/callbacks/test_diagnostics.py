@@ -98,12 +98,16 @@ def test_every_run_writes_diagnostics_that_agree_with_its_results(finished: Run)
     assert (errors.diff(dim=1) < 0).all()
 
 
-def test_validate_replaces_them_and_overwrite_removes_them(finished: Run, tmp_path: Path) -> None:
+def test_damaged_ones_are_written_anew_and_overwrite_removes_them(
+    finished: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = shutil.copytree(finished[0], tmp_path / "run")
     (run / "diagnostics.json").write_text("{}")
     arguments = [a for a in finished[1] if not a.startswith("--trainer.default_root_dir")]
     validate = ["validate", *arguments, f"--trainer.default_root_dir={run}", "--model.eval_bits=[3]"]
-    assert main([*validate, "--data.eval_max_windows=3"]) == 0
+    assert main(validate) == 0
+    assert "diagnostics.json: inputs is missing" in (said := capsys.readouterr().err)
+    assert "It is written anew, with the budgets of this comparison alone." in said
     found = json.loads((run / "diagnostics.json").read_text())
     assert [budget["target_bits"] for budget in found["budgets"]] == [3]
     folder = RunFolder(run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import html
+import io
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ import yaml
 from mobiq_lightning.cli import main
 from mobiq_lightning.runs import CONTROLS
 from tests.conftest import small_recipe
+from tests.processes import forked_cells
 
 ROOT = Path(__file__).parents[2]
 
@@ -60,7 +63,7 @@ def running_cells(folder: Path) -> list[str]:
 
 @pytest.fixture(scope="session")
 def compared(make_model: Callable[..., Path], text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Compared:
-    """A comparison of two strategies and one that fails, with two seeds, killed when its first cell was done."""
+    """A comparison of two strategies and one that fails, with two seeds, killed after its first cell."""
     folder = tmp_path_factory.mktemp("compared")
     grid = {
         "name": "small",
@@ -70,7 +73,10 @@ def compared(make_model: Callable[..., Path], text_file: Path, tmp_path_factory:
         "bits": [2, 2.5, 3],
         "workers": 2,
         "wandb": {"project": "tests", "offline": True},
-        "changes": {**keys_of(small_recipe(make_model(), text_file, folder)), "model.eval_bits": [2, 2.5, 3, 4]},
+        "changes": {
+            **keys_of(small_recipe(make_model(), text_file, folder, timed=True)),
+            "model.eval_bits": [2, 2.5, 3, 4],
+        },
         "strategies": {
             "sampled": {},
             "greedy": {"data.n_samples": 100_000},  # more than the text has
@@ -82,18 +88,18 @@ def compared(make_model: Callable[..., Path], text_file: Path, tmp_path_factory:
     path.write_text(yaml.safe_dump(grid, sort_keys=False))
     arguments = ["--config", str(path)]
     kept, orphans = kill_after_first_cell(folder / "out", arguments)
-    done = subprocess.run(
-        [sys.executable, "-m", "mobiq_lightning", "compare", *arguments], capture_output=True, text=True, cwd=ROOT
-    )
-    return Compared(folder / "out", arguments, done.returncode, done.stdout, done.stderr, kept, orphans)
+    with redirect_stdout(io.StringIO()) as printed, redirect_stderr(io.StringIO()) as said, forked_cells():
+        code = main(["compare", *arguments])
+    return Compared(folder / "out", arguments, code, printed.getvalue(), said.getvalue(), kept, orphans)
 
 
 def kill_after_first_cell(out: Path, arguments: list[str]) -> tuple[dict[Path, int], list[str]]:
-    """Starts a comparison and kills it, not its cells, once one cell has finished."""
-    process = subprocess.Popen([sys.executable, "-m", "mobiq_lightning", "compare", *arguments], cwd=ROOT)
-    deadline = time.monotonic() + 120
-    while not list(out.glob("cells/*/cell.json")):
-        assert process.poll() is None, "it ended before a cell was finished"
+    """Starts a comparison of one cell at a time and kills it, not its cells, while the second one runs."""
+    command = [sys.executable, "-m", "mobiq_lightning", "compare", *arguments, "--workers=1"]
+    process = subprocess.Popen(command, cwd=ROOT)
+    deadline = time.monotonic() + 240
+    while not any("greedy-seed-0" in line for line in running_cells(out)):
+        assert process.poll() is None, "it ended before its second cell"
         assert time.monotonic() < deadline
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)

@@ -17,9 +17,12 @@ import yaml
 from mobiq_lightning.checkpoint import load
 from mobiq_lightning.cli import main
 from mobiq_lightning.evaluation import RTN_BITS
+from mobiq_lightning.jobs.damaged_run import results_fit
 from mobiq_lightning.nn import SlicedLinear, fixed_depth, routed_inputs
 from mobiq_lightning.packing import unpack_codes
+from mobiq_lightning.runs import RunFolder, read_diagnostics, read_results
 from mobiq_lightning.runtime import Dial
+from mobiq_lightning.serving import BitsPolicy
 from tests.checkpoints import tensors_of
 from tests.conftest import Run
 
@@ -42,6 +45,16 @@ def test_the_router_that_the_guide_shows_is_used_from_a_recipe_by_its_path(
     rows = json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
     used = next(r["used_bits"] for r in rows if r["allocation"] == "router" and r["target_bits"] == 2.5)
     assert used == pytest.approx(2.5, abs=0.2)
+
+
+def levels_of(run: Path) -> list[float]:
+    """Bits that a server may run at, whatever speeds say on this machine."""
+    elastic = run / "elastic"
+    (elastic / "speed.json").rename(run / "aside")
+    try:
+        return [level.bits for level in BitsPolicy.from_checkpoint(run, max_perplexity_ratio=100).levels]
+    finally:
+        (run / "aside").rename(elastic / "speed.json")
 
 
 class TestResults:
@@ -246,15 +259,89 @@ class TestRunFolder:
         assert "data.seed: 0 -> 3" in error
         assert "--overwrite" in error
 
-    def test_validate_measures_a_finished_run_at_other_bits(self, finished: Run, tmp_path: Path) -> None:
+    def test_validate_at_other_bits_puts_rows_beside_those_of_the_run(
+        self, finished: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         run = shutil.copytree(finished[0], tmp_path / "copy")
-        before = json.loads((run / "results.json").read_text())["rows"]
+        before = json.loads((run / "results.json").read_text())
+        levels = levels_of(run)
         arguments = ["--config", str(run / "config.yaml"), f"--trainer.default_root_dir={run}"]
         assert main(["validate", *arguments, "--model.eval_bits=[2, 3.25]"]) == 0
-        after = json.loads((run / "results.json").read_text())["rows"]
-        pick = lambda rows: next(r for r in rows if r["allocation"] == "router" and r["target_bits"] == 2)
-        assert pick(before) == pick(after)
-        assert {r["target_bits"] for r in after if r["allocation"] == "router"} == {2.0, 3.25}
+        assert "Measured now: 2, 3.25 bits. As they were measured before: 2.5, 8 bits." in capsys.readouterr().err
+        after = json.loads((run / "results.json").read_text())
+        assert [row for row in after["rows"] if row["target_bits"] != 3.25] == before["rows"]
+        assert {row["allocation"] for row in after["rows"] if row["target_bits"] == 3.25} == {
+            "router", "static", "layers", "shuffled", "random"
+        }  # fmt: skip
+        assert [entry["budgets"] for entry in after["additions"]] == [[2, 3.25]]
+        assert after["environment"] == before["environment"]
+        assert json.loads((run / "elastic" / "results.json").read_text()) == after
+        assert set(levels) <= set(levels_of(run))
+        with (run / "results.csv").open() as file:
+            assert len(list(csv.DictReader(file))) == len(after["rows"])
+        card = (run / "elastic" / "README.md").read_text()
+        assert "| router | 2.5 |" in card
+        assert "| router | 3.25 |" in card
+        assert [b["target_bits"] for b in json.loads((run / "diagnostics.json").read_text())["budgets"]] == [
+            2, 2.5, 3.25, 8
+        ]  # fmt: skip
+        speeds = json.loads((run / "elastic" / "speed.json").read_text())["rows"]
+        assert {2, 8} <= {row["bits"] for row in speeds}
+
+    def test_validate_on_other_text_writes_beside_and_leaves_what_the_checkpoint_says(
+        self, finished: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        run = shutil.copytree(finished[0], tmp_path / "copy")
+        text = tmp_path / "other.txt"
+        text.write_text("The other text. " * 200)
+        own = [run / name for name in ("results.json", "results.csv", "results.png", "diagnostics.json")]
+        own += [run / "elastic" / name for name in ("results.json", "README.md")]
+        before = [path.read_bytes() for path in own]
+        arguments = ["--config", str(run / "config.yaml"), f"--trainer.default_root_dir={run}"]
+        other = [f"--data.eval_source={text}", "--data.eval_protocol=packed", "--data.eval_seq_len=32"]
+        assert main(["validate", *arguments, *other, "--model.eval_bits=[3]"]) == 0
+        assert "the results of the run and of its checkpoint stay as they are" in capsys.readouterr().err
+        assert [path.read_bytes() for path in own] == before
+        assert main(["validate", *arguments, *other, "--model.eval_bits=[4]"]) == 0
+        (beside,) = (run / "other_protocols").iterdir()
+        assert beside.name.startswith("other-window-32-")
+        found = read_results(beside / "results.json").measured
+        assert found is not None
+        assert {row.target_bits for row in found.rows if row.allocation == "router"} == {3, 4}
+        assert [b.target_bits for b in read_diagnostics(beside / "diagnostics.json").budgets] == [3, 4]
+        assert (beside / "results.png").is_file()
+        assert [path.read_bytes() for path in own] == before
+
+    def test_results_say_which_checkpoint_they_are_of(
+        self, finished: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        stored = json.loads((finished[0] / "results.json").read_text())
+        assert results_fit(RunFolder(finished[0]))
+        assert capsys.readouterr().err == ""
+        run = tmp_path / "run"
+        run.mkdir()
+        (run / "elastic").symlink_to(finished[0] / "elastic")
+        for checkpoint, fits in (("another", False), (None, True), (stored["checkpoint"], True)):
+            (run / "results.json").write_text(json.dumps({**stored, "checkpoint": checkpoint}))
+            assert results_fit(RunFolder(run)) is fits
+        assert "it is compared again" in capsys.readouterr().err
+
+    def test_results_of_a_checkpoint_that_was_built_anew_are_replaced(
+        self, finished: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        run = shutil.copytree(finished[0], tmp_path / "copy")
+        stored = json.loads((run / "results.json").read_text())
+        beside = run / "other_protocols" / "text-window-8-0"
+        beside.mkdir(parents=True)
+        for folder in (run, beside):
+            (folder / "results.json").write_text(json.dumps({**stored, "checkpoint": "another"}))
+        arguments = ["--config", str(run / "config.yaml"), f"--trainer.default_root_dir={run}"]
+        assert main(["validate", *arguments, "--model.eval_bits=[3]"]) == 0
+        assert "was of another checkpoint" in capsys.readouterr().err
+        rows = json.loads((run / "results.json").read_text())["rows"]
+        assert {row["target_bits"] for row in rows if row["allocation"] == "router"} == {3}
+        assert [b.target_bits for b in read_diagnostics(run / "diagnostics.json").budgets] == [3]
+        assert not beside.exists()
 
     def test_validate_without_a_run_says_what_to_do_first(
         self, recipe_arguments: list[str], capsys: pytest.CaptureFixture[str]
@@ -307,8 +394,9 @@ def test_recipes_that_cannot_work_are_refused_before_the_model_is_loaded(
     assert "Loading weights" not in error
 
 
-@pytest.mark.parametrize("bits", ["[2,2,2,2]", "[2,2,4]"])
-@pytest.mark.parametrize("router", ["MLPRouter", "StaticRouter", "RandomRouter"])
+@pytest.mark.parametrize(
+    ("router", "bits"), [("MLPRouter", "[2,2,4]"), ("StaticRouter", "[2,2,2,2]"), ("RandomRouter", "[2,2,4]")]
+)
 def test_other_slices_and_routers_run_by_a_change_of_the_recipe(
     recipe_arguments: list[str], tmp_path: Path, bits: str, router: str
 ) -> None:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +14,7 @@ import torch
 
 from mobiq_lightning.cli import main
 from mobiq_lightning.strategies import ResidualSlices, Router
+from tests import processes
 from tests.checkpoints import tensors_of
 from tests.conftest import Run, small_recipe
 
@@ -53,18 +51,17 @@ def arguments_for(recipe_arguments: list[str], folder: Path) -> list[str]:
 def test_a_killed_run_goes_on_and_ends_bit_by_bit_as_if_it_had_not_been(
     recipe_arguments: list[str], tmp_path: Path, strategies: list[str]
 ) -> None:
-    recipe_arguments = [*recipe_arguments, *strategies, "--data.n_samples=32"]
+    recipe_arguments = [*recipe_arguments, *strategies, "--data.n_samples=16"]
     assert main(["fit", *arguments_for(recipe_arguments, tmp_path / "whole")]) == 0
     killed = tmp_path / "killed"
-    command = [sys.executable, "-m", "mobiq_lightning", "fit", *arguments_for(recipe_arguments, killed)]
     # The first kill falls into the first block, the second into the second one.
     for epochs in (2, 6):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        while process.poll() is None and not list(killed.glob(f"checkpoints/epoch-{epochs - 1:06d}.sha256")):
+        process = processes.start(["fit", *arguments_for(recipe_arguments, killed)], tmp_path / "said.txt")
+        while process.is_alive() and not list(killed.glob(f"checkpoints/epoch-{epochs - 1:06d}.sha256")):
             time.sleep(0.01)
-        assert process.poll() is None, process.communicate()[1]
-        os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, (tmp_path / "said.txt").read_text()
     assert not (killed / "results.json").exists()
     assert main(["fit", *arguments_for(recipe_arguments, killed)]) == 0
     assert_same(tmp_path / "whole", killed)

@@ -120,11 +120,14 @@ def test_decode_gives_every_token_its_own_depth(
 ) -> None:
     packed, weights = pair(size, slice_bits)
     x = tokens(count, size[1])
-    for bits in depths_for(count, weights.depths):
-        for config in (DecodeConfig(64, 1, 3, 1), DecodeConfig(128, 2, 3, 6)):
-            y = decode(prepared(x, weights, bits), weights, config, PROCESSORS, dtype=torch.float32)
-            check(y, x, bits, packed, weights)
-            assert not weights.counters.any(), "counters must be ready for the next launch"
+    *uniform, mixed = depths_for(count, weights.depths)
+    configs = (DecodeConfig(64, 1, 3, 1), DecodeConfig(128, 2, 3, 6))
+    # A mix meets both configurations at every size, and each depth alone both of them over the sizes.
+    alternating = [(bits, configs[number % 2]) for number, bits in enumerate(uniform, SIZES.index(size))]
+    for bits, config in (*alternating, *((mixed, config) for config in configs)):
+        y = decode(prepared(x, weights, bits), weights, config, PROCESSORS, dtype=torch.float32)
+        check(y, x, bits, packed, weights)
+        assert not weights.counters.any(), "counters must be ready for the next launch"
 
 
 def test_decode_of_64_tokens_with_many_splits() -> None:
@@ -180,7 +183,9 @@ def test_bytes_read_are_whole_units_scales_and_biases(bits: int) -> None:
 def test_grouped_gives_every_token_its_own_depth(size: tuple[int, int, int], slice_bits: tuple[int, ...]) -> None:
     packed, weights = pair(size, slice_bits)
     x = tokens(33, size[1])
-    for bits in depths_for(33, weights.depths):
+    *_, deepest, mixed = depths_for(33, weights.depths)
+    assert set(mixed.tolist()) == {*weights.depths}, "a tile holds one depth: the mix needs all of them"
+    for bits in (deepest, mixed):  # several tiles of one depth, and a tile of each
         y = grouped(prepared(x, weights, bits), weights, dtype=torch.float32, block=16 if INTERPRETED else 64)
         check(y, x, bits, packed, weights)
 

@@ -31,12 +31,13 @@ from mobiq_lightning.outliers.findings import matrix_verdict, overlap_verdict
 from mobiq_lightning.outliers.overlap import overlaps, rank_correlations, worst_tokens
 from mobiq_lightning.sources import IGNORED, Windows, pad_windows
 from mobiq_lightning.strategies import BlockReconstruction, ResidualSlices
+from tests.conftest import UNTIMED
 
 BITS = (2, 4, 8)
 
 
 def no_timing(*more: str) -> str:
-    callbacks = ["{class_path: mobiq_lightning.callbacks.LatencyCheck, init_args: {seconds: 0}}", *more]
+    callbacks = [UNTIMED, *more]
     return f"--trainer.callbacks=[{', '.join(callbacks)}]"
 
 

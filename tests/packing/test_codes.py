@@ -23,7 +23,7 @@ from mobiq_lightning.nn import ElasticLinear, RoutedInput, SlicedLinear, fixed_d
 from mobiq_lightning.packing import CODES, WHOLE_ROW, pack_planes, plane_of
 from mobiq_lightning.strategies import KMeansSlices, StaticRouter
 from tests.checkpoints import DEPTHS, IDS, edit_tensors, logits, rehash, tensors_of
-from tests.conftest import small_recipe
+from tests.conftest import UNTIMED, small_recipe
 
 SCHEMES = {"IndependentResidualSlices": 16, "BinaryCodedSlices": 16, "KMeansSlices": WHOLE_ROW}
 """Group size by scheme."""
@@ -47,7 +47,8 @@ def calibrated(
         "--model.eval_bits": "[2.5, 8]",
         "--data.eval_max_windows": "2",
         # These codes hardly learn in two epochs: a guard that puts rounding in the place of a block would leave nothing to see.
-        "--trainer.callbacks": "[{class_path: mobiq_lightning.callbacks.Guards, init_args: {worse_block: record}}]",
+        "--trainer.callbacks": "[{class_path: mobiq_lightning.callbacks.Guards, init_args: {worse_block: record}}, "
+        f"{UNTIMED}]",
     }
     arguments = small_recipe(make_model(), text_file, folder) + [f"{key}={value}" for key, value in settings.items()]
     found: dict[int, torch.Tensor] = {}

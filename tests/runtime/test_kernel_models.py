@@ -70,7 +70,7 @@ def test_without_a_gpu_the_reason_is_named(finished: tuple[Path, list[str]]) -> 
     assert mobiq_lightning.load(finished[0]).path == "reference: they need a CUDA device, the model is on cpu"
 
 
-@pytest.mark.parametrize("bits", [2.0, 2.5, 3.2, 8.0])
+@pytest.mark.parametrize("bits", [2.0, 3.2, 8.0])
 def test_logits_and_counts_agree_with_the_reference(both: tuple[Any, Any], bits: float) -> None:
     logits, used = [], []
     for model in both:
@@ -112,7 +112,10 @@ def test_one_captured_step_serves_all_precisions(both: tuple[Any, Any]) -> None:
     made = model.get_compiled_call
     model.get_compiled_call = lambda config: steps.append(made(config)) or steps[-1]
     try:
-        settings = {**GREEDY, "max_new_tokens": 5, "bits": 3.0}
+        settings = {
+            **GREEDY,
+            "bits": 3.0,
+        }  # the three steps after the prompt are of three precisions, none of them this
         processors = [LogitsProcessorList([Turn(m)]) for m in both]
         turned = model.generate(**on(model, PROMPT), **settings, **static(model), logits_processor=processors[0])
         plain = reference.generate(**on(model, PROMPT), **settings, logits_processor=processors[1])

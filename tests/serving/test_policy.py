@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -150,6 +150,26 @@ class TestStoredCurves:
         with pytest.raises(RecipeError, match="was measured on another GPU, this is"):
             policy.bits_for_speed(1)
 
+    def test_speeds_of_other_budgets_stay_unless_they_are_of_another_machine(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def store(bits: float, speed: float, **where: str) -> list[tuple[float, float]]:
+            store_speed(tmp_path, [{"bits": bits, "used_bits": bits, "tokens_per_second": speed}], **where)
+            rows = json.loads((tmp_path / "speed.json").read_text())["rows"]
+            return [(row["bits"], row["tokens_per_second"]) for row in rows]
+
+        assert store(8, 1) == [(8, 1)]
+        assert store(2, 1) == [(2, 1), (8, 1)]
+        assert store(8, 2) == [(2, 1), (8, 2)]
+        assert capsys.readouterr().err == ""
+        assert store(3, 3, device="another GPU", path="kernels") == [(3, 3)]
+        said = capsys.readouterr().err
+        assert "are replaced by those at 3 bits here (another GPU, kernels)" in said
+        (tmp_path / "speed.json").write_text("{")
+        assert store(4, 4) == [(4, 4)]
+        assert "is not valid JSON" in (said := capsys.readouterr().err)
+        assert "It is written anew." in said
+
     def test_a_checkpoint_without_results_is_refused(self, finished: Run, tmp_path: Path) -> None:
         folder = shutil.copytree(finished[0] / "elastic", tmp_path / "elastic")
         (folder / "results.json").unlink()
@@ -157,10 +177,14 @@ class TestStoredCurves:
             BitsPolicy.from_checkpoint(folder)
 
 
-def test_the_example_serves_a_queue(finished: Run, tmp_path: Path) -> None:
+def test_the_example_serves_a_queue(
+    finished: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     example = Path(__file__).parents[2] / "examples" / "serve_under_load.py"
-    command = [sys.executable, str(example), str(finished[0]), "--new-tokens", "2"]
-    output = subprocess.run(command, check=True, capture_output=True, text=True, timeout=200).stdout
+    monkeypatch.setattr(sys, "argv", [str(example), str(finished[0]), "--new-tokens", "2"])
+    capsys.readouterr()
+    runpy.run_path(str(example), run_name="__main__")
+    output = capsys.readouterr().out
     steps = [line for line in output.splitlines() if line.startswith("step")]
     assert len(steps) > 8
     assert any(" 2 bits asked for, 2.00 used" in line for line in steps)

@@ -15,7 +15,7 @@ from mobiq_lightning.strategies import ProgressiveSlices, ResidualSlices
 from mobiq_lightning.strategies.slices.progressive import refine
 from mobiq_lightning.strategies.slices.ranges import learned_range
 from tests.checkpoints import tensors_of
-from tests.conftest import small_recipe
+from tests.conftest import UNTIMED, small_recipe
 
 BITS = (2, 1, 1, 2, 2)
 
@@ -192,7 +192,7 @@ PROGRESSIVE = [
     "--model.rates.codes=1e-2",
     "--model.threshold_scope=global",
     # Trained for eight steps at 2 bits, blocks of random weights are worse than rounding at 4.
-    "--trainer.callbacks=[{class_path: mobiq_lightning.callbacks.Guards, init_args: {worse_block: record}}]",
+    f"--trainer.callbacks=[{{class_path: mobiq_lightning.callbacks.Guards, init_args: {{worse_block: record}}}}, {UNTIMED}]",
     "--model.stages=[{epochs: 2, train: [codes, ranges], depth: 2}, "
     "{epochs: 1, train: [codes, ranges], depth: 2, scope: model}, "
     "{epochs: 1, train: [codes], bounds: [rounding], depth: 4, lr_scale: 0.2}, "

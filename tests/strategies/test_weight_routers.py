@@ -18,11 +18,11 @@ from mobiq_lightning.cli import main
 from mobiq_lightning.nn import ElasticLinear
 from mobiq_lightning.strategies import ErrorSketchRouter
 from tests.checkpoints import tensors_of
-from tests.conftest import small_recipe
+from tests.conftest import UNTIMED, small_recipe
+from tests.processes import forked_cells
 
 ROOT = Path(__file__).parents[2]
 ROUTER = "--model.router={class_path: ErrorSketchRouter, init_args: {n_projections: 4, seed: 3}}"
-UNTIMED = "{class_path: mobiq_lightning.callbacks.LatencyCheck, init_args: {seconds: 0}}"
 
 BUDGET = ["--model.budget=ListedBudget", "--model.budget.points=[[0, 6], [0.5, 4], [1, 3]]"]
 
@@ -67,7 +67,9 @@ def test_sketches_fit_the_stored_slices_before_thresholds_are_tuned_and_after_lo
 def test_an_oracle_is_called_not_deployable_wherever_it_is_shown_and_its_bits_are_counted(
     make_model: Callable[..., Path], text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = [a.removeprefix("--").split("=", 1) for a in small_recipe(make_model(), text_file, tmp_path) if "=" in a]
+    given = [
+        a.removeprefix("--").split("=", 1) for a in small_recipe(make_model(), text_file, tmp_path, True) if "=" in a
+    ]
     grid = {
         "name": "bound",
         "recipe": str(ROOT / "recipes" / "tiny-ranges.yaml"),
@@ -80,7 +82,8 @@ def test_an_oracle_is_called_not_deployable_wherever_it_is_shown_and_its_bits_ar
         "strategies": {"exact": {"model.router": "OracleRouter"}},
     }
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid))
-    assert main(["compare", "--config", str(tmp_path / "grid.yaml")]) == 0
+    with forked_cells():
+        assert main(["compare", "--config", str(tmp_path / "grid.yaml")]) == 0
     assert "exact cannot be deployed: its routers store" in " ".join(capsys.readouterr().out.split())
     run = next((tmp_path / "out" / "cells").iterdir())
     results = json.loads((run / "results.json").read_text())

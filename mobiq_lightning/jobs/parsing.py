@@ -56,9 +56,10 @@ def in_a_line(message: str) -> str:
 
 
 def with_whole_stages(arguments: Sequence[str]) -> list[str]:
-    """Arguments under which stages replace those of the recipe; as many as it has would be merged with them, key by key."""
-    given = [a for a in arguments if a == "--model.stages" or a.startswith("--model.stages=")]
-    if not given:
-        return list(arguments)
-    first = arguments.index(given[0])
-    return [*arguments[:first], "--model.stages=null", *arguments[first:]]
+    """Arguments under which stages replace those that were given before; as many of them would be merged, key by key."""
+    found: list[str] = []
+    for argument in arguments:
+        if argument == "--model.stages" or argument.startswith("--model.stages="):
+            found.append("--model.stages=null")
+        found.append(argument)
+    return found

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from mobiq_lightning.calibration import ElasticCalibration
 from mobiq_lightning.calibration.planning import CONTROL_PASS, ROUTER_PASS, stage_name
 from mobiq_lightning.callbacks.base import CalibrationCallback
-from mobiq_lightning.console import say
+from mobiq_lightning.console import say, verbosity
 from mobiq_lightning.environment import format_seconds, peak_memory_gb
 from mobiq_lightning.sources import ComparisonPass
 
@@ -36,6 +36,7 @@ class CalibrationProgress(CalibrationCallback, ProgressBar):
         self._enabled = True
         self._bar: Any = None
         self._shown = 0.0
+        self._trains = False
 
     def disable(self) -> None:
         """Shows nothing; the trainer calls it on all ranks but the first."""
@@ -50,11 +51,14 @@ class CalibrationProgress(CalibrationCallback, ProgressBar):
         super().setup(trainer, pl_module, stage)
         self._shown = time.monotonic()
         pl_module.clock.show = (
-            partial(self._show, trainer, pl_module) if self._enabled and trainer.is_global_zero else None
+            partial(self._show, trainer, pl_module)
+            if self._enabled and trainer.is_global_zero and verbosity() != "quiet"
+            else None
         )
 
     def on_train_start(self, trainer: Trainer, module: ElasticCalibration) -> None:
         """Leaves out of the time what a resumed run has done before."""
+        self._trains = True
         for number in range(len(module.stages)):
             module.clock.left.skip(stage_name(number), self._done(trainer, module, number, 0))
         module.clock.restart()
@@ -78,6 +82,7 @@ class CalibrationProgress(CalibrationCallback, ProgressBar):
 
     def on_train_end(self, trainer: Trainer, module: ElasticCalibration) -> None:
         """Closes the bar."""
+        self._trains = False
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -122,7 +127,7 @@ class CalibrationProgress(CalibrationCallback, ProgressBar):
         if now - self._shown < (_BETWEEN_DRAWINGS if on_terminal else _BETWEEN_LINES):
             return
         self._shown = now
-        trains = trainer.training and name == stage_name(module.segment.number)
+        trains = self._trains and name == stage_name(module.segment.number)
         said = f"{self._place(module)}, step {done:,}/{of:,}" if trains else f"{name} {done:,}/{of:,}"
         said += f", {self._state(trainer, module)}" if trains else ""
         if not on_terminal:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mobiq_lightning.errors import RecipeError
@@ -50,3 +50,18 @@ def _flat(value: Any, key: str) -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict):
         for name, inner in value.items():
             yield from _flat(inner, f"{key}.{name}" if key else str(name))
+
+
+def first_words(command: str, asked: Mapping[str, Any]) -> str:
+    """What is said before anything heavy is imported: what is begun, with what, and where.
+
+    Args:
+        command: The command.
+        asked: Values by dotted key.
+    """
+    folder, model = asked.get("trainer.default_root_dir") or "runs/elastic", asked.get("model.pretrained")
+    key = "data.eval_source" if command == "validate" else "data.source"
+    text = asked.get(key) or "builtin"
+    written = asked.get("data.n_generated")
+    text = f"{text} and {written} windows that the model writes" if written and command != "validate" else text
+    return f"{command} in {folder}: model {model}, text {text}. Loading PyTorch and Lightning ..."

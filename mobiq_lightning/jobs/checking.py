@@ -11,6 +11,7 @@ from mobiq_lightning.errors import MobiqError, RecipeError
 from mobiq_lightning.extras import require
 from mobiq_lightning.jobs.arguments import Recipe, command_line, with_recipe
 from mobiq_lightning.jobs.asked import asked_values
+from mobiq_lightning.jobs.asked_checks import FILES
 from mobiq_lightning.jobs.recipe import check_arguments
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def run_check(arguments: Sequence[str]) -> CheckReport:
     arguments = with_recipe(arguments)
     asked = asked_values(arguments)
     report = CheckReport(" ".join(arguments).removeprefix("--config "))
-    _collect(report, lambda: check_arguments(arguments))
+    _collect(report, lambda: check_arguments(arguments, FILES))
     from mobiq_lightning.jobs import cli  # noqa: F401 - before libraries are told to be quiet: importing undoes that
     from mobiq_lightning.jobs.quiet import quiet_libraries
 

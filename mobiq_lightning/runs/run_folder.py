@@ -218,6 +218,25 @@ class RunFolder:
             )
         return stored
 
+    def check_place(self) -> None:
+        """Makes sure that the folder can be made and written to and no other process is at work in it; writes nothing.
+
+        Raises:
+            RunFolderError: If it cannot, naming that process or what stands in the way.
+        """
+        try:
+            place = next(p for p in (self.path.absolute(), *self.path.absolute().parents) if os.path.lexists(p))
+            reason = "" if place.is_dir() else f"{_shortened(place)} is no folder"
+            if not reason and not (os.access(place, os.W_OK | os.X_OK) or self.finished):
+                reason = f"no right to write to {_shortened(place)}"
+        except (OSError, ValueError) as error:  # a name that no folder can have
+            reason = _reason(error)
+        if reason:
+            raise RunFolderError(
+                f"{_shortened(self.path)}: this folder cannot be made or written to ({reason}); give another"
+            )
+        self._lock.check_free()
+
     def check_claim(self, recipe: dict[str, Any], overwrite: bool) -> None:
         """Raises what `lock` and `claim` would raise, and writes nothing.
 
@@ -229,13 +248,7 @@ class RunFolder:
             RunFolderError: If the folder cannot be made or written to, another process is at work in it, or it holds another
                 run or files that are no run.
         """
-        place = next((p for p in (self.path, *self.path.absolute().parents) if os.path.lexists(p)), Path("/"))
-        if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-            reason = "no folder" if not place.is_dir() else "no right to write"
-            raise RunFolderError(
-                f"{_shortened(self.path)}: this folder cannot be made or written to ({_shortened(place)}: {reason}); give another"
-            )
-        self._lock.check_free()
+        self.check_place()
         if not overwrite:
             self._refuse_others(recipe)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from mobiq_lightning.errors import ModelError
 from mobiq_lightning.sources.model_checks import check_finite, check_folder, check_loaded, check_special_tokens
-from mobiq_lightning.sources.model_files import OTHER_PATTERNS, WEIGHT_PATTERNS, fingerprint
+from mobiq_lightning.sources.model_files import OTHER_PATTERNS, WEIGHT_PATTERNS, check_local_model, fingerprint
 
 
 @dataclass
@@ -97,13 +97,8 @@ def resolve(pretrained: str, with_weights: bool = True) -> Path:
         from mobiq_lightning.sources.builtin_model import ensure_builtin_model
 
         return ensure_builtin_model()
-    path = Path(pretrained).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").exists():
-            raise ModelError(f"model.pretrained: {path} has no config.json; give a Hugging Face model folder")
-        return path
-    if path.is_absolute() or pretrained.startswith(".") or pretrained.count("/") > 1:
-        raise ModelError(f"model.pretrained: there is no folder {path.absolute()}")
+    if (local := check_local_model(pretrained)) is not None:
+        return local
     from huggingface_hub import snapshot_download
 
     try:

@@ -11,6 +11,7 @@ from typing import Any
 from mobiq_lightning.errors import DataError, FileError
 from mobiq_lightning.input_files import open_regular, parse_json, read_text
 
+_SUFFIXES = (".txt", ".jsonl", ".parquet")
 _SEPARATOR = re.compile(r"^\s*<\|endoftext\|>\s*$", re.MULTILINE)
 
 
@@ -21,6 +22,24 @@ def find_file(source: str) -> Path | None:
         return path if path.exists() else None
     except (OSError, ValueError, RuntimeError):  # too long a name, or the home of a user who is not there
         return None
+
+
+def check_kind(path: Path, key: str) -> None:
+    """Makes sure that a file is a regular one, of a kind that can be read; what is in it is not looked at.
+
+    Args:
+        path: The file.
+        key: Recipe key that names it, for messages.
+
+    Raises:
+        DataError: If it is not.
+    """
+    try:
+        open_regular(path).close()
+    except FileError as error:
+        raise DataError(f"{key}: {error}") from error
+    if path.suffix not in _SUFFIXES:
+        raise DataError(f"{key}: {path.name} ends in {path.suffix!r}; .txt, .jsonl and .parquet can be read")
 
 
 def read_file(path: Path, key: str) -> list[str]:
@@ -35,10 +54,8 @@ def read_file(path: Path, key: str) -> list[str]:
     """
     read = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
     where = f"{key}: {path}"
+    check_kind(path, key)
     try:
-        open_regular(path).close()
-        if path.suffix not in read:
-            raise DataError(f"{key}: {path.name} ends in {path.suffix!r}; .txt, .jsonl and .parquet can be read")
         return read[path.suffix](path, where)
     except FileError as error:
         raise DataError(f"{key}: {error}") from error

@@ -152,6 +152,11 @@ class Schedule:
         """Whether this is the last epoch of a visit: of a block, or of a model stage."""
         return epoch == self.at(epoch).visit.stop - 1
 
+    def visits_until(self, epoch: int) -> tuple[int, int]:
+        """The visits that have ended when an epoch ends, and all."""
+        ends = sorted({segment.visit.stop for segment in self.segments})
+        return bisect_right(ends, epoch + 1), len(ends)
+
     def stages_of_visit(self, epoch: int) -> list[Stage]:
         """The stages of the visit that an epoch belongs to, in their order."""
         visit = self.at(epoch).visit

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from mobiq_lightning.calibration import ElasticCalibration
 from mobiq_lightning.calibration.planning import CONTROL_PASS, ROUTER_PASS, stage_name
 from mobiq_lightning.callbacks.base import CalibrationCallback
+from mobiq_lightning.callbacks.guards import PHASE as GUARDS
 from mobiq_lightning.console import say, verbosity
 from mobiq_lightning.environment import format_seconds, peak_memory_gb
 from mobiq_lightning.sources import ComparisonPass
@@ -61,6 +62,7 @@ class CalibrationProgress(CalibrationCallback, ProgressBar):
         self._trains = True
         for number in range(len(module.stages)):
             module.clock.left.skip(stage_name(number), self._done(trainer, module, number, 0))
+        module.clock.left.skip(GUARDS, module.schedule.visits_until(module.current_epoch - 1)[0])
         module.clock.restart()
 
     def on_train_batch_end(

@@ -168,7 +168,10 @@ def _look_at_model(report: CheckReport, asked: dict[str, Any], job: ElasticCLI |
 
 def _look_at_folder(report: CheckReport, job: ElasticCLI) -> None:
     folder, overwrite = job.run_folder, bool(job.overwrites)
+    before = len(report.problems)
     _collect(report, lambda: folder.check_claim(job.recipe, overwrite))
+    if len(report.problems) > before:
+        return
     if folder.finished and not overwrite:
         report.notes.append(f"{folder.path} holds a finished run; `fit` shows it again")
     elif folder.epochs_kept and not overwrite:

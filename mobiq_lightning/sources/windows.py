@@ -88,13 +88,13 @@ class TextWindows(LightningDataModule):
         self.source, self.eval_source = source, eval_source
         self.n_samples, self.seq_len, self.batch_size = n_samples, seq_len, batch_size
         self.eval_protocol: Protocol = eval_protocol
-        self.eval_seq_len = eval_seq_len or seq_len
-        self.eval_batch_size = eval_batch_size or batch_size
+        self.eval_seq_len = seq_len if eval_seq_len is None else eval_seq_len
+        self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         self.eval_max_windows = eval_max_windows
         self.seed, self.n_generated = seed, n_generated
-        for key in ("n_samples", "seq_len", "batch_size", "eval_seq_len", "eval_batch_size"):
-            if getattr(self, key) < 1:
-                raise DataError(f"data.{key} ({getattr(self, key)}) must be at least 1")
+        for key in ("n_samples", "seq_len", "batch_size", "eval_seq_len", "eval_batch_size", "eval_max_windows"):
+            if (value := getattr(self, key)) is not None and value < 1:
+                raise DataError(f"data.{key} ({value}) must be at least 1")
         if n_generated < 0:
             raise DataError(f"data.n_generated ({n_generated}) must be at least 0")
         self.calibration: Windows | None = None

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from mobiq_lightning.calibration.module import ElasticCalibration
     from mobiq_lightning.sources import TextWindows
 
+_BESIDE = ("text writing", "guards")
+"""Phases that come before the stages, or between them."""
 _SOON = 1e9
 """Weights times tokens below which a run takes a minute or two on any machine, and no step is measured to say so."""
 
@@ -93,7 +95,7 @@ class RunPlan:
         time = f"about {format_seconds(self.seconds)}" if not self.unmeasured else self.unmeasured
         names = [phase.name for phase in self.phases]
         stages = sum(1 for name in names if name.startswith("stage "))
-        after = [name for name in names if not name.startswith("stage ") and name != "text writing"]
+        after = [name for name in names if not name.startswith("stage ") and name not in _BESIDE]
         return [
             f"{sizes.kind}, {sizes.n_blocks} blocks: {sizes.sliced / 1e6:,.2f} M weights ({sizes.share:.1%} of those in blocks) "
             f"are sliced into {slices} bits{groups}",

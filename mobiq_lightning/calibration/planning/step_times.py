@@ -104,7 +104,10 @@ def measure_steps(
     counts = (sizes.n_blocks,) if sizes.n_blocks <= _WHOLE else (1, 2)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
-        benches = [_Bench(config, count, sizes, module, text, device).times() for count in counts]
+        benches = [
+            _Bench(config, count, sizes, module, text, device).times(blocks=number == 0)
+            for number, count in enumerate(counts)
+        ]
     if len(benches) == 1:
         return benches[0]
     one, two = benches
@@ -156,14 +159,20 @@ class _Bench:
         self.sliced.make_caller(device, ())
         self.optimizer = torch.optim.AdamW(parameter_groups(self.sliced.calibrated_blocks(), module.rates))
 
-    def times(self) -> StepTimes:
-        """All of them, stages in their order, since codes follow each other."""
+    def times(self, blocks: bool) -> StepTimes:
+        """All of them, stages in their order, since codes follow each other.
+
+        Args:
+            blocks: Measure stages of single blocks too.
+        """
         found = StepTimes(written=self.written)
         ids = self._ids(self.text.batch_size, self.text.seq_len)
         for block in self.sliced.calibrated_blocks():
             block.show_weights_to_routers()
         known: dict[str, float] = {}
         for number, stage in enumerate(self.module.stages):
+            if stage.scope == "block" and not blocks:
+                continue
             key = f"{stage.scope} {stage.train} {stage.depth} {stage.other_depths}"
             if key not in known:
                 known[key] = self._stage(stage, ids)
@@ -187,7 +196,7 @@ class _Bench:
         module, sliced = self.module, self.sliced
         routed = stage.trains("routers")
         if stage.trains("codes") and stage.depth is not None:
-            for block in sliced.calibrated_blocks():
+            for block in sliced.calibrated_blocks() if stage.scope == "model" else [sliced.block_at(0)]:
                 for linear in block.sliced_linears():
                     if isinstance(linear.scheme, TrainableCodes):
                         linear.scheme.start_slice(linear.sliced_weight().to(self.device), stage.depth)

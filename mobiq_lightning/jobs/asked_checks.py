@@ -29,7 +29,7 @@ def asked_problems(asked: Mapping[str, Any], files: Sequence[str] = ()) -> list[
 
     Args:
         asked: Values by dotted key, as `asked_values` gives them.
-        files: Those of `FILES` that must name what is there.
+        files: Those of `FILES` that must name what is there, as modules of classes then must be; empty to look at values alone.
     """
     found = [problem for key, value in asked.items() for problem in type_problems(key, value)]
     found += [problem for key, value in asked.items() for problem in _argument(asked, key, value)]
@@ -37,7 +37,7 @@ def asked_problems(asked: Mapping[str, Any], files: Sequence[str] = ()) -> list[
     trainer = {key.removeprefix("trainer."): value for key, value in asked.items() if key.count(".") == 1}
     found += trainer_problems({key: value for key, value in trainer.items() if f"trainer.{key}" in asked})
     found += _bits(asked)
-    found += _classes(asked)
+    found += _classes(asked, importable=bool(files))
     found += _files(asked, files)
     return list(dict.fromkeys(found))
 
@@ -98,7 +98,7 @@ def _bits(asked: Mapping[str, Any]) -> Iterator[str]:
             yield f"model.stages[{number}]: depth {depth} is no prefix of the slices; depths are {depths}"
 
 
-def _classes(asked: Mapping[str, Any]) -> Iterator[str]:
+def _classes(asked: Mapping[str, Any], importable: bool) -> Iterator[str]:
     """Strategies named by a dotted path that leads nowhere, or into Python's own library."""
     for key, path in asked.items():
         if not key.startswith("model.") or not key.endswith(".class_path") or not isinstance(path, str):
@@ -110,7 +110,7 @@ def _classes(asked: Mapping[str, Any]) -> Iterator[str]:
         if top in sys.stdlib_module_names:
             kind = where.rpartition(".")[2]
             yield f"{where}: {path} is of Python's own library and makes no {kind}; give a class that does"
-        elif top.isidentifier() and importlib.util.find_spec(top) is None:
+        elif importable and top.isidentifier() and importlib.util.find_spec(top) is None:
             yield (
                 f"{where}: no module {top!r} is on the Python path. Run `python -m mobiq_lightning` from the folder of its file, "
                 "or put that folder into PYTHONPATH"

@@ -84,6 +84,7 @@ def test_what_does_not_fit_is_a_problem_with_the_figures(
     recipe_arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("mobiq_lightning.calibration.planning.plan.available_memory", lambda: 10**8)
+    monkeypatch.setattr("mobiq_lightning.calibration.planning.plan.resident_memory", lambda: 0)
     assert main(["check", *recipe_arguments]) == 1
     printed = capsys.readouterr().out
     assert (

@@ -148,9 +148,8 @@ def plan_run(
     times, unmeasured = guessed_times(sizes, module, text), ""
     windows = text.n_windows
     if always_measure or sizes.sliced * windows * text.seq_len > _SOON:
-        needed = max((p for p in memory if p.name in ("block stages", "model stages")), key=lambda p: p.host + p.device)
-        if (free[0] or math.inf) < min(needed.host, 60 * sizes.sliced_of_block + needed.host // sizes.n_blocks):
-            unmeasured = "no step was measured, as there is too little memory for one"
+        if RunPlan(sizes, memory, free, 0, 0).shortages(device.type):
+            unmeasured = "no step was measured, as there is too little memory"
         else:
             try:
                 times = measure_steps(model.config, sizes, module, text, device)

@@ -24,7 +24,7 @@ def begin_clock(module: ElasticCalibration) -> None:
     module.clock.left = TimeLeft(plan.phases)
     module.clock.restart()
     if trainer.is_global_zero:
-        for line in plan.lines():
+        for line in (*plan.lines(), *plan.shortages(device.type)):
             say(line)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from lightning.pytorch import Trainer
@@ -13,7 +13,7 @@ from mobiq_lightning.calibration.guarding import StaticDepths
 from mobiq_lightning.calibration.planning import FORWARD, ModelSizes, Phase, StepTimes
 from mobiq_lightning.callbacks.base import CalibrationCallback
 from mobiq_lightning.callbacks.guards import guards_of
-from mobiq_lightning.nn import BUDGET_STEP, meet_budget
+from mobiq_lightning.nn import BUDGET_STEP, RUN_STEP, meet_budget
 from mobiq_lightning.packing import STORED_DTYPE, depths_of
 from mobiq_lightning.runtime import Dial
 from mobiq_lightning.sources import TextWindows
@@ -28,8 +28,9 @@ class ThresholdTuning(CalibrationCallback):
     """Fills the threshold tables of all inputs, for both scopes.
 
     The first round takes the quantiles of the scores that calibration windows get at the schedule's final budget. As the
-    inputs of a layer depend on how deep the layers before it read, every further round runs the model at each budget with
-    the thresholds found so far and takes the quantiles of those scores. Routers that score all tokens alike need one round.
+    inputs of a layer depend on how deep the layers before it read, every further round runs the model at every quarter bit
+    with the thresholds found so far and takes the quantiles of those scores, for the budgets around it. Routers that score
+    all tokens alike need one round.
 
     Args:
         windows: Calibration windows to score.
@@ -45,7 +46,7 @@ class ThresholdTuning(CalibrationCallback):
         """Passes of the windows through all blocks: one, and in each further round one for every budget and scope."""
         windows = min(self.windows, text.n_windows)
         lowest, highest = sizes.slice_bits[0], sum(sizes.slice_bits)
-        steps = 1 + (self.rounds - 1) * 2 * (round((highest - lowest) / BUDGET_STEP) + 1)
+        steps = 1 + (self.rounds - 1) * 2 * (round((highest - lowest) / RUN_STEP) + 1)
         return [Phase(PHASE, FORWARD, steps, sizes.n_blocks * windows / text.batch_size * times.read)]
 
     def on_train_epoch_end(self, trainer: Trainer, module: ElasticCalibration) -> None:
@@ -71,9 +72,8 @@ class ThresholdTuning(CalibrationCallback):
             scopes: tuple[Scope, Scope] = ("layer", "global")
             tables = {s: _tables_for(kind, scores, sizes, slice_bits, budgets, s) for s in scopes}
             if self.rounds == 1 and kind.per_token:
-                for column, bits in enumerate(budgets):
-                    tables["layer"][..., column] = static.mended(tables["layer"][..., column], scores, bits)
-                tables["layer"] = _finish(module, tables["layer"])
+                whole = [scores] * len(_runs(budgets))
+                tables["layer"] = _finish(module, _between(module, whole, "layer", static))
             self._store(module, tables)
             for _ in range(self.rounds - 1 if kind.per_token else 0):
                 tables = {s: self._refine(module, input_ids, table, s, static) for s, table in tables.items()}
@@ -88,17 +88,16 @@ class ThresholdTuning(CalibrationCallback):
     def _refine(
         self, module: ElasticCalibration, input_ids: Tensor, table: Tensor, scope: Scope, static: StaticDepths
     ) -> Tensor:
-        """The tables (inputs, S, budgets) from the scores that the model has when it runs at each budget."""
+        """The tables (inputs, S, budgets) from the scores that the model has when it runs at budgets `RUN_STEP` apart."""
         inputs = module.sliced.all_inputs()
-        sizes, slice_bits = [routed.n_weights for routed in inputs], inputs[0].slice_bits
-        kind, refined, dial = type(inputs[0].router), table.clone(), Dial(inputs)
-        for column, bits in enumerate(inputs[0].budgets.tolist()):
-            dial.set_bits(bits, scope)
-            scores = self._scores(module, input_ids)
-            refined[..., column] = _tables_for(kind, scores, sizes, slice_bits, [bits], scope)[..., 0]
-            if scope == "layer":
-                refined[..., column] = static.mended(refined[..., column], scores, bits)
-        return _finish(module, refined)
+        dial, budgets = Dial(inputs), inputs[0].budgets.tolist()
+
+        def run() -> Iterator[list[Tensor]]:  # one after the other: they take much memory
+            for column in _runs(budgets):
+                dial.set_bits(budgets[column], scope)
+                yield self._scores(module, input_ids)
+
+        return _finish(module, _between(module, run(), scope, static))
 
     def _scores(self, module: ElasticCalibration, input_ids: Tensor) -> list[Tensor]:
         """The scores of a pass of the windows, which the clock of the run counts."""
@@ -116,6 +115,42 @@ def round_parameters(router: Router) -> None:
     """Rounds what a router has learned to bfloat16, so that it takes half the bits: a checkpoint stores it in that."""
     for parameter in router.parameters():
         parameter.copy_(parameter.to(STORED_DTYPE))
+
+
+def _runs(budgets: Sequence[float]) -> list[int]:
+    """Columns of the budgets at which the model is run: every `RUN_STEP`, and the last."""
+    stride = round(RUN_STEP / BUDGET_STEP)
+    return sorted({*range(0, len(budgets), stride), len(budgets) - 1})
+
+
+def _between(
+    module: ElasticCalibration, found: Iterable[Sequence[Tensor]], scope: Scope, static: StaticDepths
+) -> Tensor:
+    """The tables (inputs, S, budgets) from the scores of runs at some budgets.
+
+    At a budget between two runs a threshold is that of either, by how near it is.
+
+    Args:
+        module: The calibration.
+        found: For each of `_runs`, the scores (N, S - 1) of each input.
+        scope: Which tables.
+        static: Gives static depths to inputs whose routers have collapsed, where each input meets the budget by itself.
+    """
+    inputs = module.sliced.all_inputs()
+    sizes, slice_bits, budgets = [r.n_weights for r in inputs], inputs[0].slice_bits, inputs[0].budgets.tolist()
+    runs, kind = _runs(budgets), type(inputs[0].router)
+    table = torch.zeros(len(inputs), len(slice_bits), len(budgets))
+    for number, (run, scores) in enumerate(zip(runs, found, strict=True)):
+        before, after = runs[max(0, number - 1)], runs[min(number + 1, len(runs) - 1)]
+        columns = range(before + (before < run), after + (after == run))
+        own = _tables_for(kind, scores, sizes, slice_bits, [budgets[column] for column in columns], scope).cpu()
+        collapsed = static.collapsed(own[..., run - columns.start], scores, budgets[run]) if scope == "layer" else []
+        for place, column in enumerate(columns):
+            distance = (run - before) if column < run else (after - run)
+            weight = 1.0 if column == run else 1 - abs(column - run) / distance
+            mended = static.mended(own[..., place], scores, budgets[column], collapsed)
+            table[..., column] += weight * mended.cpu()
+    return table
 
 
 def _tables_for(

@@ -21,8 +21,10 @@ from mobiq_lightning.tensor_memo import TensorMemo
 if TYPE_CHECKING:
     from mobiq_lightning.nn.fused_products import FusedProducts
 
-BUDGET_STEP = 0.125
+BUDGET_STEP = 0.0625
 """Distance in bits between the budgets whose thresholds a calibration finds."""
+RUN_STEP = 0.25
+"""Distance in bits between the budgets at which a calibration runs the model for that, and looks at routers."""
 
 
 def held_slices(slice_bits: tuple[int, ...], max_bits: int | None) -> tuple[int, ...]:

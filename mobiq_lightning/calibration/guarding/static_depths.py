@@ -28,8 +28,8 @@ class StaticDepths:
         self.names: set[str] = set()
         """Names of the inputs that have got static depths at a budget so far."""
 
-    def mended(self, thresholds: Tensor, scores: Sequence[Tensor], bits: float) -> Tensor:
-        """Thresholds at one budget that give static depths to the inputs whose routers have collapsed there.
+    def collapsed(self, thresholds: Tensor, scores: Sequence[Tensor], bits: float) -> list[int]:
+        """Finds the inputs that are to get static depths at a budget, and keeps their names.
 
         Args:
             thresholds: (inputs, S), entry k of a row being for a model that holds the first k + 1 slices alone.
@@ -37,15 +37,32 @@ class StaticDepths:
             bits: The budget.
 
         Returns:
-            (inputs, S); the given thresholds where nothing has collapsed.
+            Numbers of the inputs, from 0.
         """
         inputs, names = self.sliced.all_inputs(), self.sliced.input_names()
-        slice_bits = inputs[0].slice_bits
-        if not inputs[0].router.per_token or not mixes_depths(slice_bits, bits):
-            return thresholds
+        if not inputs[0].router.per_token or not mixes_depths(inputs[0].slice_bits, bits):
+            return []
         shares = [most_common_share(s, float(t[-1])) for s, t in zip(scores, thresholds, strict=True)]
         static = [i for i, share in enumerate(shares) if self.wanted(DepthShare(names[i], bits, share))]
         self.names |= {names[i] for i in static}
+        return static
+
+    def mended(self, thresholds: Tensor, scores: Sequence[Tensor], bits: float, static: Sequence[int]) -> Tensor:
+        """Thresholds at one budget that give static depths to the inputs whose routers have collapsed there.
+
+        Args:
+            thresholds: (inputs, S), entry k of a row being for a model that holds the first k + 1 slices alone.
+            scores: For each input, the scores (N, S - 1) of its tokens at this budget.
+            bits: The budget.
+            static: Numbers of those inputs.
+
+        Returns:
+            (inputs, S); the given thresholds where nothing has collapsed.
+        """
+        inputs = self.sliced.all_inputs()
+        slice_bits = inputs[0].slice_bits
+        if not static or not mixes_depths(slice_bits, bits):
+            return thresholds
         sizes = [inputs[i].n_weights for i in static]
         first = sum(depth < bits for depth in depths_of(slice_bits))  # models that hold less read all that they hold
         mended = thresholds.clone()

@@ -103,14 +103,16 @@ def unchanged_weights(module: ElasticCalibration, blocks: Sequence[CalibratedBlo
 def require_gradients(module: ElasticCalibration) -> None:
     """Has gradients computed for what the current stage trains alone: those of all else would be dropped, at a third of the time.
 
-    A stage that trains nothing, such as one of routers that have nothing to learn, keeps them: its loss needs some.
+    A stage that trains nothing, such as one of routers that have nothing to learn, keeps them, and so do blocks that fell back
+    to codes without training: the loss needs some.
     """
     blocks, stage = module.blocks_in_training(), module.stage
+    given_up = [module.sliced.block_at(index) for index in module.record.given_up]
     idle = not any(block.parameters_of(kind) for block in blocks for kind in KINDS if stage.trains(kind))
     for block in blocks:
         for kind in KINDS:
             for parameter in block.parameters_of(kind):
-                parameter.requires_grad_(idle or stage.trains(kind))
+                parameter.requires_grad_(idle or block in given_up or stage.trains(kind))
 
 
 def keep_gradients(module: ElasticCalibration) -> None:

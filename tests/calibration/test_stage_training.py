@@ -103,15 +103,22 @@ def test_a_mixture_stands_for_its_depth_alone(sliced: Sliced) -> None:
 
 
 class TestGradients:
-    def required(self, sliced: Sliced, stage: Stage) -> dict[str, bool]:
+    def required(self, sliced: Sliced, stage: Stage, given_up: bool = False) -> dict[str, bool]:
         blocks = sliced.blocks[:1]
-        require_gradients(SimpleNamespace(blocks_in_training=lambda: blocks, stage=stage))  # type: ignore[arg-type]
+        record = SimpleNamespace(given_up=[0] if given_up else [])
+        source = SimpleNamespace(block_at=lambda index: sliced.blocks[index])
+        module: Any = SimpleNamespace(blocks_in_training=lambda: blocks, stage=stage, record=record, sliced=source)
+        require_gradients(module)
         kinds: tuple[Any, ...] = ("ranges", "routers")
         return {kind: all(p.requires_grad for p in blocks[0].parameters_of(kind)) for kind in kinds}
 
     def test_only_what_is_trained_has_gradients(self, sliced: Sliced) -> None:
         assert self.required(sliced, Stage(train=["routers"], epochs=1)) == {"ranges": False, "routers": True}
         assert self.required(sliced, Stage(train=["ranges"], epochs=1)) == {"ranges": True, "routers": False}
+
+    def test_a_block_that_fell_back_leaves_the_loss_its_gradient(self, sliced: Sliced) -> None:
+        codes = Stage(train=["codes"], depth=3, epochs=1)
+        assert self.required(sliced, codes, given_up=True) == {"ranges": True, "routers": True}
 
     def test_routers_with_nothing_to_learn_leave_the_loss_its_gradient(self, make_model: Callable[..., Path]) -> None:
         sliced = Sliced(make_model(), StaticRouter)

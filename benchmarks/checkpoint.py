@@ -26,7 +26,7 @@ def make_checkpoint(folder: Path) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from mobiq_lightning.checkpoint import CheckpointWriter, ElasticFormat
-    from mobiq_lightning.nn import BlockLayout, CalibratedBlock
+    from mobiq_lightning.nn import BUDGET_STEP, BlockLayout, CalibratedBlock
     from mobiq_lightning.sources import Source
     from mobiq_lightning.strategies import MLPRouter, ResidualSlices
     from mobiq_lightning.strategies.class_paths import describe_factory
@@ -44,11 +44,15 @@ def make_checkpoint(folder: Path) -> Path:
     learned = [CalibratedBlock(b, layout.group_linears(b, "input"), scheme, router) for b in layout.find(model)]
     for block in learned:
         for routed in block.routed_inputs():
-            table = torch.linspace(0.5, -4.5, 25).expand(len(SLICE_BITS), -1)
+            table = torch.linspace(0.5, -4.5, len(routed.budgets)).expand(len(SLICE_BITS), -1)
             routed.set_tables(table, table)
     source = Source("random", model, None, "", folder / "source")
     stored = ElasticFormat(
-        slice_bits=list(SLICE_BITS), group_size=128, router=describe_factory(router), layout=dataclasses.asdict(layout)
+        slice_bits=list(SLICE_BITS),
+        group_size=128,
+        router=describe_factory(router),
+        layout=dataclasses.asdict(layout),
+        budget_step=BUDGET_STEP,
     )
     CheckpointWriter(source, layout, folder / "elastic").finish(learned, stored, {})
     return folder / "elastic"

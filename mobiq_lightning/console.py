@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,9 +23,35 @@ _NO_TERMINAL_COLUMNS = 120
 """Width of tables where standard output is no terminal: as much as the widest table needs."""
 
 
-def say(message: str) -> None:
-    """Tells the user something, on standard error: standard output is for results. Of several processes only the first does."""
-    if is_first_process():
+Verbosity = Literal["quiet", "usual", "verbose"]
+"""How much is told: errors and results alone; also what is done and how far it is; also what libraries say themselves."""
+_verbosity: Verbosity = "usual"
+
+
+def verbosity() -> Verbosity:
+    """How much the user is told at present."""
+    return _verbosity
+
+
+@contextmanager
+def telling(much: Verbosity) -> Iterator[None]:
+    """Within it, the user is told so much."""
+    global _verbosity
+    before, _verbosity = _verbosity, much
+    try:
+        yield
+    finally:
+        _verbosity = before
+
+
+def say(message: str, *, always: bool = False) -> None:
+    """Tells the user something, on standard error: standard output is for results. Of several processes only the first does.
+
+    Args:
+        message: What is said.
+        always: Say it also where the user wants to be told of errors and results alone.
+    """
+    if is_first_process() and (always or _verbosity != "quiet"):
         print(message, file=sys.stderr, flush=True)
 
 

@@ -58,6 +58,20 @@ def peak_memory_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
+def available_memory() -> int | None:
+    """Bytes that a process can still take on the host, within the limit of its control group; None where nobody tells."""
+    found: list[int] = []
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8").strip()
+        if limit.isdecimal():
+            found.append(int(limit) - int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="utf-8")))
+    except (OSError, ValueError, IndexError):
+        pass
+    return min(found, default=None)
+
+
 def format_seconds(seconds: float) -> str:
     """Formats seconds as minutes and seconds, with hours if any: ``75.2 -> "1:15"``, ``4000 -> "1:06:40"``."""
     minutes, rest = divmod(int(seconds), 60)

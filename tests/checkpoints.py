@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from mobiq_lightning.checkpoint import CheckpointWriter, ElasticFormat
 from mobiq_lightning.checkpoint.check import hash_tensor
 from mobiq_lightning.checkpoint.write import write_hashes
-from mobiq_lightning.nn import BlockLayout, CalibratedBlock
+from mobiq_lightning.nn import BUDGET_STEP, BlockLayout, CalibratedBlock
 from mobiq_lightning.runs import INDEX
 from mobiq_lightning.sources import load_source
 from mobiq_lightning.strategies import MLPRouter, ResidualSlices
@@ -59,7 +59,11 @@ def write_checkpoint(model: Path, to: Path) -> Path:
             table = torch.linspace(0.5, -4.5, len(routed.budgets)).expand(5, -1)
             routed.set_tables(table, table)
     stored = ElasticFormat(
-        slice_bits=[2, 1, 1, 2, 2], group_size=16, router=describe_factory(router), layout=asdict(layout)
+        slice_bits=[2, 1, 1, 2, 2],
+        group_size=16,
+        router=describe_factory(router),
+        layout=asdict(layout),
+        budget_step=BUDGET_STEP,
     )
     CheckpointWriter(source, layout, to).finish(blocks, stored, {})
     return to

@@ -188,7 +188,10 @@ def test_every_option_that_is_named_by_itself_exists(page: Path) -> None:
             continue
         option = text.split()[0].partition("=")[0]
         if option.partition(".")[0] in ("--model", "--data", "--trainer"):
-            base = ["--config", str(ROOT / "recipes" / "tiny.yaml")]  # whose classes have the arguments that are named
+            base = [
+                "--config",
+                str(ROOT / "recipes" / "tiny-ranges.yaml"),
+            ]  # whose classes have the arguments that are named
             given = [t for t in shlex.split(text) if t != "..."]
             check_arguments([*base, *given, *(["null"] if len(given) == 1 and "=" not in given[0] else [])])
         else:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
+from mobiq_lightning.calibration.planning import measuring_need, model_stage_need
 from mobiq_lightning.errors import ModelError
-from mobiq_lightning.nn import Learned
 
 if TYPE_CHECKING:
     from mobiq_lightning.calibration.module import ElasticCalibration
@@ -62,19 +61,7 @@ def measuring_bytes(module: ElasticCalibration, seq_len: int, batch_size: int, g
     """About what measuring layer gains needs on the device: frozen weights, codes, the logits and activations of a batch of
     windows, all depths of one linear; for gradients those of one block with their squares, and the activations of a window.
     """
-    model: Any = module.sliced.source.model
-    frozen = sum(p.numel() * p.element_size() for p in model.parameters())
-    sizes = [routed.n_weights for routed in module.sliced.all_inputs()]
-    slices = len(module.sliced.all_inputs()[0].slice_bits)
-    width, vocabulary = model.config.hidden_size, model.config.vocab_size
-    needed = (
-        frozen + sum(sizes) + 8 * (slices + 2) * max(sizes) + 4 * batch_size * seq_len * (4 * vocabulary + 16 * width)
-    )
-    if gradients:
-        needed += 12 * sum(sizes) // len(module.blocks) + 4 * seq_len * (
-            4 * vocabulary + 40 * width * len(module.blocks)
-        )
-    return int(needed)
+    return measuring_need(module.sizes, seq_len, batch_size, gradients)
 
 
 def too_large(module: ElasticCalibration, needed: int, free: int) -> str:
@@ -91,18 +78,4 @@ def needed_bytes(module: ElasticCalibration) -> int:
     """About what a model stage needs on the device: frozen weights, what is learned with AdamW's two averages and the
     gradient, codes, one dequantized copy of the weights in training, and activations.
     """
-    model: Any = module.sliced.source.model
-    frozen = sum(p.numel() * p.element_size() for p in model.parameters())
-    sliced = sum(routed.n_weights for routed in module.sliced.all_inputs())
-    learned = sum(p.numel() for kind in module.stage.train for p in _learned(module, kind))
-    learned = max(learned, sliced) if module.stage.trains("codes") else learned
-    of_blocks = sliced if not module.recompute_blocks else sliced // len(module.blocks)
-    tokens = module.text.batch_size * module.text.seq_len
-    kept = 40 if not module.recompute_blocks else 2  # tensors of the width of the model that a block keeps per token
-    width, vocabulary = model.config.hidden_size, model.config.vocab_size
-    activations = tokens * (kept * width * len(module.blocks) + 4 * vocabulary) * 4
-    return int(frozen + 16 * learned + sliced + 4 * of_blocks + activations)
-
-
-def _learned(module: ElasticCalibration, kind: Learned) -> list[nn.Parameter]:
-    return [p for block in module.blocks_in_training() for p in block.parameters_of(kind)]
+    return model_stage_need(module.sizes, module.stage, module, module.text)

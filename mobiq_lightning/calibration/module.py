@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,13 +16,14 @@ from mobiq_lightning.calibration.comparison_of_run import comparison_of_run
 from mobiq_lightning.calibration.fit_checks import check_plugins, check_strategy
 from mobiq_lightning.calibration.hidden_states import HiddenStates, Storage
 from mobiq_lightning.calibration.non_finite import describe_non_finite
+from mobiq_lightning.calibration.planning import ModelSizes, RunClock, TimeLeft, sizes_of
 from mobiq_lightning.calibration.rates import Rates, parameter_groups
 from mobiq_lightning.calibration.record import CalibrationRecord
 from mobiq_lightning.calibration.schedule import Schedule, Segment, Stage, default_stages
 from mobiq_lightning.calibration.sliced_source import SlicedSource
 from mobiq_lightning.calibration.stage_training import keep_bounds, keep_gradients, objective_on
 from mobiq_lightning.calibration.streams import read_full, streams_of
-from mobiq_lightning.calibration.text_of_run import text_of, writing_once
+from mobiq_lightning.calibration.text_of_run import read_text, text_of
 from mobiq_lightning.errors import NonFiniteError
 from mobiq_lightning.evaluation import Comparison
 from mobiq_lightning.nn import BlockLayout, CalibratedBlock, RouterFactory, Share, SliceFactory
@@ -104,6 +106,7 @@ class ElasticCalibration(LightningModule):
         self.shared_work = SharedWork(shared_work)
         self.blocks = nn.ModuleList()
         self.record = CalibrationRecord()
+        self.clock = RunClock(TimeLeft([]))
         self.hidden: HiddenStates | None = None
         self.comparison: Comparison | None = None
         self._sliced: SlicedSource | None = None
@@ -119,6 +122,11 @@ class ElasticCalibration(LightningModule):
         """The source model with sliced linears, loaded in `setup`."""
         assert self._sliced is not None, "setup loads the source model"
         return self._sliced
+
+    @cached_property
+    def sizes(self) -> ModelSizes:
+        """Sizes of the source model, and of what is learned of it."""
+        return sizes_of(self.sliced.source.model, self)
 
     @property
     def text(self) -> TextWindows:
@@ -142,7 +150,7 @@ class ElasticCalibration(LightningModule):
     def setup(self, stage: str) -> None:
         """Loads the source model, reads the text with its tokenizer and, for a fit, slices the blocks."""
         check_strategy(self.trainer.strategy)
-        text = self.text
+        text_of(self.trainer)
         if self._sliced is None:
             self._sliced = SlicedSource(
                 load_source(self.pretrained, self.dtype_name),
@@ -153,9 +161,7 @@ class ElasticCalibration(LightningModule):
                 transform=self.transform,
                 share_routers=self.share_routers,
             )
-        source = self.sliced.source
-        write = writing_once(source, self.trainer, self.shared_work)
-        text.read(source.tokenizer, source.tokenizer_hash, stage, self.shared_work, write, source.n_embeddings)
+        read_text(self, stage)
         if stage == "fit" and len(self.blocks) == 0:
             self.sliced.slice_blocks()
             self.schedule = Schedule(self.stages, self.epochs_per_block, len(self.blocks))

@@ -143,6 +143,10 @@ class Schedule:
         """Epochs of the fit."""
         return self.segments[-1].epochs.stop if self.segments else 0
 
+    def n_epochs_of(self, number: int) -> int:
+        """Epochs of a stage, in all blocks together."""
+        return sum(len(segment.epochs) for segment in self.segments if segment.number == number)
+
     def at(self, epoch: int) -> Segment:
         """The segment of an epoch; after the last one, the last segment."""
         return self.segments[max(0, bisect_right(self._starts, epoch) - 1)]
@@ -150,6 +154,11 @@ class Schedule:
     def ends_visit(self, epoch: int) -> bool:
         """Whether this is the last epoch of a visit: of a block, or of a model stage."""
         return epoch == self.at(epoch).visit.stop - 1
+
+    def visits_until(self, epoch: int) -> tuple[int, int]:
+        """The visits that have ended when an epoch ends, and all."""
+        ends = sorted({segment.visit.stop for segment in self.segments})
+        return bisect_right(ends, epoch + 1), len(ends)
 
     def stages_of_visit(self, epoch: int) -> list[Stage]:
         """The stages of the visit that an epoch belongs to, in their order."""

@@ -27,11 +27,15 @@ from mobiq_lightning.calibration.guarding import (
     state_of,
     worst_share,
 )
+from mobiq_lightning.calibration.planning import FORWARD, ModelSizes, Phase, StepTimes
 from mobiq_lightning.callbacks.base import CalibrationCallback
 from mobiq_lightning.console import say
 from mobiq_lightning.errors import GuardError, RecipeError
 from mobiq_lightning.nn import meet_budget
 from mobiq_lightning.runs import GuardEvent, sentence
+from mobiq_lightning.sources import TextWindows
+
+PHASE = "guards"
 
 
 class Guards(CalibrationCallback):
@@ -99,6 +103,11 @@ class Guards(CalibrationCallback):
         self._probe: tuple[int, Probe] | None = None
         self._before: State | None = None
 
+    def phases(self, sizes: ModelSizes, text: TextWindows, times: StepTimes) -> list[Phase]:
+        """A look after every visit: the windows at each depth, calibrated and rounded, through a block and those behind it."""
+        passes = (2 * len(sizes.slice_bits) + 1) * (1 + sizes.n_blocks / 2)
+        return [Phase(PHASE, FORWARD, sizes.n_blocks, passes * self.windows / text.batch_size * times.read)]
+
     # ------------------------------------------------------------------ when
 
     def on_train_epoch_start(self, trainer: Trainer, module: ElasticCalibration) -> None:
@@ -114,6 +123,11 @@ class Guards(CalibrationCallback):
         """Looks at what was calibrated, before it is exported and saved."""
         if not module.schedule.ends_visit(module.current_epoch):
             return
+        self._look(trainer, module)
+        done, visits = module.schedule.visits_until(module.current_epoch)
+        module.clock.step(PHASE, done, visits)
+
+    def _look(self, trainer: Trainer, module: ElasticCalibration) -> None:
         stages = module.schedule.stages_of_visit(module.current_epoch)
         if any(not stage.trains_routers_alone for stage in stages):
             self._look_at_codes(trainer, module)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from lightning.pytorch import Trainer
 
 from mobiq_lightning.calibration import ElasticCalibration
+from mobiq_lightning.calibration.planning import FIXED, ModelSizes, Phase, StepTimes
 from mobiq_lightning.callbacks.base import CalibrationCallback
 from mobiq_lightning.callbacks.place import place_of_results
 from mobiq_lightning.checkpoint import add_results
@@ -16,6 +17,7 @@ from mobiq_lightning.errors import RecipeError
 from mobiq_lightning.latency import Clock, print_budgets, time_linears
 from mobiq_lightning.runs import ELASTIC, RESULTS, add_to_results, known_results
 from mobiq_lightning.serving import measure_speed, store_speed
+from mobiq_lightning.sources import TextWindows
 
 LINEARS_SHARE = 0.4
 """Share of the time that linears are measured for; the rest is for decoding."""
@@ -44,6 +46,10 @@ class LatencyCheck(CalibrationCallback):
         if seconds < 0:
             raise RecipeError(f"LatencyCheck: seconds ({seconds:g}) must be 0 or more")
         self.seconds = seconds
+
+    def phases(self, sizes: ModelSizes, text: TextWindows, times: StepTimes) -> list[Phase]:
+        """What it takes by its own word."""
+        return [Phase("latency check", FIXED, 1, self.seconds)] if self.seconds else []
 
     def on_validation_end(self, trainer: Trainer, module: ElasticCalibration) -> None:
         """Measures on the first rank."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -17,6 +18,7 @@ from mobiq_lightning.calibration import (
     unchanged_weights,
     whole_model_on_device,
 )
+from mobiq_lightning.calibration.planning import FORWARD, ModelSizes, Phase, StepTimes
 from mobiq_lightning.callbacks.base import CalibrationCallback
 from mobiq_lightning.console import say
 from mobiq_lightning.errors import ModelError, RecipeError
@@ -31,7 +33,10 @@ from mobiq_lightning.evaluation import (
 )
 from mobiq_lightning.files import write_json
 from mobiq_lightning.runs import LAYER_GAINS, UNIT, GainMethod, GainsSummary, LayerGainRow, LayerGainsFile, MethodGains
+from mobiq_lightning.sources import TextWindows
 from mobiq_lightning.strategies import ObservesGains
+
+PHASE = "layer gains"
 
 
 class LayerGains(CalibrationCallback):
@@ -63,6 +68,14 @@ class LayerGains(CalibrationCallback):
             )
         self.windows, self.batch_size, self.reference_bits = windows, batch_size, reference_bits
         self.methods: list[GainMethod] = ["probes"] if methods is None else methods
+
+    def phases(self, sizes: ModelSizes, text: TextWindows, times: StepTimes) -> list[Phase]:
+        """Passes through the whole model: for probes one for each input and depth, and two more, on each batch."""
+        if not self.windows or "probes" not in self.methods:
+            return []
+        batches = -(-min(self.windows, text.n_windows) // self.batch_size)
+        passes = (sizes.n_inputs + 1) * (len(sizes.slice_bits) - 1) + 1
+        return [Phase(PHASE, FORWARD, batches * passes, times.gains)]
 
     def on_fit_start(self, trainer: Trainer, module: ElasticCalibration) -> None:
         """Refuses what would fail after hours of calibration."""
@@ -103,7 +116,7 @@ class LayerGains(CalibrationCallback):
         with whole_model_on_device(module, needed) as shortage:
             if shortage is None:
                 ids = input_ids.to(module.device)
-                with unchanged_weights(module, module.sliced.calibrated_blocks()):
+                with _counted(module), unchanged_weights(module, module.sliced.calibrated_blocks()):
                     found = {method: self._measured(module, method, ids) for method in methods}
                 views = self._views(module, ids) if "probes" in found else []
         if shortage is not None:
@@ -175,6 +188,25 @@ class LayerGains(CalibrationCallback):
             )
             write_json(module.run_folder / LAYER_GAINS, content.to_json())
             say(f"Layer gains of {len(inputs)} inputs by {' and '.join(found)} in {seconds:.1f} s: {LAYER_GAINS}.")
+
+
+@contextmanager
+def _counted(module: ElasticCalibration) -> Iterator[None]:
+    """Within it, the clock of the run counts passes through the model."""
+    clock, done = module.clock, 0
+    clock.restart()
+
+    def count(*_: object) -> None:
+        nonlocal done
+        done += 1
+        clock.step(PHASE, done, max(done, clock.left.steps(PHASE)))
+
+    handle = module.sliced.source.model.register_forward_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
+        clock.end(PHASE)
 
 
 def _summary(rows: Sequence[LayerGainRow], method: GainMethod) -> MethodGains:

@@ -1,9 +1,10 @@
-"""Shows how far a calibration is: block k of N, loss, bits, time left, memory."""
+"""Shows how far a run is: block k of N, loss, bits, the time that is left of all of it, memory."""
 
 from __future__ import annotations
 
 import sys
 import time
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -11,20 +12,32 @@ from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
 from mobiq_lightning.calibration import ElasticCalibration
+from mobiq_lightning.calibration.planning import CONTROL_PASS, ROUTER_PASS, stage_name
 from mobiq_lightning.callbacks.base import CalibrationCallback
+from mobiq_lightning.callbacks.guards import PHASE as GUARDS
+from mobiq_lightning.console import say, verbosity
 from mobiq_lightning.environment import format_seconds, peak_memory_gb
 from mobiq_lightning.sources import ComparisonPass
 
+_BETWEEN_LINES, _BETWEEN_DRAWINGS = 20.0, 0.1
+"""Seconds between two lines of one phase in a log, and between two drawings of the bar on a terminal."""
+_PASSES = {ComparisonPass.ROUTER: ROUTER_PASS, ComparisonPass.CONTROLS: CONTROL_PASS}
+
 
 class CalibrationProgress(CalibrationCallback, ProgressBar):
-    """One bar over all blocks on a terminal; elsewhere one line per epoch."""
+    """One bar over the whole run on a terminal; elsewhere a line per epoch, and from time to time in phases that have none.
+
+    The time left is that of the whole run: text that the model writes, all stages, layer gains, thresholds, the comparison.
+    """
+
+    order = -25  # an epoch is done before what follows it begins
 
     def __init__(self) -> None:
         super().__init__()
         self._enabled = True
         self._bar: Any = None
-        self._started = 0.0
-        self._first_epoch = 0
+        self._shown = 0.0
+        self._trains = False
 
     def disable(self) -> None:
         """Shows nothing; the trainer calls it on all ranks but the first."""
@@ -34,41 +47,44 @@ class CalibrationProgress(CalibrationCallback, ProgressBar):
         """Shows progress after all; the trainer calls it on the first rank."""
         self._enabled = True
 
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Has the clock of the run show what it is told."""
+        super().setup(trainer, pl_module, stage)
+        self._shown = time.monotonic()
+        pl_module.clock.show = (
+            partial(self._show, trainer, pl_module)
+            if self._enabled and trainer.is_global_zero and verbosity() != "quiet"
+            else None
+        )
+
     def on_train_start(self, trainer: Trainer, module: ElasticCalibration) -> None:
-        """Starts the clock and, on a terminal, the bar."""
-        self._started, self._first_epoch = time.monotonic(), module.current_epoch
-        if self._enabled and sys.stderr.isatty():
-            steps = int(trainer.num_training_batches)
-            done = module.current_epoch * steps
-            total = module.schedule.n_epochs * steps
-            self._bar = tqdm(total=total, initial=done, dynamic_ncols=True, unit="step")
+        """Leaves out of the time what a resumed run has done before."""
+        self._trains = True
+        for number in range(len(module.stages)):
+            module.clock.left.skip(stage_name(number), self._done(trainer, module, number, 0))
+        module.clock.left.skip(GUARDS, module.schedule.visits_until(module.current_epoch - 1)[0])
+        module.clock.restart()
 
     def on_train_batch_end(
         self, trainer: Trainer, module: ElasticCalibration, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Moves the bar."""
-        if self._bar is not None:
-            self._bar.set_description(self._place(module))
-            self._bar.set_postfix_str(self._state(trainer, module))
-            self._bar.update()
+        """Counts the step."""
+        number = module.segment.number
+        done = self._done(trainer, module, number, batch_idx + 1)
+        module.clock.step(stage_name(number), done, module.schedule.n_epochs_of(number) * _batches(trainer))
 
     def on_train_epoch_end(self, trainer: Trainer, module: ElasticCalibration) -> None:
         """Prints a line where there is no terminal."""
-        if self._enabled and self._bar is None:
+        if self._enabled and not sys.stderr.isatty():
             segment = module.segment
             epoch = module.current_epoch - segment.span.start + 1
-            done = module.current_epoch + 1 - self._first_epoch
-            left = module.schedule.n_epochs - module.current_epoch - 1
-            eta = (time.monotonic() - self._started) / done * left
-            print(
-                f"{self._place(module)}, epoch {epoch}/{len(segment.span)}, {self._state(trainer, module)}, "
-                f"ETA {format_seconds(eta)}",
-                file=sys.stderr,
-                flush=True,
+            self._line(
+                module, f"{self._place(module)}, epoch {epoch}/{len(segment.span)}, {self._state(trainer, module)}"
             )
 
     def on_train_end(self, trainer: Trainer, module: ElasticCalibration) -> None:
         """Closes the bar."""
+        self._trains = False
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -78,15 +94,11 @@ class CalibrationProgress(CalibrationCallback, ProgressBar):
         self.on_train_end(trainer, module)
 
     def on_validation_start(self, trainer: Trainer, module: ElasticCalibration) -> None:
-        """Starts the bar of the comparison."""
-        total = sum(int(n) for n in trainer.num_val_batches)
-        if self._enabled:
-            hidden = not sys.stderr.isatty()
-            self._bar = tqdm(total=total, desc="comparing", dynamic_ncols=True, unit="batch", disable=hidden)
-            if hidden:
-                count = total // len(ComparisonPass)
-                said = f"comparing on {count} batch{'' if count == 1 else 'es'}, twice"
-                print(said, file=sys.stderr, flush=True)
+        """Says what is compared on."""
+        module.clock.restart()
+        if self._enabled and not sys.stderr.isatty():
+            count = sum(int(n) for n in trainer.num_val_batches) // len(ComparisonPass)
+            self._line(module, f"comparing on {count} batch{'' if count == 1 else 'es'}, twice")
 
     def on_validation_batch_end(
         self,
@@ -97,13 +109,44 @@ class CalibrationProgress(CalibrationCallback, ProgressBar):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Moves the bar of the comparison."""
-        if self._bar is not None:
-            self._bar.update()
+        """Counts the batch of the comparison."""
+        name = _PASSES[ComparisonPass(dataloader_idx)]
+        module.clock.step(name, batch_idx + 1, int(trainer.num_val_batches[dataloader_idx]))
 
     def on_validation_end(self, trainer: Trainer, module: ElasticCalibration) -> None:
         """Closes the bar of the comparison."""
         self.on_train_end(trainer, module)
+
+    def _done(self, trainer: Trainer, module: ElasticCalibration, number: int, steps: int) -> int:
+        """Steps of a stage that are done after so many of the current epoch."""
+        segments = [s for s in module.schedule.segments if s.number == number]
+        epochs = sum(min(max(module.current_epoch - s.epochs.start, 0), len(s.epochs)) for s in segments)
+        return epochs * _batches(trainer) + (steps if module.segment.number == number else 0)
+
+    def _show(self, trainer: Trainer, module: ElasticCalibration, name: str, done: int, of: int) -> None:
+        """Draws the bar, or prints a line if there was none for a while."""
+        on_terminal, now = sys.stderr.isatty(), time.monotonic()
+        if now - self._shown < (_BETWEEN_DRAWINGS if on_terminal else _BETWEEN_LINES):
+            return
+        self._shown = now
+        trains = self._trains and name == stage_name(module.segment.number)
+        said = f"{self._place(module)}, step {done:,}/{of:,}" if trains else f"{name} {done:,}/{of:,}"
+        said += f", {self._state(trainer, module)}" if trains else ""
+        if not on_terminal:
+            self._line(module, said)
+            return
+        if self._bar is None:
+            shape = "{desc}: {percentage:3.0f}%|{bar}|{postfix}"
+            self._bar = tqdm(total=100, dynamic_ncols=True, bar_format=shape, leave=False)
+        left, total = module.clock.left.left(), module.clock.left.total
+        self._bar.n = 100 * (1 - left / total) if total else 0
+        self._bar.set_description_str(said, refresh=False)
+        self._bar.set_postfix_str(f"ETA {format_seconds(left)}", refresh=True)
+
+    def _line(self, module: ElasticCalibration, said: str) -> None:
+        """Prints a line with the time that is left of the run."""
+        self._shown = time.monotonic()
+        say(f"{said}, ETA {format_seconds(module.clock.left.left())}")
 
     def _place(self, module: ElasticCalibration) -> str:
         segment = module.segment
@@ -121,3 +164,8 @@ class CalibrationProgress(CalibrationCallback, ProgressBar):
         depth = module.stage.depth
         shown = f"{bits:.2f} bits" if bits is not None else "fixed depths" if depth is None else f"{depth} bits"
         return f"loss {loss:.4g}, {shown}, peak {peak_memory_gb():.1f} GB"
+
+
+def _batches(trainer: Trainer) -> int:
+    """Steps of an epoch."""
+    return int(trainer.num_training_batches)

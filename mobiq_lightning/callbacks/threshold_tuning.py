@@ -10,14 +10,18 @@ from torch import Tensor
 
 from mobiq_lightning.calibration import ElasticCalibration, eval_mode, scores_of, unchanged_weights
 from mobiq_lightning.calibration.guarding import StaticDepths
+from mobiq_lightning.calibration.planning import FORWARD, ModelSizes, Phase, StepTimes
 from mobiq_lightning.callbacks.base import CalibrationCallback
 from mobiq_lightning.callbacks.guards import guards_of
-from mobiq_lightning.nn import meet_budget
+from mobiq_lightning.nn import BUDGET_STEP, meet_budget
 from mobiq_lightning.packing import STORED_DTYPE, depths_of
 from mobiq_lightning.runtime import Dial
+from mobiq_lightning.sources import TextWindows
 from mobiq_lightning.strategies import ThresholdTask
 from mobiq_lightning.strategies.base import Router
 from mobiq_lightning.strategies.thresholds import Scope, falling
+
+PHASE = "thresholds"
 
 
 class ThresholdTuning(CalibrationCallback):
@@ -35,6 +39,14 @@ class ThresholdTuning(CalibrationCallback):
     def __init__(self, windows: int = 16, rounds: int = 2) -> None:
         self.windows = windows
         self.rounds = rounds
+        self._passes = 0
+
+    def phases(self, sizes: ModelSizes, text: TextWindows, times: StepTimes) -> list[Phase]:
+        """Passes of the windows through all blocks: one, and in each further round one for every budget and scope."""
+        windows = min(self.windows, text.n_windows)
+        lowest, highest = sizes.slice_bits[0], sum(sizes.slice_bits)
+        steps = 1 + (self.rounds - 1) * 2 * (round((highest - lowest) / BUDGET_STEP) + 1)
+        return [Phase(PHASE, FORWARD, steps, sizes.n_blocks * windows / text.batch_size * times.read)]
 
     def on_train_epoch_end(self, trainer: Trainer, module: ElasticCalibration) -> None:
         """Tunes after the last epoch of the last block, before its checkpoint is written."""
@@ -50,10 +62,12 @@ class ThresholdTuning(CalibrationCallback):
         sizes, slice_bits = [routed.n_weights for routed in inputs], inputs[0].slice_bits
         kind = type(inputs[0].router)
         budgets = inputs[0].budgets.tolist()
+        self._passes = 0
+        module.clock.restart()
         blocks = module.sliced.calibrated_blocks()
         with eval_mode([routed.router for routed in inputs]), unchanged_weights(module, blocks):
             with meet_budget(inputs, module.budget.final_bits):
-                scores = scores_of(module.sliced, input_ids)
+                scores = self._scores(module, input_ids)
             scopes: tuple[Scope, Scope] = ("layer", "global")
             tables = {s: _tables_for(kind, scores, sizes, slice_bits, budgets, s) for s in scopes}
             if self.rounds == 1 and kind.per_token:
@@ -64,6 +78,7 @@ class ThresholdTuning(CalibrationCallback):
             for _ in range(self.rounds - 1 if kind.per_token else 0):
                 tables = {s: self._refine(module, input_ids, table, s, static) for s, table in tables.items()}
                 self._store(module, tables)
+        module.clock.end(PHASE)
         module.record.keep_routers(
             static.names
         )  # one that seemed to collapse when its block was done may route after all
@@ -79,11 +94,17 @@ class ThresholdTuning(CalibrationCallback):
         kind, refined, dial = type(inputs[0].router), table.clone(), Dial(inputs)
         for column, bits in enumerate(inputs[0].budgets.tolist()):
             dial.set_bits(bits, scope)
-            scores = scores_of(module.sliced, input_ids)
+            scores = self._scores(module, input_ids)
             refined[..., column] = _tables_for(kind, scores, sizes, slice_bits, [bits], scope)[..., 0]
             if scope == "layer":
                 refined[..., column] = static.mended(refined[..., column], scores, bits)
         return _finish(module, refined)
+
+    def _scores(self, module: ElasticCalibration, input_ids: Tensor) -> list[Tensor]:
+        """The scores of a pass of the windows, which the clock of the run counts."""
+        scores, self._passes = scores_of(module.sliced, input_ids), self._passes + 1
+        module.clock.step(PHASE, self._passes, max(self._passes, module.clock.left.steps(PHASE)))
+        return scores
 
     def _store(self, module: ElasticCalibration, tables: dict[Scope, Tensor]) -> None:
         for row, routed in enumerate(module.sliced.all_inputs()):

@@ -16,22 +16,30 @@ from mobiq_lightning.strategies.thresholds import Scope
 
 QUANT_METHOD = "mobiq"
 """Name of elastic checkpoints in config.json, by which transformers finds their quantizer."""
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """The newest version of the format that this package reads."""
 _REQUIRED = ("slice_bits", "group_size", "router", "layout")
 _KEY = "config.json: quantization_config"
 
 
-def needed_version(code: str, stored: Sequence[str]) -> int:
+FORMER_STEP = 0.25
+"""Distance in bits between the budgets of the threshold tables before it was a key."""
+
+
+def needed_version(code: str, stored: Sequence[str], budget_step: float = FORMER_STEP) -> int:
     """The lowest version of the format that can describe a checkpoint, so that older packages read what they can.
 
     Args:
         code: Name of the code of its weights.
         stored: Names of the tensors that are stored for each transformed input.
+        budget_step: Distance in bits between the budgets of the threshold tables.
 
     Returns:
-        1 for the nested code and inputs that are read as they are; 2 for other codes, and for transformed inputs.
+        1 for the nested code and inputs that are read as they are; 2 for other codes, and for transformed inputs; 3 for tables
+        with budgets that are not a quarter of a bit apart.
     """
+    if budget_step != FORMER_STEP:
+        return 3
     return 1 if code == PackedSlices.code and not stored else 2
 
 
@@ -41,7 +49,7 @@ class ElasticFormat:
 
     Args:
         quant_method: Always ``mobiq``.
-        format_version: Version of the format, 1 or 2; by default the lowest that can describe the checkpoint.
+        format_version: Version of the format, 1 to 3; by default the lowest that can describe the checkpoint.
         slice_bits: Bits of each slice, coarsest first; at most 8 in all.
         group_size: Columns of a weight that share scale and bias; 65536 or more for whole rows.
         router: ``{"class_path", "init_args"}`` of the routers.
@@ -53,6 +61,8 @@ class ElasticFormat:
         threshold_scope: Threshold table that the dial uses unless another is asked for, ``layer`` or ``global``.
         default_bits: Bits per weight at which the dial stands after loading.
         max_bits: The depth in bits up to which planes are held; None for all.
+        budget_step: Distance in bits between the budgets of the threshold tables. It is not written where it is a quarter of
+            a bit, which versions 1 and 2 take for granted.
         code: Name of the code, by which stored bits become weights, one of `CODES`. It is not written for the nested
             code, which version 1 takes for granted.
     """
@@ -68,11 +78,12 @@ class ElasticFormat:
     threshold_scope: Scope = "layer"
     default_bits: float = 4.0
     max_bits: int | None = None
+    budget_step: float = FORMER_STEP
     code: str = PackedSlices.code
 
     def __post_init__(self) -> None:
         if self.format_version is None:
-            self.format_version = needed_version(self.code, self.stored)
+            self.format_version = needed_version(self.code, self.stored, self.budget_step)
 
     @property
     def stored(self) -> list[str]:
@@ -89,6 +100,8 @@ class ElasticFormat:
         found = {field.name: getattr(self, field.name) for field in fields(ElasticFormat)}
         if self.code == PackedSlices.code:
             del found["code"]
+        if self.budget_step == FORMER_STEP:
+            del found["budget_step"]
         return found
 
     @classmethod
@@ -199,6 +212,10 @@ def _are_bits(value: object) -> bool:
     return (_is_int(value) or isinstance(value, float)) and 1 <= value <= 8  # type: ignore[operator]
 
 
+def _is_step(value: object) -> bool:
+    return (_is_int(value) or isinstance(value, float)) and 2**-8 <= value <= 8  # type: ignore[operator]
+
+
 def _is_group_size(value: object) -> bool:
     return _is_positive(value) and value < 2**31  # type: ignore[operator]
 
@@ -228,6 +245,7 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "share_routers": _one_of(*get_args(Share)),
     "threshold_scope": _one_of(*get_args(Scope)),
     "default_bits": (_are_bits, "a number of bits from 1 to 8"),
+    "budget_step": (_is_step, "a number of bits from 1/256 to 8"),
     "max_bits": (lambda value: value is None or _is_positive(value), "null, or a positive integer"),
 }
 """For each key, a function that says whether a value is allowed, and what is expected in words."""

@@ -193,6 +193,7 @@ def insert_elastic_linears(model: nn.Module, stored: ElasticFormat) -> None:
                     partial(build_router, stored.router),
                     partial(build_transform, stored.stored),
                     stored.max_bits,
+                    stored.budget_step,
                 )
             for name, linear in zip(names, linears, strict=True):
                 elastic = ElasticLinear(

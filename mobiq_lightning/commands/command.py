@@ -10,7 +10,7 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NoReturn, TypeVar
 
-from mobiq_lightning.console import program
+from mobiq_lightning.console import Verbosity, program, telling
 from mobiq_lightning.errors import RecipeError, nearest, shown
 from mobiq_lightning.extras import require
 
@@ -69,6 +69,8 @@ class Command(ABC):
     """Its arguments as the list of commands shows them."""
     needs: ClassVar[str] = ""
     """Extra of the installation without which it cannot run; empty for none."""
+    long: ClassVar[bool] = False
+    """Whether it works for long, and says how far it is."""
     loads_checkpoint: ClassVar[bool] = False
     """Whether it loads an elastic checkpoint, which may name a router that is none of this package."""
 
@@ -90,13 +92,27 @@ class Command(ABC):
         given = self.parse(parser, arguments)
         if self.needs:
             require(self.needs, self.name)
-        if not self.loads_checkpoint:
-            self.run(given)
-            return
-        from mobiq_lightning.checkpoint import LoadCall, answering
+        with telling(self._verbosity(given)):
+            if not self.loads_checkpoint:
+                self.run(given)
+                return
+            from mobiq_lightning.checkpoint import LoadCall, answering
 
-        with answering(LoadCall(trust_router=given.trust_router)):
-            self.run(given)
+            with answering(LoadCall(trust_router=given.trust_router)):
+                self.run(given)
+
+    def _verbosity(self, given: Namespace) -> Verbosity:
+        if not self.long:
+            return "usual"
+        if given.quiet and given.verbose:
+            raise RecipeError(f"{self.name}: --quiet and --verbose are two different things; give one")
+        return "quiet" if given.quiet else "verbose" if given.verbose else "usual"
+
+    def add_common(self, parser: Parser) -> None:
+        """Declares what all commands have that work for long."""
+        if self.long:
+            parser.add_argument("-q", "--quiet", action="store_true", help="print errors and results alone")
+            parser.add_argument("-v", "--verbose", action="store_true", help="print what libraries say themselves, too")
 
     @classmethod
     def summary(cls) -> str:
@@ -118,6 +134,7 @@ class Command(ABC):
             formatter_class=_Formatter,
         )
         self.add_arguments(parser)
+        self.add_common(parser)
         if self.loads_checkpoint:
             parser.add_argument(
                 "--trust-router",

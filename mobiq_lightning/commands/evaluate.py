@@ -17,6 +17,7 @@ class Evaluate(Command):
     name = "evaluate"
     usage = "RUN --tasks A,B [--bits 2,3,4] [options]"
     loads_checkpoint = True
+    long = True
     needs = "evaluate"
 
     def add_arguments(self, parser: Parser) -> None:

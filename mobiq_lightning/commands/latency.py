@@ -19,6 +19,7 @@ class Latency(Command):
 
     name = "latency"
     usage = "[RUN] [--shapes NAMES] [--sections NAMES] [--to FOLDER] [--tune | --warm-up] [options]"
+    long = True
     loads_checkpoint = True
     needs = "report"
 

@@ -14,6 +14,7 @@ class RecipeCommand(Command):
     """A command that takes a recipe; keys that are not its own options are the recipe's, as in ``--model.rates.routers 0.1``."""
 
     needs = "calibrate"
+    long = True
     recipe_help = "recipe: a path, or the name of a shipped one (`recipes ls`); the same as --config"
 
     def add_options(self, parser: Parser) -> None:
@@ -32,6 +33,7 @@ class RecipeCommand(Command):
         """Reads the command's own options; `keys` holds what is left, which is the recipe's."""
         own = Parser(f"{program()} {self.name}", add_help=False)
         self.add_options(own)
+        self.add_common(own)
         given, keys = own.parse_known_args(joined(own, normalized(own.options, arguments)))
         given.keys = keys
         return given

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mobiq_lightning.commands.check import Check
 from mobiq_lightning.commands.command import Command
 from mobiq_lightning.commands.compare import Compare
 from mobiq_lightning.commands.evaluate import Evaluate
@@ -16,6 +17,7 @@ from mobiq_lightning.commands.validate import Validate
 from mobiq_lightning.commands.verify import Verify
 
 _ALL: tuple[Command, ...] = (
+    Check(),
     Fit(),
     Validate(),
     Generate(),

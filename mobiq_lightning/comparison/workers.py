@@ -119,7 +119,7 @@ class Workers:
         for one in self.running:
             if time.monotonic() - one.quoted > _NEWS_SECONDS:
                 one.quoted = time.monotonic()
-                line = next((part for part in reversed(_tail(self.log_of(one.cell))) if part.startswith("block ")), "")
+                line = next((part for part in reversed(_tail(self.log_of(one.cell))) if ", ETA " in part), "")
                 if line:
                     say(f"    {one.cell.name}: {line}")
 

@@ -1,5 +1,8 @@
 # What others may use of this package; `__init__.py` loads it when it is asked for.
 from .arguments import override_arguments as override_arguments
+from .checking import CheckReport as CheckReport
+from .checking import check as check
+from .checking import run_check as run_check
 from .cli import ElasticCLI as ElasticCLI
 from .exit_codes import disk_errors as disk_errors
 from .exit_codes import exit_code as exit_code

@@ -110,8 +110,13 @@ class ElasticCLI(LightningCLI):
         if not kept:
             return "no epoch was finished; the same command starts the run"
         epochs = "1 finished epoch is" if kept == 1 else f"{kept} finished epochs are"
-        without = " without --overwrite" if self._get(self.config, "overwrite") else ""
+        without = " without --overwrite" if self.overwrites else ""
         return f"{epochs} kept; the same command{without} goes on after {'it' if kept == 1 else 'them'}"
+
+    @property
+    def overwrites(self) -> bool:
+        """Whether the run that the folder holds is to be removed."""
+        return bool(self._get(self.config, "overwrite"))
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the one key that is no part of a recipe."""
@@ -125,7 +130,7 @@ class ElasticCLI(LightningCLI):
         self.recipe = json.loads(json.dumps(recipe))
         check_trainer(self.recipe["trainer"])
         self.run_folder = RunFolder(self.recipe["trainer"]["default_root_dir"])
-        overwrite = bool(self._get(self.config, "overwrite"))
+        overwrite = self.overwrites
         if self.command == "validate" and not (self.run_folder.checkpoint / CONFIG).is_file():
             raise RunFolderError(
                 f"{self.run_folder.path} holds no finished run (no {ELASTIC}/{CONFIG}). Run `fit` with this recipe "

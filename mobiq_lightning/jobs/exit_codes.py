@@ -53,10 +53,10 @@ def exit_code(job: Callable[[], object]) -> int:
         print(f"error: {describe_os_error(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as error:
-        say(str(error) or "interrupted")
+        say(str(error) or "interrupted", always=True)
         return 130
     except Terminated as end:
-        say(end.message)
+        say(end.message, always=True)
         return 128 + end.number
     return 0
 

@@ -13,6 +13,15 @@ from pathlib import Path
 from mobiq_lightning.extras import require
 
 PACKAGE = Path(__file__).parents[1]
+STRATEGY_KEYS = {
+    "model.transform": "transforms",
+    "model.slices": "slices",
+    "model.router": "routers",
+    "model.budget": "budgets",
+    "model.objective": "objectives",
+    "model.model_objective": "objectives",
+}
+"""Keys of a recipe that name a strategy, with the folder of its classes."""
 
 
 @cache
@@ -25,11 +34,17 @@ def words_of(path: Path, name: str) -> tuple[str, ...]:
 
 
 @cache
-def fields_of(path: Path, name: str) -> tuple[str, ...]:
-    """Fields of a dataclass in a file."""
+def field_annotations_of(path: Path, name: str) -> dict[str, ast.expr]:
+    """Fields of a dataclass in a file with their annotations."""
     classes = (n for n in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(n, ast.ClassDef))
     body = next(node.body for node in classes if node.name == name)
-    return tuple(n.target.id for n in body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name))
+    return {n.target.id: n.annotation for n in body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
+
+
+@cache
+def fields_of(path: Path, name: str) -> tuple[str, ...]:
+    """Fields of a dataclass in a file."""
+    return tuple(field_annotations_of(path, name))
 
 
 @cache
@@ -45,17 +60,34 @@ def accepted_keys() -> dict[str, tuple[str, ...]]:
     }
 
 
+def trainer_file() -> Path:
+    """The file of Lightning's trainer."""
+    spec = importlib.util.find_spec("lightning")
+    assert spec is not None
+    assert spec.submodule_search_locations
+    return Path(next(iter(spec.submodule_search_locations))) / "pytorch" / "trainer" / "trainer.py"
+
+
+@cache
+def annotations_of(path: Path, name: str) -> dict[str, ast.expr]:
+    """Arguments of the ``__init__`` of a class in a file that have an annotation; none if the file cannot be read."""
+    try:
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+    except (OSError, SyntaxError):
+        return {}
+    found = next((node for node in body if isinstance(node, ast.ClassDef) and node.name == name), None)
+    inits = [n for n in (found.body if found else ()) if isinstance(n, ast.FunctionDef) and n.name == "__init__"]
+    arguments = [a for init in inits for a in (*init.args.args, *init.args.kwonlyargs)]
+    return {a.arg: a.annotation for a in arguments if a.annotation is not None}
+
+
 def _trainer_keys() -> tuple[str, ...]:
     """Arguments of Lightning's trainer; none if its source cannot be read, and its keys are left to the parser.
 
     Its source is not ours: where its ``__init__`` is moved to another file or base class, a recipe must still run.
     """
-    spec = importlib.util.find_spec("lightning")
-    assert spec is not None
-    assert spec.submodule_search_locations
-    path = Path(next(iter(spec.submodule_search_locations))) / "pytorch" / "trainer" / "trainer.py"
     try:
-        return _classes(path)["Trainer"][1]
+        return _classes(trainer_file())["Trainer"][1]
     except (OSError, SyntaxError, KeyError):
         return ()
 
@@ -75,6 +107,17 @@ def strategy_classes(kind: str) -> dict[str, tuple[str, ...]]:
         return tuple(a for a in (own or inherited) if a not in positional)
 
     return {name: arguments(name) for name in exported}
+
+
+@cache
+def strategy_annotations(kind: str, name: str) -> dict[str, ast.expr]:
+    """Arguments of a class of ``strategies/<kind>/`` with their annotations; those of its base if it has none of its own."""
+    for path in sorted((PACKAGE / "strategies" / kind).glob("*.py")):
+        if name in (classes := _classes(path)):
+            own = annotations_of(path, name)
+            bases = [base for base in classes[name][0] if base != name]
+            return own or next((found for base in bases if (found := strategy_annotations(kind, base))), {})
+    return {}
 
 
 def _classes(path: Path) -> dict[str, tuple[list[str], tuple[str, ...]]]:

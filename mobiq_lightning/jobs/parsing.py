@@ -9,8 +9,8 @@ from typing import Any, NoReturn
 from lightning.pytorch.cli import LightningArgumentParser
 
 from mobiq_lightning.console import MODULE
-from mobiq_lightning.errors import RecipeError
-from mobiq_lightning.jobs.trainer_checks import MAX_EPOCHS
+from mobiq_lightning.errors import RecipeError, shown
+from mobiq_lightning.jobs.trainer_values import MAX_EPOCHS
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "default_root_dir": "runs/elastic",
@@ -43,22 +43,74 @@ class RecipeParser(LightningArgumentParser):
 
 
 def in_a_line(message: str) -> str:
-    """What the parser says of a key over several lines, as one line that begins with the key."""
+    """What the parser says of a key over several lines, as one line that begins with the key: what is there, what is expected."""
     key = "".join(f"{name}: " for name in re.findall(r'Parser key "([^"]+)":', message)[:1])
     if missing := re.search(r"No module named '([\w.]+)'", message):
         return (
             f"{key}no module {missing[1]!r} is on the Python path. Run `{MODULE}` from the folder of its file, or put that "
             "folder into PYTHONPATH"
         )
-    parts = [part.strip(" -") for part in re.sub(r'Parser key "[^"]+":', "", message).splitlines()]
-    text = " ".join(part if part.endswith((":", ".", ",")) else f"{part};" for part in parts if part).rstrip("; ")
+    body = re.sub(r'Parser key "[^"]+":', "", message)
+    body = re.sub(r"Expected a path but .* either not accessible or invalid", "", body)
+    parts = [part for part in (line.strip(" -") for line in body.splitlines()) if part]
+    if plain := _plain(parts):
+        return key + plain
+    text = " ".join(part if part.endswith((":", ".", ",")) else f"{part};" for part in parts).rstrip("; ")
     return key + (text if len(text) <= _LONGEST else f"{text[:_LONGEST]}...")
 
 
+_WORDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "a text",
+    "bool": "true or false",
+    "list": "a list",
+    "dict": "a mapping",
+    "collections.abc.Iterable": "a list",
+}
+"""Types as the parser names them, in words."""
+
+
+def _plain(parts: Sequence[str]) -> str:
+    """What is wrong in the words of this package; empty for what is none of the usual mistakes.
+
+    Args:
+        parts: What the parser says, line by line, without the key.
+    """
+    for part in parts:  # the innermost key of a structure tells more than the structure
+        inner = re.match(r"(\w+): ((?:Does not validate|Expected |Option ).*)", part)
+        if inner and (found := _plain(re.split(r"; (?:Errors: )?", inner[2]))):
+            return f"{inner[1]}: {found}"
+    if said := next((part for part in parts if re.match(r"\w+: .*(is expected|no such argument)$", part)), ""):
+        return said  # of an inner key, which went through here before
+    text = "\n".join(parts)
+    if option := re.search(r"Option '(\w+)' is not accepted", text):
+        return f"{option[1]}: no such argument"
+    value = re.search(r"(?:Given|Got) value: (.*?)\.?$", text, re.MULTILINE)
+    named = re.search(r"'class_path': '([^']+)'|class_path='([^']+)'", value[1]) if value else None
+    given = shown(next(n for n in named.groups() if n)) if named else value[1][:60] if value else ""
+    if made := re.search(r"\.(\w+)\] expects a function or a callable class", text):
+        return f"{given} makes no {made[1]}; give a class that does, by its name or dotted path"
+    if path := re.search(r"Expected a dot import path string: (.*)", text):
+        return f"{path[1]!r} names no class; give its dotted path"
+    if re.search(r"Not a valid subclass|to be a subclass", text):
+        return ""
+    if "Subtypes: [<class" in text and re.fullmatch(r"[A-Za-z_]\w*(\.\w+)+", given):
+        return f"{given} cannot be imported, or is no class for this key"
+    kinds = [_WORDS.get(name) for name in re.findall(r"Expected an? <class '([\w.]+)'>", text) if name != "NoneType"]
+    literals = re.findall(r"Expected a typing\.Literal\[([^\]]*)\]", text)
+    words = [word.strip(" '") for literal in literals for word in literal.split(",")]
+    if None in kinds or not (kinds or words):
+        return ""
+    expected = [kind for kind in dict.fromkeys(kinds) if kind] + ([f"one of {', '.join(words)}"] if words else [])
+    return f"{given}; {' or '.join(expected)} is expected"
+
+
 def with_whole_stages(arguments: Sequence[str]) -> list[str]:
-    """Arguments under which stages replace those of the recipe; as many as it has would be merged with them, key by key."""
-    given = [a for a in arguments if a == "--model.stages" or a.startswith("--model.stages=")]
-    if not given:
-        return list(arguments)
-    first = arguments.index(given[0])
-    return [*arguments[:first], "--model.stages=null", *arguments[first:]]
+    """Arguments under which stages replace those that were given before; as many of them would be merged, key by key."""
+    found: list[str] = []
+    for argument in arguments:
+        if argument == "--model.stages" or argument.startswith("--model.stages="):
+            found.append("--model.stages=null")
+        found.append(argument)
+    return found

@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from mobiq_lightning.console import verbosity
+
 _WARNINGS = {
     "does not have many workers": "windows of token ids are in memory; a loader has nothing to wait for",
     "Checkpoint directory .* exists and is not empty": "a resumed run writes where it did before",
@@ -24,7 +26,13 @@ _LOGGERS = ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilitie
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Within it, warnings of the table are not shown; afterwards everything is as it was, as a notebook needs it."""
+    """Within it, warnings of the table are not shown; afterwards everything is as it was, as a notebook needs it.
+
+    A user who wants to be told of errors alone sees no warning at all; one who wants everything sees all that libraries say.
+    """
+    if verbosity() == "verbose":
+        yield
+        return
     from transformers.utils import logging as transformers_logging
 
     bars = transformers_logging.is_progress_bar_enabled()
@@ -32,8 +40,10 @@ def quiet_libraries() -> Iterator[None]:
     with warnings.catch_warnings():
         for message in _WARNINGS:
             warnings.filterwarnings("ignore", message=f".*{message}")
+        if verbosity() == "quiet":
+            warnings.simplefilter("ignore")
         for logger in levels:
-            logger.setLevel(logging.WARNING)
+            logger.setLevel(logging.ERROR if verbosity() == "quiet" else logging.WARNING)
         transformers_logging.disable_progress_bar()
         try:
             yield

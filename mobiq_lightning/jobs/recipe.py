@@ -12,18 +12,20 @@ from typing import Any
 
 from mobiq_lightning.errors import RecipeError, nearest, shown
 from mobiq_lightning.input_files import is_file
-from mobiq_lightning.jobs.known_names import PACKAGE, accepted_keys, fields_of, strategy_classes, words_of
+from mobiq_lightning.jobs.asked import asked_values
+from mobiq_lightning.jobs.asked_checks import asked_problems
+from mobiq_lightning.jobs.known_names import (
+    PACKAGE,
+    STRATEGY_KEYS,
+    accepted_keys,
+    fields_of,
+    strategy_classes,
+    words_of,
+)
 from mobiq_lightning.jobs.reading import parse_value, read_recipe, read_recipe_part
 from mobiq_lightning.jobs.value_ranges import range_problems
+from mobiq_lightning.jobs.value_types import stage_value_problems
 
-_STRATEGY_KEYS = {
-    "model.transform": "transforms",
-    "model.slices": "slices",
-    "model.router": "routers",
-    "model.budget": "budgets",
-    "model.objective": "objectives",
-    "model.model_objective": "objectives",
-}
 GROUPS = {"model.rates": ("calibration/rates.py", "Rates"), "model.layout": ("nn/layout.py", "BlockLayout")}
 """Keys that hold further keys: the fields of a dataclass, by the file in which it is."""
 _RENAMED = {
@@ -41,11 +43,12 @@ _RENAMED_TRAINED = {
 """Former words of `train` in a stage, with what is written instead."""
 
 
-def check_arguments(arguments: Sequence[str]) -> None:
+def check_arguments(arguments: Sequence[str], files: Sequence[str] = ()) -> None:
     """Checks the recipes, the keys and the values of a ``fit`` or ``validate`` command line.
 
     Args:
         arguments: What follows the command.
+        files: Keys of the model and of text that must name what is there, as the command reads it.
 
     Raises:
         MissingExtraError: If calibrating is not installed.
@@ -79,6 +82,10 @@ def check_arguments(arguments: Sequence[str]) -> None:
         elif not name.endswith(".help"):
             keys = _keys_of(name)
             problems += check_key(keys) or _check_override(keys, value, classes)
+    for problem in asked_problems(asked_values(arguments), files):
+        key = problem.partition(": ")[0]
+        if not any(f"{key}: " in said for said in problems):  # a value is wrong in one way at a time
+            problems.append(problem)
     if problems:
         raise RecipeError("\n".join(problems))
 
@@ -110,7 +117,7 @@ def check_recipe(recipe: dict[str, Any]) -> list[str]:
 
 def _strategies(recipe: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """Keys of the strategies that a recipe names, with what it says of them."""
-    for key in _STRATEGY_KEYS:
+    for key in STRATEGY_KEYS:
         model = recipe.get("model")
         value = model.get(key.partition(".")[2]) if isinstance(model, dict) else None
         if value is not None:
@@ -128,7 +135,7 @@ def _check_override(keys: list[str], value: str, classes: dict[str, str]) -> lis
     given = parse_value(value, f"--{'.'.join(keys)}")
     if len(keys) == 1 and isinstance(given, dict):
         return check_recipe({keys[0]: given})
-    if len(keys) == 1 or key not in _STRATEGY_KEYS:
+    if len(keys) == 1 or key not in STRATEGY_KEYS:
         return _check_stages(keys, given) or _check_group(keys, given) or _check_value(keys, given)
     if len(keys) == 2 or keys[2] == "class_path":
         classes[key] = _class_name(given)
@@ -196,7 +203,7 @@ def _check_group(keys: list[str], value: Any) -> list[str]:
 def _check_class(keys: list[str], value: Any) -> list[str]:
     """A problem if a strategy's class, or an argument of it, does not exist."""
     key = ".".join(keys)
-    if key not in _STRATEGY_KEYS or value is None:
+    if key not in STRATEGY_KEYS or value is None:
         return []
     spec = value if isinstance(value, dict) else {"class_path": value}
     path = spec.get("class_path")
@@ -204,7 +211,7 @@ def _check_class(keys: list[str], value: Any) -> list[str]:
         return [f"{key}: {shown(path)} names no class; give its name, or its dotted path"]
     if path is None or path.endswith((".yaml", ".yml")):
         return []
-    known = strategy_classes(_STRATEGY_KEYS[key])
+    known = strategy_classes(STRATEGY_KEYS[key])
     name = path.rsplit(".", 1)[-1] if path.startswith("mobiq_lightning.") else path
     if name not in known:
         # A dotted path is somebody's own class, and only importing it tells what it accepts.
@@ -235,17 +242,22 @@ def _check_stages(keys: list[str], value: Any) -> list[str]:
         "train": words_of(PACKAGE / "nn" / "calibrated_block.py", "Learned"),
         "bounds": words_of(schedule, "Bound"),
     }
-    problems = []
+    problems: list[str] = []
     for number, stage in enumerate(value):
+        found: list[str] = []
         for key, given in stage.items() if isinstance(stage, dict) else ():
             where = f"model.stages[{number}].{key}"
             if key not in known:
-                problems.append(f"{where}: no such key. {nearest(str(key), known) or 'There are ' + ', '.join(known)}")
+                found.append(f"{where}: no such key. {nearest(str(key), known) or 'There are ' + ', '.join(known)}")
+            found += stage_value_problems(f"model.stages[{number}]", key, given) if key in known else []
             wanted = [given] if isinstance(given, str) else given
             for word in wanted if key in words and isinstance(wanted, list) else ():
                 if key == "train" and str(word) in _RENAMED_TRAINED:
-                    problems.append(f"{where}: {word}: renamed to {_RENAMED_TRAINED[str(word)]}")
+                    found.append(f"{where}: {word}: renamed to {_RENAMED_TRAINED[str(word)]}")
                 elif word not in words[key]:
                     hint = nearest(str(word), words[key]) or "There are " + ", ".join(words[key])
-                    problems.append(f"{where}: no such word {word!r}. {hint}")
+                    found.append(f"{where}: no such word {word!r}. {hint}")
+        if isinstance(stage, dict) and "train" not in stage and not found:
+            found.append(f"model.stages[{number}]: train is missing; give some of {', '.join(words['train'])}")
+        problems += found
     return problems

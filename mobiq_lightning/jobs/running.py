@@ -9,15 +9,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from mobiq_lightning.console import is_first_process, say
 from mobiq_lightning.extras import require
 from mobiq_lightning.jobs.arguments import Recipe, command_line, overwrite_arguments, with_recipe
+from mobiq_lightning.jobs.asked import asked_values, first_words
+from mobiq_lightning.jobs.asked_checks import FILES
 from mobiq_lightning.jobs.exit_codes import disk_errors
 from mobiq_lightning.jobs.interruption import interruptible
 from mobiq_lightning.jobs.recipe import check_arguments
+from mobiq_lightning.runs import RunFolder
 
 if TYPE_CHECKING:
     from mobiq_lightning.jobs.cli import ElasticCLI
-    from mobiq_lightning.runs import RunFolder
 
 
 def fit(recipe: Recipe, *, overwrite: bool = False, **overrides: Any) -> RunFolder:
@@ -101,7 +104,12 @@ def run_job(command: Literal["fit", "validate"], arguments: Sequence[str]) -> Ru
     """
     require("calibrate", command)
     arguments = with_recipe(arguments)
-    check_arguments(arguments)
+    check_arguments(arguments, FILES if command == "fit" else [key for key in FILES if key != "data.source"])
+    asked = asked_values(arguments)
+    folder = asked.get("trainer.default_root_dir")
+    if isinstance(folder, str) and "$" not in folder and is_first_process():
+        RunFolder(folder).check_place()
+    say(first_words(command, asked))
     with (
         interruptible("its work had not begun") as told,
         disk_errors(lambda: told.how_it_goes_on()),

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from mobiq_lightning.console import say
 from mobiq_lightning.errors import RecipeError, shown
 from mobiq_lightning.extras import require
 from mobiq_lightning.jobs.arguments import Recipe, command_line, overwrite_arguments, with_recipe
+from mobiq_lightning.jobs.asked import asked_values, first_words
+from mobiq_lightning.jobs.asked_checks import FILES
 from mobiq_lightning.jobs.exit_codes import disk_errors
 from mobiq_lightning.jobs.interruption import interruptible
 from mobiq_lightning.jobs.recipe import check_arguments
@@ -63,7 +66,8 @@ def run_outliers(arguments: Sequence[str], bits: Sequence[int], share: float) ->
     if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1:
         raise RecipeError(f"outliers: share ({shown(share)}) must be a number above 0 and below 1")
     arguments = with_recipe(arguments)
-    check_arguments(arguments)
+    check_arguments(arguments, FILES)
+    say(first_words("outliers", asked_values(arguments)))
     kept = "finished runs and epochs are kept; the same command goes on"
     with interruptible(kept) as told, disk_errors(lambda: told.how_it_goes_on()):
         from mobiq_lightning.jobs.outlier_study import OutlierStudy

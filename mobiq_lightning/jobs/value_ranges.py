@@ -58,13 +58,15 @@ RANGES = {
     "model.epochs_per_block": _FROM_ONE,
     "model.eval_bits": Range(1, 8, whole=False, listed=True, empty=False),
     "model.random_seeds": Range(0, SEED, listed=True),
+    "model.slices.init_args.group_size": Range(1, 2**31 - 1),
+    "model.router.init_args.hidden_features": Range(1, 10**6),
     **{f"model.rates.{key}": _RATE for key in ("ranges", "codes", "transforms", "routers")},
 }
 """Ranges of the numbers of a recipe, by key. What strategies take, they check themselves."""
 
 
 def range_problems(key: str, value: Any) -> list[str]:
-    """A line if a value of a recipe lies outside of the range of its key; of what is no number the parser speaks.
+    """A line if a value of a recipe is no number, or lies outside of the range of its key.
 
     Args:
         key: Dotted key.
@@ -81,6 +83,11 @@ def range_problems(key: str, value: Any) -> list[str]:
         # A list in place of a number, or a number in place of a list.
         return [f"{key}: {shown(value)}; {allowed} is expected"] if isinstance(value, (list, dict, int, float)) else []
     numbers = [_number(item) for item in value] if isinstance(value, list) else [_number(value)]
+    items = value if isinstance(value, list) else [value]
+    if none := [
+        item for item, number in zip(items, numbers, strict=True) if number is None and isinstance(item, (str, bool))
+    ]:
+        return [f"{key}: {shown(none[0])} is no number; {allowed} is expected"]
     wrong = [number for number in numbers if number is not None and not allowed.holds(number)]
     if wrong:
         return [f"{key}: {shown(wrong[0])} is out of range; {allowed} is expected"]

@@ -24,7 +24,7 @@ from .layout import BlockLayout as BlockLayout
 from .layout import Share as Share
 from .observers import Observer as Observer
 from .reading import FixedSlices as FixedSlices
-from .routed_input import TABLE_STEP as TABLE_STEP
+from .routed_input import BUDGET_STEP as BUDGET_STEP
 from .routed_input import ReadState as ReadState
 from .routed_input import RoutedInput as RoutedInput
 from .routed_input import held_slices as held_slices

@@ -21,8 +21,8 @@ from mobiq_lightning.tensor_memo import TensorMemo
 if TYPE_CHECKING:
     from mobiq_lightning.nn.fused_products import FusedProducts
 
-TABLE_STEP = 0.25
-"""Distance in bits between the budgets whose thresholds are stored."""
+BUDGET_STEP = 0.125
+"""Distance in bits between the budgets whose thresholds a calibration finds."""
 
 
 def held_slices(slice_bits: tuple[int, ...], max_bits: int | None) -> tuple[int, ...]:
@@ -84,6 +84,7 @@ class RoutedInput(nn.Module):
         max_bits: Depth in bits up to which slices are held; by default all.
         transform: Transform of the tokens for the linears, while the router sees the tokens themselves; by default
             none.
+        budget_step: Distance in bits between the budgets whose thresholds are stored.
     """
 
     budgets: Tensor
@@ -99,6 +100,7 @@ class RoutedInput(nn.Module):
         n_weights: int,
         max_bits: int | None = None,
         transform: InputTransform | None = None,
+        budget_step: float = BUDGET_STEP,
     ) -> None:
         super().__init__()
         self.router = router
@@ -106,7 +108,7 @@ class RoutedInput(nn.Module):
         self.slice_bits = held_slices(slice_bits, max_bits)
         self.n_weights = n_weights
         lowest, highest = slice_bits[0], sum(slice_bits)
-        budgets = torch.linspace(lowest, highest, round((highest - lowest) / TABLE_STEP) + 1)
+        budgets = torch.linspace(lowest, highest, round((highest - lowest) / budget_step) + 1)
         self.register_buffer("budgets", budgets)
         # Row k: thresholds for a model that holds only the first k + 1 slices.
         self.register_buffer("layer_thresholds", torch.zeros(len(slice_bits), len(budgets)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mobiq_lightning.nn.routed_input import RoutedInput
+from mobiq_lightning.nn.routed_input import BUDGET_STEP, RoutedInput
 from mobiq_lightning.strategies.base import Router
 from mobiq_lightning.strategies.transform_base import InputTransform
 
@@ -16,6 +16,7 @@ def make_shared_input(
     router: Callable[[int, int], Router],
     transform: Callable[[int], InputTransform | None],
     max_bits: int | None = None,
+    budget_step: float = BUDGET_STEP,
 ) -> RoutedInput:
     """Makes the routed input of linears that read the same tokens.
 
@@ -25,6 +26,7 @@ def make_shared_input(
         router: Factory that makes the router from (I, number of slices).
         transform: Factory that makes the transform of the input from I, or gives None for none.
         max_bits: Depth in bits up to which slices are held; None for all.
+        budget_step: Distance in bits between the budgets whose thresholds are stored.
 
     Raises:
         BitsError: If no prefix of the slices has `max_bits` bits.
@@ -32,4 +34,4 @@ def make_shared_input(
     in_features = linears[0].in_features
     n_weights = sum(linear.weight.numel() for linear in linears)
     of_input = transform(in_features)
-    return RoutedInput(router(in_features, len(slice_bits)), slice_bits, n_weights, max_bits, of_input)
+    return RoutedInput(router(in_features, len(slice_bits)), slice_bits, n_weights, max_bits, of_input, budget_step)

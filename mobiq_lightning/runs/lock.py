@@ -62,6 +62,28 @@ class FolderLock:
         with suppress(OSError):  # on a full disk nobody learns who holds it
             os.write(handle, note)
 
+    def check_free(self) -> None:
+        """Makes sure that no other process holds the lock, without taking it.
+
+        Raises:
+            RunFolderError: If one does, naming it.
+        """
+        try:
+            import fcntl
+
+            handle = os.open(self.path, os.O_RDWR)
+        except (ImportError, OSError):
+            return
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise RunFolderError(
+                    f"{self.path.parent}: {_holder(handle)} is at work in this folder; wait for it, or end it"
+                ) from error
+        finally:
+            os.close(handle)
+
     @property
     def held(self) -> bool:
         """Whether the lock was taken."""

@@ -184,6 +184,22 @@ class RunFolder:
             self._set_aside()
         self.found = "finished" if self.finished else "begun" if self.epochs_kept else ""
         config = self.path / RUN_CONFIG
+        stored = self._refuse_others(recipe)
+        if stored is not None:
+            if not list(differing_keys_of_runs(stored, recipe)):
+                if stored != recipe and not self.finished:
+                    write_text(config, _HEADING + yaml.safe_dump(recipe, sort_keys=False))
+                return True
+            for name in _FROM_ANOTHER_RECIPE:
+                remove(self.path / name)
+            for logged in (self.path / CSV_LOG).glob("version_*"):
+                remove(logged)
+        write_text(config, _HEADING + yaml.safe_dump(recipe, sort_keys=False))
+        return False
+
+    def _refuse_others(self, recipe: dict[str, Any]) -> dict[str, Any] | None:
+        """Makes sure that the folder holds no other run and nothing that no run has written; gives the recipe of its run."""
+        config = self.path / RUN_CONFIG
         stored, work = self._stored_recipe(), self.finished_work
         if stored is not None:
             differences = list(differing_keys_of_runs(stored, recipe))
@@ -193,14 +209,6 @@ class RunFolder:
                     "Give another trainer.default_root_dir, or --overwrite to remove that run. To compare a finished run "
                     "at other bits or on other text, use `validate`"
                 )
-            if not differences:
-                if stored != recipe and not self.finished:
-                    write_text(config, _HEADING + yaml.safe_dump(recipe, sort_keys=False))
-                return True
-            for name in _FROM_ANOTHER_RECIPE:
-                remove(self.path / name)
-            for logged in (self.path / CSV_LOG).glob("version_*"):
-                remove(logged)
         elif work:
             raise RunFolderError(
                 f"{self.path} holds {', '.join(work)} but no {RUN_CONFIG}, so what made them is unknown. Give another "
@@ -211,8 +219,41 @@ class RunFolder:
                 f"{config} is there and no run has written it: it would be replaced. Give another "
                 "trainer.default_root_dir, or move that file"
             )
-        write_text(config, _HEADING + yaml.safe_dump(recipe, sort_keys=False))
-        return False
+        return stored
+
+    def check_place(self) -> None:
+        """Makes sure that the folder can be made and written to and no other process is at work in it; writes nothing.
+
+        Raises:
+            RunFolderError: If it cannot, naming that process or what stands in the way.
+        """
+        try:
+            place = next(p for p in (self.path.absolute(), *self.path.absolute().parents) if os.path.lexists(p))
+            reason = "" if place.is_dir() else f"{_shortened(place)} is no folder"
+            if not reason and not (os.access(place, os.W_OK | os.X_OK) or self.finished):
+                reason = f"no right to write to {_shortened(place)}"
+        except (OSError, ValueError) as error:  # a name that no folder can have
+            reason = _reason(error)
+        if reason:
+            raise RunFolderError(
+                f"{_shortened(self.path)}: this folder cannot be made or written to ({reason}); give another"
+            )
+        self._lock.check_free()
+
+    def check_claim(self, recipe: dict[str, Any], overwrite: bool) -> None:
+        """Raises what `lock` and `claim` would raise, and writes nothing.
+
+        Args:
+            recipe: The full recipe.
+            overwrite: Whether another run may be removed.
+
+        Raises:
+            RunFolderError: If the folder cannot be made or written to, another process is at work in it, or it holds another
+                run or files that are no run.
+        """
+        self.check_place()
+        if not overwrite:
+            self._refuse_others(recipe)
 
     def begin(self) -> None:
         """Removes the run that is overwritten: model, text and recipe of the new one are known to be good."""

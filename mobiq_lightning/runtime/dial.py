@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mobiq_lightning.errors import BitsError, shown
-from mobiq_lightning.nn import TABLE_STEP, ReadState, RoutedInput
+from mobiq_lightning.nn import ReadState, RoutedInput
 from mobiq_lightning.runtime.counting import BitCounter, BitsUsed
 from mobiq_lightning.strategies.thresholds import Scope
 
@@ -68,6 +68,7 @@ class Dial:
         self.overhead_bits, self.router_bits = overhead_bits, router_bits
         first = self.inputs[0]
         self.lowest, self.highest = float(first.depths[0]), float(first.depths[-1])
+        self._step = float(first.budgets[1] - first.budgets[0]) if len(first.budgets) > 1 else 1.0
         row = len(first.slice_bits) - 1
         self._tables = {
             "layer": torch.stack([routed.layer_thresholds[row].cpu() for routed in self.inputs]),
@@ -197,8 +198,8 @@ class Dial:
         as the budget lies between them; one input is in between. Thresholds of all inputs in between would not do: scores have
         gaps where a depth ends, in which a threshold moves without effect.
         """
-        table, last = self._tables[scope], round((self.highest - self.lowest) / TABLE_STEP)
-        position = (budgets - self.lowest) / TABLE_STEP
+        table, last = self._tables[scope], round((self.highest - self.lowest) / self._step)
+        position = (budgets - self.lowest) / self._step
         lower = position.floor().long().clamp(0, max(0, last - 1))
         upper = (lower + 1).clamp(max=last)
         part = ((position - lower) - self._start[:, None]).div(self._share[:, None]).clamp(0, 1)

@@ -1,11 +1,19 @@
 # What others may use of this package; `__init__.py` loads it when it is asked for.
+from .generated_text import CPU_CACHE_BYTES as CPU_CACHE_BYTES
 from .generated_text import SourceWriter as SourceWriter
+from .generated_text import Tell as Tell
 from .model import Source as Source
 from .model import load_source as load_source
 from .model_checks import check_finite as check_finite
+from .model_files import check_local_model as check_local_model
 from .model_files import former_fingerprint as former_fingerprint
+from .model_shape import ModelShape as ModelShape
+from .model_shape import read_shape as read_shape
 from .overflow import check_output as check_output
 from .text import check_ids as check_ids
+from .text import check_source as check_source
+from .text_survey import TextSurvey as TextSurvey
+from .text_survey import survey as survey
 from .windows import IGNORED as IGNORED
 from .windows import ComparisonPass as ComparisonPass
 from .windows import TextWindows as TextWindows

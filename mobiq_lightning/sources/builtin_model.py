@@ -20,6 +20,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from mobiq_lightning.console import verbosity
 from mobiq_lightning.errors import ModelError
 from mobiq_lightning.sources.builtin_text import builtin_documents
 from mobiq_lightning.sources.model_files import cache_folder
@@ -203,7 +204,14 @@ def _optimize(model: Any, batches: Iterator[Any], spec: BuiltinModelSpec) -> Non
         torch.optim.AdamW(others, lr=spec.lr, weight_decay=0.0, betas=(0.9, 0.95)),
     ]
     schedules = [LambdaLR(o, lambda s: _schedule(s, spec)) for o in optimizers]
-    bar = tqdm(batches, "Training the built-in model (once)", spec.steps, mininterval=1.0, unit="step")
+    bar = tqdm(
+        batches,
+        "Training the built-in model (once)",
+        spec.steps,
+        mininterval=1.0,
+        unit="step",
+        disable=verbosity() == "quiet",
+    )
     for ids in bar:
         logits = model(input_ids=ids[:, :-1], use_cache=False).logits
         loss: Any = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())

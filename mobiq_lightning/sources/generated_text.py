@@ -6,7 +6,7 @@ LLM-QAT (arXiv 2305.17888) distils a model on text of its own.
 from __future__ import annotations
 
 import math
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from mobiq_lightning.console import say
 from mobiq_lightning.errors import DataError, ModelError
 from mobiq_lightning.runs import SharedWork
 from mobiq_lightning.sources.model import Source
 
-_CPU_CACHE_BYTES = 2**30
+CPU_CACHE_BYTES = 2**30
 """Bytes for keys and values of documents written at a time, on a CPU; a GPU gives half of what weights leave."""
-_SECONDS_BETWEEN_LINES = 20.0
+Tell = Callable[[int, int, bool], None]
+"""Function that is told the tokens that are written by now, those that are to be written, and whether the last ones were
+written just now or before."""
 
 
 @dataclass
@@ -36,11 +37,13 @@ class SourceWriter:
         source: The full-precision model; it is moved to `device` while it writes.
         device: Device that the model writes on.
         kept: Store of the batches that are done.
+        tell: Function that is told how much is written.
     """
 
     source: Source
     device: torch.device
     kept: SharedWork
+    tell: Tell | None = None
 
     def write(self, n_tokens: int, seq_len: int, seed: int) -> list[int]:
         """Writes documents and gives their token ids, one document after the other, without EOS.
@@ -70,7 +73,7 @@ class SourceWriter:
         }
         key |= {"length": length, "seed": seed}
         before = next(model.parameters()).device
-        progress = _Progress(n_tokens)
+        progress = _Progress(n_tokens, self.tell)
         written: list[int] = []
         n_documents = 0
         try:
@@ -121,7 +124,7 @@ class SourceWriter:
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         of_row = 2 * config.num_hidden_layers * heads * width * length * model.dtype.itemsize
-        room = _CPU_CACHE_BYTES
+        room = CPU_CACHE_BYTES
         if self.device.type == "cuda":
             weights = sum(p.numel() * p.element_size() for p in model.parameters() if p.device != self.device)
             free, total = torch.cuda.mem_get_info(self.device)
@@ -137,26 +140,20 @@ class SourceWriter:
 
 
 class _Progress(StoppingCriteria):
-    """A stopping criterion that stops nothing, but tells the user from time to time how much is written."""
+    """A stopping criterion that stops nothing, but tells how much is written."""
 
-    def __init__(self, n_tokens: int) -> None:
-        self.n_tokens = n_tokens
-        self.begun = self.told = time.monotonic()
+    def __init__(self, n_tokens: int, tell: Tell | None) -> None:
+        self.n_tokens, self.tell = n_tokens, tell
 
     def begin_batch(self, written: int, rows: float) -> None:
         """Notes the tokens written before a batch, and how many documents of full length the batch amounts to."""
         self.written, self.rows = written, rows
+        if self.tell is not None:
+            self.tell(min(written, self.n_tokens), self.n_tokens, False)
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        now = time.monotonic()
-        if now - self.told > _SECONDS_BETWEEN_LINES:
-            self.told = now
-            done = min(self.written + int(self.rows * input_ids.shape[1]), self.n_tokens)
-            left = int((now - self.begun) * (self.n_tokens / done - 1))
-            say(
-                f"the full-precision model writes calibration text: about {done:,} of {self.n_tokens:,} tokens, "
-                f"ETA {left // 60}:{left % 60:02}"
-            )
+        if self.tell is not None:
+            self.tell(min(self.written + int(self.rows * input_ids.shape[1]), self.n_tokens), self.n_tokens, True)
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from mobiq_lightning.errors import ModelError
 from mobiq_lightning.sources.model_checks import check_finite, check_folder, check_loaded, check_special_tokens
-from mobiq_lightning.sources.model_files import OTHER_PATTERNS, WEIGHT_PATTERNS, fingerprint
+from mobiq_lightning.sources.model_files import OTHER_PATTERNS, WEIGHT_PATTERNS, check_local_model, fingerprint
 
 
 @dataclass
@@ -67,10 +66,9 @@ def load_source(pretrained: str, dtype: str = "auto") -> Source:
         ModelError: If the model cannot be reached, is damaged in whatever way, is quantized already, lacks weights, holds
             weights that are NaN or infinite, or does not fit its tokenizer.
     """
-    from huggingface_hub import snapshot_download
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    folder = _resolve(pretrained, snapshot_download)
+    folder = resolve(pretrained)
     saved, files = check_folder(folder, pretrained)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -93,21 +91,28 @@ def load_source(pretrained: str, dtype: str = "auto") -> Source:
     return Source(pretrained, model, tokenizer, hash_tokenizer(tokenizer), folder, files)
 
 
-def _resolve(pretrained: str, snapshot_download: Callable[..., str]) -> Path:
-    """Local folder of a model, downloaded if it is a hub id that is not in the cache yet."""
+def resolve(pretrained: str, with_weights: bool = True) -> Path:
+    """Local folder of a model, downloaded if it is a hub id that is not in the cache yet.
+
+    Args:
+        pretrained: Hub id, local folder, or ``builtin``.
+        with_weights: Whether weights are downloaded too, and not configuration and tokenizer alone.
+
+    Raises:
+        ModelError: If there is no such model.
+    """
     if pretrained == "builtin":
         from mobiq_lightning.sources.builtin_model import ensure_builtin_model
 
         return ensure_builtin_model()
-    path = Path(pretrained).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").exists():
-            raise ModelError(f"model.pretrained: {path} has no config.json; give a Hugging Face model folder")
-        return path
-    if path.is_absolute() or pretrained.startswith(".") or pretrained.count("/") > 1:
-        raise ModelError(f"model.pretrained: there is no folder {path.absolute()}")
+    if (local := check_local_model(pretrained)) is not None:
+        return local
+    from huggingface_hub import snapshot_download
+
     try:
         folder = Path(pretrained)
+        if not with_weights:
+            return Path(snapshot_download(pretrained, allow_patterns=OTHER_PATTERNS))
         for pattern in WEIGHT_PATTERNS.values():  # the second form of the weights only if the first is not there
             folder = Path(snapshot_download(pretrained, allow_patterns=[*OTHER_PATTERNS, pattern]))
             if any(folder.glob(pattern)):

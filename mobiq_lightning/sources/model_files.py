@@ -36,6 +36,24 @@ def check_files(folder: Path) -> None:
             raise ModelError(f"model.pretrained: {path} is no regular file; a model folder holds files alone")
 
 
+def check_local_model(pretrained: str) -> Path | None:
+    """The folder that the name of a model means, if it means one; None for ``builtin`` and what may be an id of the hub.
+
+    Raises:
+        ModelError: If there is no such folder, or it is none of a model.
+    """
+    if pretrained == "builtin":
+        return None
+    path = Path(pretrained).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise ModelError(f"model.pretrained: {path} has no config.json; give a Hugging Face model folder")
+        return path
+    if path.is_absolute() or pretrained.startswith(".") or pretrained.count("/") > 1:
+        raise ModelError(f"model.pretrained: there is no folder {path.absolute()}")
+    return None
+
+
 def weight_files(folder: Path, config: dict[str, Any]) -> list[Path]:
     """The files with weights that transformers loads from a folder, and the index that names them if there is one.
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 import hashlib
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from mobiq_lightning.errors import DataError, nearest
-from mobiq_lightning.sources.text_files import find_file, read_file, texts_of
+from mobiq_lightning.sources.text_files import check_kind, find_file, read_file, texts_of
 
 Split = Literal["train", "eval"]
 Protocol = Literal["packed", "documents"]
@@ -68,14 +69,33 @@ def read_documents(source: str, split: Split, key: str) -> list[str]:
         return builtin_documents("train" if split == "train" else "heldout")
     if source in _HUB:
         return _read_hub(source, _HUB[source][split], key)
+    documents = read_file(check_source(source, key), key)
+    if not any(d.strip() for d in documents):
+        raise DataError(f"{key}: {source} holds no text")
+    return documents
+
+
+def check_source(source: str, key: str) -> Path:
+    """Makes sure that a source can be one: a name, or a file of a kind that can be read.
+
+    Args:
+        source: Source of the text.
+        key: Recipe key that names it, for messages.
+
+    Returns:
+        The file; for a name, a path of that name.
+
+    Raises:
+        DataError: If it is neither.
+    """
+    if source in NAMES:
+        return Path(source)
     path = find_file(source)
     if path is None:
         hint = nearest(source, NAMES)
         raise DataError(f"{key}: {source!r} is neither a file nor one of {', '.join(NAMES)}. {hint}".rstrip())
-    documents = read_file(path, key)
-    if not any(d.strip() for d in documents):
-        raise DataError(f"{key}: {source} holds no text")
-    return documents
+    check_kind(path, key)
+    return path
 
 
 def describe_source(source: str, split: Split) -> dict[str, Any]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from mobiq_lightning.errors import DataError, FileError
 from mobiq_lightning.input_files import open_regular, parse_json, read_text
 
+_SUFFIXES = (".txt", ".jsonl", ".parquet")
 _SEPARATOR = re.compile(r"^\s*<\|endoftext\|>\s*$", re.MULTILINE)
 
 
@@ -21,6 +22,24 @@ def find_file(source: str) -> Path | None:
         return path if path.exists() else None
     except (OSError, ValueError, RuntimeError):  # too long a name, or the home of a user who is not there
         return None
+
+
+def check_kind(path: Path, key: str) -> None:
+    """Makes sure that a file is a regular one, of a kind that can be read; what is in it is not looked at.
+
+    Args:
+        path: The file.
+        key: Recipe key that names it, for messages.
+
+    Raises:
+        DataError: If it is not.
+    """
+    try:
+        open_regular(path).close()
+    except FileError as error:
+        raise DataError(f"{key}: {error}") from error
+    if path.suffix not in _SUFFIXES:
+        raise DataError(f"{key}: {path.name} ends in {path.suffix!r}; .txt, .jsonl and .parquet can be read")
 
 
 def read_file(path: Path, key: str) -> list[str]:
@@ -35,10 +54,8 @@ def read_file(path: Path, key: str) -> list[str]:
     """
     read = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
     where = f"{key}: {path}"
+    check_kind(path, key)
     try:
-        open_regular(path).close()
-        if path.suffix not in read:
-            raise DataError(f"{key}: {path.name} ends in {path.suffix!r}; .txt, .jsonl and .parquet can be read")
         return read[path.suffix](path, where)
     except FileError as error:
         raise DataError(f"{key}: {error}") from error
@@ -72,6 +89,7 @@ def _decoded(path: Path) -> str:
 
 def _read_jsonl(path: Path, where: str) -> list[str]:
     values: list[Any] = []
+    lines: list[int] = []
     keys: dict[str, None] = {}
     for number, line in enumerate(_decoded(path).split("\n"), start=1):
         if not line.strip():
@@ -87,9 +105,10 @@ def _read_jsonl(path: Path, where: str) -> list[str]:
             )
         keys |= dict.fromkeys(row)
         values.append(row.get("text"))
+        lines.append(number)
     if values and "text" not in keys:
         raise DataError(f"{where} has no column 'text'; columns are {', '.join(keys)}")
-    return texts_of(values, where)
+    return texts_of(values, where, lines)
 
 
 def _read_parquet(path: Path, where: str) -> list[str]:
@@ -106,29 +125,31 @@ def _read_parquet(path: Path, where: str) -> list[str]:
     return texts_of(values, where)
 
 
-def texts_of(values: Iterable[Any], where: str) -> list[str]:
+def texts_of(values: Iterable[Any], where: str, lines: Sequence[int] | None = None) -> list[str]:
     """The texts of rows, without those that are null.
 
     Args:
         values: What the rows hold: text, or its bytes in UTF-8.
         where: Where they come from, for messages.
+        lines: The line of each row in its file, if it has one.
 
     Raises:
-        DataError: If one is no text, with its row, counted from 1, and its type.
+        DataError: If one is no text, with its line or row, counted from 1, and its type.
     """
     texts: list[str] = []
     for number, value in enumerate(values, start=1):
         if value is None:
             continue
+        place = f"row {number}" if lines is None else f"line {lines[number - 1]}"
         try:
             text = value.decode("utf-8") if isinstance(value, bytes) else value
             if isinstance(text, str):
                 text.encode("utf-8")
         except UnicodeError as error:
-            raise DataError(f"{where}: the text of row {number} is not UTF-8 ({error.reason})") from error  # type: ignore[attr-defined]
+            raise DataError(f"{where}: the text of {place} is not UTF-8 ({error.reason})") from error  # type: ignore[attr-defined]
         if not isinstance(text, str):
             raise DataError(
-                f"{where}: the text of row {number} is {_kind(value)}, not text. Write what the model is to read into 'text', "
+                f"{where}: the text of {place} is {_kind(value)}, not text. Write what the model is to read into 'text', "
                 "for chats what the tokenizer's apply_chat_template(messages, tokenize=False) gives"
             )
         texts.append(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from enum import IntEnum
 from typing import Any
@@ -87,13 +88,13 @@ class TextWindows(LightningDataModule):
         self.source, self.eval_source = source, eval_source
         self.n_samples, self.seq_len, self.batch_size = n_samples, seq_len, batch_size
         self.eval_protocol: Protocol = eval_protocol
-        self.eval_seq_len = eval_seq_len or seq_len
-        self.eval_batch_size = eval_batch_size or batch_size
+        self.eval_seq_len = seq_len if eval_seq_len is None else eval_seq_len
+        self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         self.eval_max_windows = eval_max_windows
         self.seed, self.n_generated = seed, n_generated
-        for key in ("n_samples", "seq_len", "batch_size", "eval_seq_len", "eval_batch_size"):
-            if getattr(self, key) < 1:
-                raise DataError(f"data.{key} ({getattr(self, key)}) must be at least 1")
+        for key in ("n_samples", "seq_len", "batch_size", "eval_seq_len", "eval_batch_size", "eval_max_windows"):
+            if (value := getattr(self, key)) is not None and value < 1:
+                raise DataError(f"data.{key} ({value}) must be at least 1")
         if n_generated < 0:
             raise DataError(f"data.n_generated ({n_generated}) must be at least 0")
         self.calibration: Windows | None = None
@@ -134,38 +135,78 @@ class TextWindows(LightningDataModule):
         """
         self._rows = rows
         self.shared = shared or self.shared
-        if stage == "fit" and self.calibration is None:
-            self.calibration = self._read_calibration(tokenizer, tokenizer_hash, write)
+        reads = stage == "fit" and self.calibration is None
+        windows = self._read_calibration(tokenizer, tokenizer_hash) if reads else []
         if self.evaluation is None:
             self.evaluation = self._read_evaluation(tokenizer, tokenizer_hash)
+        if reads:  # writing takes long, so it comes when all that may be wrong with the text is known
+            windows += self._written(write) if self.n_generated else []
+            self.calibration_digest = digest([w.tolist() for w in windows])
+            self.calibration = Windows(windows)
 
     def calibration_ids(self) -> Tensor:
         """Gives the token ids (N, T) int64 of all N calibration windows, in the order of their index."""
         assert self.calibration is not None, "read() comes first"
         return torch.stack(self.calibration.windows)
 
-    def _read_calibration(self, tokenizer: Any, tokenizer_hash: str, write: Write | None) -> Windows:
+    @property
+    def n_windows(self) -> int:
+        """Calibration windows, of the text and written by the model."""
+        return self.n_samples + self.n_generated
+
+    def n_eval_batches(self, world_size: int = 1) -> int:
+        """Batches of evaluation windows of one process, as far as can be told: before the text is read, by the most windows."""
+        windows = (self.eval_max_windows or 0) if self.evaluation is None else len(self.evaluation)
+        return math.ceil(math.ceil(windows / world_size) / self.eval_batch_size)
+
+    @property
+    def eval_fill(self) -> float:
+        """The part of the evaluation windows that is text, as far as is known; documents may be shorter than a window."""
+        if self.evaluation is None:
+            return 1.0
+        tokens = sum(len(window) for window in self.evaluation.windows)
+        return tokens / (len(self.evaluation) * self.eval_seq_len)
+
+    def _read_calibration(self, tokenizer: Any, tokenizer_hash: str) -> list[Tensor]:
         key = "data.source"
-        streams = self._streams(self.source, "train", key, tokenizer, tokenizer_hash)
+        streams = self.streams(self.source, "train", key, tokenizer, tokenizer_hash)
         stream = [token for ids in streams for token in ids]
         found = len(stream) // self.seq_len
         if found < self.n_samples:
-            raise DataError(
-                f"{key}: {self.source} gives {len(stream)} tokens, {found} windows of {self.seq_len}; "
-                f"data.n_samples asks for {self.n_samples}. Give more text, or lower data.n_samples or data.seq_len"
-            )
+            raise DataError(self.too_few(len(stream)))
         generator = torch.Generator().manual_seed(self.seed)
         chosen = torch.randperm(found, generator=generator)[: self.n_samples].tolist()
-        windows = [torch.tensor(stream[i * self.seq_len : (i + 1) * self.seq_len]) for i in chosen]
-        if self.n_generated:
-            assert write is not None, "data.n_generated needs something that writes"
-            n_tokens = self.n_generated * self.seq_len
-            windows += torch.tensor(write(n_tokens, self.seq_len, self.seed)[:n_tokens]).split(self.seq_len)
-        self.calibration_digest = digest([w.tolist() for w in windows])
-        return Windows(windows)
+        return [torch.tensor(stream[i * self.seq_len : (i + 1) * self.seq_len]) for i in chosen]
 
-    def _streams(self, source: str, split: Split, key: str, tokenizer: Any, tokenizer_hash: str) -> list[list[int]]:
-        """Token ids of a source, one list per stream."""
+    def _written(self, write: Write | None) -> list[Tensor]:
+        """Windows that the model writes."""
+        assert write is not None, "data.n_generated needs something that writes"
+        n_tokens = self.n_generated * self.seq_len
+        return list(torch.tensor(write(n_tokens, self.seq_len, self.seed)[:n_tokens]).split(self.seq_len))
+
+    def too_few(self, n_tokens: int) -> str:
+        """What is said of calibration text of so many tokens that gives fewer windows than asked for."""
+        return (
+            f"data.source: {self.source} gives {n_tokens} tokens, {n_tokens // self.seq_len} windows of {self.seq_len}; "
+            f"data.n_samples asks for {self.n_samples}. Give more text, or lower data.n_samples or data.seq_len"
+        )
+
+    def streams(self, source: str, split: Split, key: str, tokenizer: Any, tokenizer_hash: str) -> list[list[int]]:
+        """Reads and tokenizes a source.
+
+        Args:
+            source: The source.
+            split: Part of a named source.
+            key: Recipe key that names it, for messages.
+            tokenizer: Hugging Face tokenizer of the model.
+            tokenizer_hash: Hash that identifies it.
+
+        Returns:
+            Token ids, one list per stream.
+
+        Raises:
+            DataError: If it cannot be read, or has tokens that the model does not know.
+        """
 
         def make() -> list[list[int]]:
             return tokenize(read_documents(source, split, key), tokenizer, self.eval_protocol, key)
@@ -178,7 +219,7 @@ class TextWindows(LightningDataModule):
 
     def _read_evaluation(self, tokenizer: Any, tokenizer_hash: str) -> Windows:
         key = "data.eval_source"
-        streams = self._streams(self.eval_source, "eval", key, tokenizer, tokenizer_hash)
+        streams = self.streams(self.eval_source, "eval", key, tokenizer, tokenizer_hash)
         if self.eval_protocol == "packed":
             stream, size = streams[0], self.eval_seq_len
             cut = [stream[i : i + size] for i in range(0, len(stream) - size + 1, size)]

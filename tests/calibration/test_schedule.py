@@ -98,3 +98,10 @@ def test_the_loss_of_a_stage_has_its_depth_and_finer_ones_and_none_for_routers_a
 def test_codes_are_refused_for_schemes_that_have_none_to_train() -> None:
     problems = list(stage_problems([Stage(train=["codes"], epochs=1, depth=2)], DEPTHS, learns_codes=False))
     assert "use ProgressiveSlices" in problems[0]
+
+
+def test_visits_are_counted_as_epochs_end_them() -> None:
+    block, model = Stage(train=["codes"], depth=2, epochs=2), Stage(train=["routers"], epochs=1, scope="model")
+    schedule = Schedule([block, model], 6, n_blocks=2)
+    assert [schedule.visits_until(epoch) for epoch in range(-1, 5)] == [(0, 3), (0, 3), (1, 3), (1, 3), (2, 3), (3, 3)]
+    assert [schedule.n_epochs_of(number) for number in (0, 1)] == [4, 1]

@@ -101,7 +101,7 @@ class TestDamage:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"format_version": 99}, "format version 99.*up to 2"),
+            ({"format_version": 99}, "format version 99.*up to 3"),
             ({"code": "morse"}, "there is no code 'morse'; there are nested, per_slice, per_plane, codebook"),
             ({"slice_bits": None}, "quantization_config lacks slice_bits"),
             ({"group_sise": 16}, "unknown key 'group_sise'. Did you mean 'group_size'"),

@@ -45,7 +45,14 @@ def stored(**changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"max_bits": 4}, {"format_version": 2, "code": "per_slice"}, {"share_routers": "linear"}]
+    "changes",
+    [
+        {},
+        {"max_bits": 4},
+        {"format_version": 2, "code": "per_slice"},
+        {"share_routers": "linear"},
+        {"format_version": 3, "budget_step": 0.125},
+    ],
 )
 def test_what_was_written_is_read_and_written_again_in_the_same_order(changes: dict[str, Any]) -> None:
     config = stored(**changes)
@@ -74,7 +81,8 @@ def test_the_version_is_the_lowest_that_says_what_is_stored() -> None:
         "per_plane": 2,
         "codebook": 2,
     }
-    assert needed_version("nested", ["scale"]) == FORMAT_VERSION == 2
+    assert needed_version("nested", ["scale"]) == 2
+    assert needed_version("nested", [], 0.125) == FORMAT_VERSION == 3
     config = stored(transform={**stored()["transform"], "stored": ["scale"]})
     del config["format_version"]
     assert ElasticFormat.from_json(config).format_version == 2
@@ -92,10 +100,12 @@ def test_the_version_is_the_lowest_that_says_what_is_stored() -> None:
             {"transform": {**stored()["transform"], "store": []}},
             r"\.transform has an .* 'store'\. Did you mean 'stored'",
         ),
-        ({"format_version": 3, "new_key": 1}, "format version 3; this version of mobiq-lightning reads up to 2"),
+        ({"format_version": 4, "new_key": 1}, "format version 4; this version of mobiq-lightning reads up to 3"),
         ({"format_version": "2"}, "format version 2"),
         ({"format_version": True}, "format version True"),
         ({"quant_method": "gptq"}, r"quant_method should be 'mobiq', and is 'gptq'"),
+        ({"budget_step": 0}, r"budget_step should be a number of bits from 1/256 to 8, and is 0"),
+        ({"budget_step": 1e-9}, r"budget_step should be a number of bits from 1/256 to 8, and is 1e-09"),
         ({"slice_bits": [2, 0]}, r"slice_bits should be a list of positive integers .* and is \[2, 0\]"),
         ({"slice_bits": [4, 4, 4]}, r"add up to at most 8, and is \[4, 4, 4\]"),
         ({"slice_bits": []}, r"slice_bits should be .* and is \[\]"),

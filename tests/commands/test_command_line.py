@@ -19,7 +19,7 @@ from mobiq_lightning.errors import RecipeError
 def test_the_help_lists_every_command_with_its_usage_and_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert len(COMMANDS) == 11
+    assert len(COMMANDS) == 12
     for name, command in COMMANDS.items():
         assert f" {name} {command.usage} {command.summary()} " in printed
 

@@ -368,17 +368,17 @@ class TestRunFolder:
     [
         (
             ["--model.slices.init_args.slice_bits=[4,2,2]"],
-            "depths [2] are no prefix of the slices; depths are [4, 6, 8]",
+            "[2, 2.5] lie outside of what the slices give, 4 to 8",
         ),
-        (["--model.budget.init_args.high_bits=9"], "high_bits (9.0) must be a number of at least 0 and at most 8"),
-        (["--model.eval_bits=[1, 4]"], "[1.0] lie outside"),
+        (["--model.budget.init_args.high_bits=9"], "high_bits (9): the slices [2, 1, 1, 2, 2] give 2 to 8 bits"),
+        (["--model.eval_bits=[1, 4]"], "[1] lie outside"),
         (
             ["--model.layout={shared_inputs: [[q_proj, a]]}"],
             "model.layout.shared_inputs: no block has a; its linears are",
         ),
         (["--model.epochs_per_block=0"], "at least 1"),
         (["--model.stages=[{share: 0.5, train: [ranges, transforms]}]"], "must be above 0 and add up to 1"),
-        (["--model.slices.init_args.group_size=0"], "group_size (0)"),
+        (["--model.slices.init_args.group_size=0"], "group_size: 0 is out of range"),
         (["--model.rates.ranges=fast"], "model.rates.ranges"),
         (["--trainer.max_epoch=3"], "Did you mean 'trainer.max_epochs'"),
         (["--model.router.init_args.hiden=3"], "hiden"),

@@ -92,7 +92,10 @@ def test_stages_of_the_command_line_replace_those_of_the_recipe_whole(tmp_path: 
             {"model": {"stages": [{"train": ["slices"]}]}},
             "model.stages[0].train: slices: renamed to ranges, transforms",
         ),
-        ({"model": {"stages": [{}, {"train": ["weights"]}]}}, "model.stages[1].train: weights: renamed to codes"),
+        (
+            {"model": {"stages": [{"train": ["ranges"]}, {"train": ["weights"]}]}},
+            "model.stages[1].train: weights: renamed to codes",
+        ),
         ({"model": {"stages": [{"train": ["clipping"]}]}}, "clipping: renamed to ranges, with bounds: [clipping]"),
         ({"model": {"stages": [{"train": ["rounding"]}]}}, "rounding: renamed to codes, with bounds: [rounding]"),
         ({"model": {"slices_lr": 1.0}}, "model.slices_lr: renamed to model.rates.ranges"),
@@ -328,7 +331,25 @@ def test_a_recipe_is_not_copied_to_where_nothing_can_be_written(target: str) -> 
     [
         (
             "Parser key \"group_size\":\n  Expected a <class 'int'>. Got value: abc",
-            "group_size: Expected a <class 'int'>. Got value: abc",
+            "group_size: abc; a whole number is expected",
+        ),
+        (
+            "Parser key \"a\":\n  Does not validate against any of the Union subtypes\n  Subtypes: [<class 'int'>, "
+            "<class 'NoneType'>]\n  Errors:\n    - Expected a <class 'int'>\n    - Expected a <class 'NoneType'>\n"
+            "  Given value type: <class 'str'>\n  Given value: x",
+            "a: x; a whole number is expected",
+        ),
+        (
+            'Parser key "trainer.callbacks":\n\n  - Does not validate against any of the Union subtypes\n  Errors:\n'
+            "    - worse_block: x; one of stop, repair is expected\n    - Not a valid subclass of Callback\n"
+            "      Subclass types expect one of:\n      - a class path (str)",
+            "trainer.callbacks: worse_block: x; one of stop, repair is expected",
+        ),
+        (
+            'Parser key "model.router":\n\n  - Expected a path but numpy.array either not accessible or invalid\n'
+            "  - Type collections.abc.Callable[[int, int], mobiq_lightning.strategies.base.Router] expects a function or a "
+            "callable class: 'X' object has no attribute 'returns'. Got value: numpy.array",
+            "model.router: numpy.array makes no Router; give a class that does, by its name or dotted path",
         ),
         (
             'Parser key "model.router":\n\n- Expected a path but my_routers.Peak either not accessible or invalid\n'

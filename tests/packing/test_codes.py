@@ -84,7 +84,7 @@ def test_a_checkpoint_says_its_code_and_what_it_spends(
 ) -> None:
     folder = calibrated[0] / "elastic"
     elastic = json.loads((folder / "config.json").read_text())["quantization_config"]
-    assert elastic["format_version"] == 2, "packages that know the nested code alone must refuse it"
+    assert elastic["format_version"] == 3, "packages that know the nested code alone must refuse it"
     linears = [m for m in mobiq_lightning.load(folder).modules() if isinstance(m, ElasticLinear)]
     assert {linear.code for linear in linears} == {elastic["code"]}
     values = [v for name, v in tensors_of(folder).items() if ".slice_" in name]

@@ -25,7 +25,7 @@ def elastic_linear(seed: int, max_bits: int | None = None) -> ElasticLinear:
     """A linear of 24 x 40 weights with an input of its own, whose tokens get different scores."""
     torch.manual_seed(seed)
     weight = torch.randn(24, 40)
-    routed = RoutedInput(MLPRouter(40, len(BITS)), BITS, weight.numel(), max_bits)
+    routed = RoutedInput(MLPRouter(40, len(BITS)), BITS, weight.numel(), max_bits, budget_step=0.25)
     with torch.no_grad():
         routed.router.score.weight.mul_(100)  # type: ignore[union-attr,operator]
     table = torch.linspace(1, -5, 25).expand(5, -1)

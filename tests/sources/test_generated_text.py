@@ -68,7 +68,7 @@ def test_documents_begin_with_bos_and_are_cut_before_eos(source: Source) -> None
 def test_a_writer_that_was_interrupted_goes_on_after_the_last_batch(
     source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generated_text, "_CPU_CACHE_BYTES", 30_000)  # seven documents at a time
+    monkeypatch.setattr(generated_text, "CPU_CACHE_BYTES", 30_000)  # seven documents at a time
     whole = writer_of(source).write(600, 16, seed=3)
     write, batches = SourceWriter._documents, []
 
@@ -91,7 +91,7 @@ def test_a_writer_that_was_interrupted_goes_on_after_the_last_batch(
 def test_a_model_whose_cache_is_larger_than_the_limit_writes_one_document_at_a_time(
     source: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generated_text, "_CPU_CACHE_BYTES", 1)
+    monkeypatch.setattr(generated_text, "CPU_CACHE_BYTES", 1)
     assert len(writer_of(source).write(40, 16, seed=0)) >= 40
 
 
@@ -119,14 +119,21 @@ def test_a_model_that_writes_nothing_is_an_error_and_not_a_loop(make_model: Make
         writer_of(source).write(1_000, 16, seed=0)
 
 
-def test_progress_names_tokens_and_the_time_left(
-    source: Source, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_progress_is_told_of_tokens_that_were_kept_and_of_those_that_are_written(
+    source: Source, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(generated_text, "_SECONDS_BETWEEN_LINES", -1.0)
-    writer_of(source).write(100, 16, seed=0)
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[0].startswith("the full-precision model writes calibration text: about ")
-    assert all(" of 100 tokens, ETA " in line for line in lines)
+    told: list[tuple[int, int, bool]] = []
+    writer = SourceWriter(source, torch.device("cpu"), SharedWork(tmp_path), lambda *what: told.append(what))
+    writer.write(100, 16, seed=0)
+    assert told[0] == (0, 100, False)
+    assert all(of == 100 for _, of, _ in told)
+    done = [tokens for tokens, _, _ in told]
+    assert done == sorted(done)
+    assert len({tokens for tokens, _, timed in told if timed}) > 3, "batch by batch alone would be silent for long"
+    told.clear()
+    writer.write(100, 16, seed=0)
+    assert told
+    assert not any(timed for _, _, timed in told), "what was kept takes no time to write"
 
 
 def test_fewer_than_none_is_refused() -> None:

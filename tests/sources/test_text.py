@@ -181,10 +181,10 @@ def test_bytes_are_read_as_utf8(tmp_path: Path) -> None:
         ("\ud800", "is not UTF-8"),
     ],
 )
-def test_rows_that_are_no_text_are_refused_with_row_and_type(value: Any, said: str, tmp_path: Path) -> None:
+def test_rows_that_are_no_text_are_refused_with_line_and_type(value: Any, said: str, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_text(json.dumps({"text": "fine"}) + "\n" + json.dumps({"text": value}) + "\n")
-    with pytest.raises(DataError, match=f"row 2 .*{said}"):
+    path.write_text(json.dumps({"text": "fine"}) + "\n\n" + json.dumps({"text": value}) + "\n")
+    with pytest.raises(DataError, match=f"line 3 .*{said}"):
         read_documents(str(path), "train", "k")
 
 

@@ -145,7 +145,7 @@ class TestGainRouters:
                     routed.gates(torch.randn(1, 4))
             used.append(sum(float(r[0].mean()) * n for r, n in zip(records, SIZES, strict=True)) / sum(SIZES))
         assert used == sorted(used)
-        assert [used[n] for n in range(0, 81, 5)] == pytest.approx(budgets, abs=HALF_STEP)
+        assert [used[n] for n in range(0, 81, 5)] == pytest.approx(budgets[::2], abs=HALF_STEP)
         assert (
             max(high - low for low, high in itertools.pairwise(used)) < 0.55
         )  # one quarter bit at a time, not all at once
@@ -190,11 +190,12 @@ class TestControls:
             assert len(used.unique()) == (1 if bits in (2.0, 6.0) else 2)
 
     def test_best_layers_spend_the_mean_that_the_router_did_where_the_next_slice_gains_most(self) -> None:
-        gains, wanted = falling_gains(), [2.0, 3.0, 4.0, 2.5] * 2
+        gains, wanted = falling_gains(), [2.0, 3.0, 3.0, 2.5] * 2
         mean = sum(bits * size for bits, size in zip(wanted, SIZES, strict=True)) / sum(SIZES)
         thresholds = control_thresholds("layers", SIZES, BITS, wanted, gains=gains)
         n_open = [round(0.5 - float(t)) for t in thresholds]
-        next_slice = torch.tensor([[2 <= BITS[0] + n <= 3 for n in range(len(BITS))]] * len(SIZES))
+        assert 2 < mean < 3, "the two depths that are mixed"
+        next_slice = torch.tensor([[depth in (2, 3) for depth in depths_of(BITS)]] * len(SIZES))
         assert n_open == best_depths(worth_of(gains), SIZES, BITS, mean, next_slice)
         assert spent(n_open) == pytest.approx(mean, abs=0.02)
 

@@ -14,6 +14,7 @@ import yaml
 
 from mobiq_lightning import load
 from mobiq_lightning.checkpoint import verify
+from mobiq_lightning.checkpoint.format import needed_version
 from mobiq_lightning.cli import main
 from mobiq_lightning.errors import CheckpointError
 from mobiq_lightning.nn import BlockLayout, CalibratedBlock, ElasticLinear, fixed_depth, routed_inputs
@@ -259,4 +260,5 @@ def test_the_errors_of_a_transformed_input_are_those_of_its_products(equivalent:
 
 def test_older_packages_are_told_that_they_cannot_read_transformed_inputs(equivalent: Run, rotated: Run) -> None:
     found = [json.loads((run / "elastic" / "config.json").read_text()) for run, _ in (equivalent, rotated)]
-    assert [config["quantization_config"]["format_version"] for config in found] == [2, 1]
+    stored = [config["quantization_config"]["transform"]["stored"] for config in found]
+    assert [needed_version("nested", names) for names in stored] == [2, 1]

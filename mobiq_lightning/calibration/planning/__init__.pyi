@@ -1,0 +1,23 @@
+# What others may use of this package; `__init__.py` loads it when it is asked for.
+from .disk import bytes_on_disk as bytes_on_disk
+from .memory import PhaseMemory as PhaseMemory
+from .memory import measuring_need as measuring_need
+from .memory import memory_of_phases as memory_of_phases
+from .memory import model_stage_need as model_stage_need
+from .plan import RunPlan as RunPlan
+from .plan import plan_run as plan_run
+from .run_clock import RunClock as RunClock
+from .sizes import ModelSizes as ModelSizes
+from .sizes import sizes_of as sizes_of
+from .start import begin_clock as begin_clock
+from .start import begin_comparison_clock as begin_comparison_clock
+from .step_times import StepTimes as StepTimes
+from .step_times import guessed_times as guessed_times
+from .time_left import FIXED as FIXED
+from .time_left import Phase as Phase
+from .time_left import TimeLeft as TimeLeft
+from .work import CONTROL_PASS as CONTROL_PASS
+from .work import FORWARD as FORWARD
+from .work import ROUTER_PASS as ROUTER_PASS
+from .work import WRITING as WRITING
+from .work import stage_name as stage_name

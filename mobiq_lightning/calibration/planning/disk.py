@@ -1,0 +1,48 @@
+"""Room that a run needs on the disk of its folder."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mobiq_lightning.calibration.planning.memory import n_streams, table_bytes
+from mobiq_lightning.calibration.planning.sizes import ModelSizes, groups_of
+from mobiq_lightning.calibration.schedule import Schedule
+
+if TYPE_CHECKING:
+    from mobiq_lightning.calibration.module import ElasticCalibration
+    from mobiq_lightning.sources import TextWindows
+
+TRAINING_CHECKPOINTS = 4
+"""Training checkpoints that are there at once: three are kept while the next is written."""
+OF_LEARNED = 12
+"""Bytes of a training checkpoint for each number that is learned: itself and the two averages that AdamW keeps of it."""
+OF_CODES = 1.3
+"""Bytes of a training checkpoint for each weight whose codes are learned, as measured where blocks are done one by one."""
+OF_WAITING = 18
+"""The same where a later sweep goes on with the codes of all blocks: target, averages and frozen codes, and the targets and codes
+that guards keep to go back to."""
+
+
+def bytes_on_disk(sizes: ModelSizes, module: ElasticCalibration, text: TextWindows) -> int:
+    """Bytes that a run needs on disk: the elastic checkpoint, training checkpoints, and hidden states if they lie there.
+
+    Logs, texts that the model writes and figures come on top.
+
+    Args:
+        sizes: Sizes of the model.
+        module: What the recipe says of the calibration.
+        text: What it says of the text.
+    """
+    learned = sum(sizes.learned.values())
+    outside = sizes.model_bytes - sizes.sliced * sizes.itemsize
+    elastic = sizes.sliced * sum(sizes.slice_bits) // 8 + outside + 8 * groups_of(sizes) + 4 * sizes.learned["routers"]
+    schedule = Schedule(module.stages, module.epochs_per_block, sizes.n_blocks)
+    training = [any(stage.trains("codes") for stage in sweep) for sweep in schedule.sweeps]
+    of_codes = OF_WAITING if sum(training) > 1 else OF_CODES if any(training) else 0
+    kept = TRAINING_CHECKPOINTS * int(OF_LEARNED * learned + of_codes * sizes.sliced)
+    tables = 0
+    if module.storage == "disk":
+        sweeps = [sweep for sweep in schedule.sweeps if sweep[0].scope == "block"]
+        streams = max((n_streams(sweep, module.objective.depths) for sweep in sweeps), default=0)
+        tables = (2 * (streams + 1) + 1) * table_bytes(sizes, text)  # odd and even blocks, and the embedding
+    return elastic + kept + tables

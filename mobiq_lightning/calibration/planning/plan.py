@@ -1,0 +1,172 @@
+"""The plan of a run: what will be sliced, what it takes, and in which order, in a few lines at its start."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import torch
+
+from mobiq_lightning.calibration.planning.disk import bytes_on_disk
+from mobiq_lightning.calibration.planning.memory import PhaseMemory, memory_of_phases
+from mobiq_lightning.calibration.planning.sizes import ModelSizes, sizes_of
+from mobiq_lightning.calibration.planning.step_times import StepTimes, guessed_times, measure_steps
+from mobiq_lightning.calibration.planning.time_left import FIXED, Phase, TimeLeft
+from mobiq_lightning.calibration.planning.work import comparison_phases, stage_phases, writing_phase
+from mobiq_lightning.environment import available_memory, format_seconds
+from mobiq_lightning.packing import WHOLE_ROW
+
+if TYPE_CHECKING:
+    from mobiq_lightning.calibration.module import ElasticCalibration
+    from mobiq_lightning.sources import TextWindows
+
+_BESIDE = ("text writing", "guards")
+"""Phases that come before the stages, or between them."""
+_SOON = 1e9
+"""Weights times tokens below which a run takes a minute or two on any machine, and no step is measured to say so."""
+
+
+@runtime_checkable
+class HasPhases(Protocol):
+    """A callback that does work of its own after calibration or comparison."""
+
+    def phases(self, sizes: ModelSizes, text: TextWindows, times: StepTimes) -> list[Phase]:
+        """The phases of its work, in their order."""
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run takes.
+
+    Args:
+        sizes: Sizes of the model, and what of it is sliced.
+        memory: Bytes that each phase takes at its peak.
+        memory_free: Bytes that are free on the host, and on the device; None where that is not known, or there is no other.
+        disk: Bytes that the run needs in its folder.
+        disk_free: Bytes that are free on the disk of the run folder.
+        phases: What is done in which order, with what a step is expected to take.
+        unmeasured: Why no step was measured; empty if steps were.
+        times: What steps take.
+    """
+
+    sizes: ModelSizes
+    memory: list[PhaseMemory]
+    memory_free: tuple[int | None, int | None]
+    disk: int
+    disk_free: int
+    phases: list[Phase] = field(default_factory=list)
+    unmeasured: str = ""
+    times: StepTimes = field(default_factory=StepTimes)
+
+    @property
+    def seconds(self) -> float:
+        """What the whole run is expected to take."""
+        return TimeLeft(self.phases).left()
+
+    def shortages(self, device: str) -> list[str]:
+        """What is too small for the run, a line for each phase that does not fit, with what to do."""
+        found = []
+        for phase in self.memory:
+            free_host, free_device = self.memory_free
+            for where, needed, free in (("the host", phase.host, free_host), (device, phase.device, free_device)):
+                if free is not None and needed > free:
+                    found.append(
+                        f"memory: {phase.name} will take about {needed / 1e9:.1f} GB on {where}, of which {free / 1e9:.1f} GB "
+                        f"are free; {_ADVICE[phase.name]}"
+                    )
+        if self.disk > self.disk_free:
+            found.append(
+                f"disk: the run will need about {self.disk / 1e9:.2f} GB, of which {self.disk_free / 1e9:.2f} GB are free; make "
+                "room, or give another trainer.default_root_dir"
+            )
+        return found
+
+    def lines(self) -> list[str]:
+        """The plan in a few lines, as the start of a run says it."""
+        sizes = self.sizes
+        slices = "+".join(map(str, sizes.slice_bits))
+        groups = f", groups of {sizes.group_size}" if sizes.group_size and sizes.group_size < WHOLE_ROW else ""
+        highest = max((max(phase.host, phase.device) for phase in self.memory), default=0)
+        largest = next((p.name for p in self.memory if max(p.host, p.device) == highest), "")
+        time = f"about {format_seconds(self.seconds)}" if not self.unmeasured else self.unmeasured
+        names = [phase.name for phase in self.phases]
+        stages = sum(1 for name in names if name.startswith("stage "))
+        after = [name for name in names if not name.startswith("stage ") and name not in _BESIDE]
+        return [
+            f"{sizes.kind}, {sizes.n_blocks} blocks: {sizes.sliced / 1e6:,.2f} M weights ({sizes.share:.1%} of those in blocks) "
+            f"are sliced into {slices} bits{groups}",
+            f"plan: {'text writing, ' if 'text writing' in names else ''}{stages} stage{'s' if stages != 1 else ''}, "
+            f"then {', '.join(after)}; {time}; at most {highest / 1e9:.1f} GB of memory ({largest}), "
+            f"{self.disk / 1e6:,.1f} MB of disk",
+        ]
+
+
+_ADVICE = {
+    "text writing": "set data.n_generated to 0",
+    "block stages": "set model.hidden_states to disk, or lower data.n_samples, data.seq_len or data.batch_size",
+    "model stages": "take these stages out, set model.recompute_blocks, or lower data.batch_size",
+    "layer gains": "they are left out on a device that is too small; lower data.seq_len where the host is",
+    "comparison": "lower data.eval_batch_size or data.eval_seq_len, or use a larger device",
+}
+
+
+def plan_run(
+    model: Any,
+    module: ElasticCalibration,
+    text: TextWindows,
+    callbacks: Sequence[object],
+    folder: Path,
+    device: torch.device,
+    world_size: int = 1,
+    always_measure: bool = False,
+) -> RunPlan:
+    """Works out what a run takes.
+
+    Args:
+        model: The source model; its weights may be on the meta device.
+        module: What the recipe says of the calibration.
+        text: The windows of text, read or not.
+        callbacks: Those of the run; what they do after calibration is part of the plan.
+        folder: The run folder.
+        device: Where to run.
+        world_size: Processes that share the windows.
+        always_measure: Take a step of each kind also where the whole run takes a minute or two.
+
+    Raises:
+        ModelError: If the model cannot be sliced.
+    """
+    sizes = sizes_of(model, module)
+    memory = memory_of_phases(sizes, module, text, device.type)
+    free = (available_memory(), torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None)
+    times, unmeasured = guessed_times(sizes, module, text), ""
+    windows = text.n_windows
+    if always_measure or sizes.sliced * windows * text.seq_len > _SOON:
+        needed = max((p for p in memory if p.name in ("block stages", "model stages")), key=lambda p: p.host + p.device)
+        if (free[0] or math.inf) < min(needed.host, 60 * sizes.sliced_of_block + needed.host // sizes.n_blocks):
+            unmeasured = "no step was measured, as there is too little memory for one"
+        else:
+            try:
+                times = measure_steps(model.config, sizes, module, text, device)
+            except Exception as error:  # noqa: BLE001 - of whatever kind: a family that cannot be made small
+                said = (str(error).strip().splitlines() or [""])[0][:120]
+                unmeasured = f"no step could be measured ({type(error).__name__}: {said})"
+    else:
+        unmeasured = "a minute or two"
+    batches = math.ceil(math.ceil(windows / world_size) / text.batch_size)
+    phases = [*writing_phase(sizes, text, times), *stage_phases(sizes, module, batches, times)]
+    own = [callback.phases(sizes, text, times) for callback in callbacks if isinstance(callback, HasPhases)]
+    phases += [phase for found in own for phase in found if phase.kind != FIXED]
+    phases += comparison_phases(module, text, world_size, times)
+    phases += [phase for found in own for phase in found if phase.kind == FIXED]
+    disk = bytes_on_disk(sizes, module, text)
+    return RunPlan(sizes, memory, free, disk, _free(folder), phases, unmeasured, times)
+
+
+def _free(folder: Path) -> int:
+    """Bytes that are free on the disk that a folder is on, or will be."""
+    place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    return shutil.disk_usage(place).free

@@ -1,0 +1,36 @@
+"""Starts the clock of a run on its plan, and says the plan."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mobiq_lightning.calibration.planning.plan import plan_run
+from mobiq_lightning.calibration.planning.step_times import guessed_times
+from mobiq_lightning.calibration.planning.time_left import TimeLeft
+from mobiq_lightning.calibration.planning.work import comparison_phases
+from mobiq_lightning.console import say
+
+if TYPE_CHECKING:
+    from mobiq_lightning.calibration.module import ElasticCalibration
+
+
+def begin_clock(module: ElasticCalibration) -> None:
+    """Works out the plan of a fit, says it and starts the clock of the run on it, once."""
+    if module.clock.left.phases:
+        return
+    trainer, text = module.trainer, module.text
+    device, callbacks = trainer.strategy.root_device, trainer.callbacks  # type: ignore[attr-defined]
+    plan = plan_run(module.sliced.source.model, module, text, callbacks, module.run_folder, device, trainer.world_size)
+    module.clock.left = TimeLeft(plan.phases)
+    module.clock.restart()
+    if trainer.is_global_zero:
+        for line in plan.lines():
+            say(line)
+
+
+def begin_comparison_clock(module: ElasticCalibration) -> None:
+    """Starts the clock of a comparison alone."""
+    if not module.clock.left.phases:
+        times = guessed_times(module.sizes, module, module.text)
+        module.clock.left = TimeLeft(comparison_phases(module, module.text, module.trainer.world_size, times))
+        module.clock.restart()

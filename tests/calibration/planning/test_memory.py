@@ -1,0 +1,76 @@
+"""Formulas of memory, beside what is there."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mobiq_lightning.calibration.hidden_states import BlockCaller, HiddenStates
+from mobiq_lightning.calibration.planning.memory import n_tables
+from mobiq_lightning.jobs import run_check
+from mobiq_lightning.sources import load_source
+
+
+@pytest.mark.parametrize("n_blocks", [1, 2, 3])
+@pytest.mark.parametrize("streams", [1, 2, 6])
+def test_so_many_tables_of_hidden_states_are_alive_at_once(
+    n_blocks: int, streams: int, make_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_source(str(make_model())).model
+    blocks = [model.model.layers[i % 2] for i in range(n_blocks)]
+    live: set[int] = set()
+    peak, place = 0, HiddenStates._place
+
+    def counted(self: HiddenStates, table: torch.Tensor, name: str) -> torch.Tensor:
+        nonlocal peak
+        made = place(self, table, name)
+        live.add(id(made))
+        weakref.finalize(made, live.discard, id(made))
+        peak = max(peak, len(live))
+        return made
+
+    monkeypatch.setattr(HiddenStates, "_place", counted)
+
+    def reading(block: int, batch: int) -> Any:
+        return nullcontext()
+
+    names = dict.fromkeys(map(str, range(streams)), reading)
+    hidden = HiddenStates(
+        BlockCaller(model, blocks, torch.device("cpu")), torch.randint(3, 300, (4, 8)), names, reading, 2
+    )
+    hidden.advance(n_blocks - 1)
+    assert peak == n_tables(streams, n_blocks)
+
+
+def needs(recipe: list[str], *changes: str) -> dict[str, int]:
+    report = run_check([*recipe, *changes])
+    assert report.problems == []
+    assert report.plan is not None
+    plan = report.plan
+    return {phase.name: phase.host for phase in plan.memory}
+
+
+def test_tables_on_the_host_count_as_memory_and_tables_on_disk_as_disk(recipe_arguments: list[str]) -> None:
+    host, disk = (run_check([*recipe_arguments, f"--model.hidden_states={where}"]).plan for where in ("host", "disk"))
+    assert host is not None
+    assert disk is not None
+    table = 8 * 32 * 32 * 4  # windows, tokens, width, bytes
+    streams = 4  # depths 2, 4 and 8, and routed
+    assert host.memory[0].host - disk.memory[0].host == (streams + 2) * table
+    assert disk.disk - host.disk == (2 * (streams + 1) + 1) * table
+
+
+def test_codes_that_wait_for_a_later_sweep_keep_target_and_averages(recipe_arguments: list[str]) -> None:
+    slices = "--model.slices=ProgressiveSlices"
+    codes = "{train: [codes], depth: 2, epochs: 1}"
+    routers = "{train: [routers], epochs: 1, scope: model}"
+    later = "{train: [codes], depth: 3, epochs: 1}"
+    once = needs(recipe_arguments, slices, f"--model.stages=[{codes}, {routers}]")
+    twice = needs(recipe_arguments, slices, f"--model.stages=[{codes}, {routers}, {later}]")
+    assert twice["block stages"] - once["block stages"] == 12 * (4 * 32 * 32 + 4 * 16 * 32 + 6 * 32 * 44)

@@ -2,6 +2,7 @@
 from .checkpoint import load as load
 from .checkpoint import verify as verify
 from .comparison import compare as compare
+from .jobs import check as check
 from .jobs import fit as fit
 from .jobs import validate as validate
 from .serving import BitsPolicy as BitsPolicy

@@ -35,7 +35,6 @@ class ModelBatch:
         inputs: The routed inputs of the model.
         input_ids: (B, T) calibration windows.
         depths: Fixed depths in the loss, in bits, with their weights; None: those of the objective.
-        mixture: A depth, and what each input reads in place of it; by default all read what is asked for.
         recompute: Compute the inside of each block again in the backward pass instead of keeping it (gradient
             checkpointing): one forward pass more, and the memory of one block instead of all.
 
@@ -51,19 +50,22 @@ class ModelBatch:
         input_ids: Tensor,
         depths: dict[int, float] | None = None,
         recompute: bool = False,
-        mixture: tuple[int, Sequence[FixedSlices]] | None = None,
     ) -> None:
-        self.mixture = mixture
+        self._mixed: dict[int, list[FixedSlices]] = {}
         self.model, self.blocks, self.inputs, self.input_ids = model, blocks, inputs, input_ids
         self.depths, self.recompute = depths, recompute
         with torch.no_grad(), full_precision(inputs):
             self.target: Tensor = model(input_ids=input_ids, use_cache=False).logits
             check_output(self.target, model, lambda: model(input_ids=input_ids, use_cache=False), "the whole model")
 
+    def mix(self, bits: int, n_slices: Sequence[int]) -> None:
+        """Has each input read a number of slices of its own where the objective asks for a depth in `bits`."""
+        self._mixed[bits] = [FixedSlices(count) for count in n_slices]
+
     def at_depth(self, bits: int) -> Tensor:
-        """(B, T, V) logits with all weights read at `bits`, or as the mixture says that stands for them."""
-        if self.mixture is not None and self.mixture[0] == bits:
-            return self._logits(partial(read_as, self.inputs, self.mixture[1]))
+        """(B, T, V) logits with all weights read at `bits`, or as `mix` has set in its place."""
+        if bits in self._mixed:
+            return self._logits(partial(read_as, self.inputs, self._mixed[bits]))
         return self._logits(partial(fixed_depth, self.inputs, bits))
 
     def routed(self, target_bits: float, meet_exactly: bool) -> tuple[Tensor, Tensor]:

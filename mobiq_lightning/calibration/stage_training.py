@@ -12,7 +12,8 @@ from torch import Tensor
 from mobiq_lightning.calibration.block_batch import BlockBatch
 from mobiq_lightning.calibration.model_batch import ModelBatch
 from mobiq_lightning.calibration.rates import KINDS
-from mobiq_lightning.nn import KEPT_BYTES, CalibratedBlock, FixedSlices, SlicedLinear, keeping_weights
+from mobiq_lightning.calibration.schedule import Stage
+from mobiq_lightning.nn import KEPT_BYTES, CalibratedBlock, SlicedLinear, keeping_weights
 from mobiq_lightning.strategies import TrainableCodes
 from mobiq_lightning.strategies.base import BlockRun, Objective
 
@@ -52,28 +53,38 @@ def objective_on(module: ElasticCalibration, batch: dict[str, Tensor]) -> tuple[
     sliced, block, depths = module.sliced, module.block_index, module.stage.depths
     if block is None:
         ids = batch["input_ids"].to(module.device)
-        model, decoder = sliced.source.model, list(sliced.decoder)
-        run = ModelBatch(model, decoder, sliced.all_inputs(), ids, depths, module.recompute_blocks, _mixture(module))
+        model, decoder, inputs = sliced.source.model, list(sliced.decoder), sliced.all_inputs()
+        mixed = mixture(module.stage, inputs[0].depths, len(inputs), module.global_step)
+        run = ModelBatch(model, decoder, inputs, ids, depths, module.recompute_blocks)
+        if module.stage.depth is not None and mixed is not None:
+            run.mix(module.stage.depth, mixed)
         return module.model_objective, run
     assert module.hidden is not None
     calibrated = sliced.block_at(block)
     return module.objective, BlockBatch(calibrated, block, sliced.caller, module.hidden, batch["index"], depths)
 
 
-def _mixture(module: ElasticCalibration) -> tuple[int, list[FixedSlices]] | None:
-    """In a step that mixes depths, the depth of the stage with what each input reads in its place."""
-    stage = module.stage
-    generator = torch.Generator().manual_seed(
-        module.global_step
-    )  # so that a resumed run draws what the interrupted one did
+def mixture(stage: Stage, depths: Sequence[int], n_inputs: int, step: int) -> list[int] | None:
+    """What each input reads in a step that mixes the depth of a stage with the one before it.
+
+    Args:
+        stage: The stage.
+        depths: Depths of the slices, in bits.
+        n_inputs: Routed inputs of the model.
+        step: Number of the step, which decides what is drawn, so that a resumed run draws what the interrupted one did.
+
+    Returns:
+        Slices that each input reads: those of the depth, at least for one input, or one less. None in a step that does not mix.
+    """
+    generator = torch.Generator().manual_seed(step)
     drawn, part = torch.rand(2, generator=generator).tolist()
     if stage.depth is None or drawn >= stage.mixed:
         return None
-    inputs = module.sliced.all_inputs()
-    deepest = inputs[0].depths.index(stage.depth) + 1
-    place = torch.rand(len(inputs), generator=generator)
-    lower = (place >= max(part, float(place.min()) + 1e-6)).tolist()  # one at least reads what is trained
-    return stage.depth, [FixedSlices(deepest - below) for below in lower]
+    place = torch.rand(n_inputs, generator=generator)
+    deep = place < part
+    deep[place.argmin()] = True  # or nothing that is trained would be read
+    reached = list(depths).index(stage.depth) + 1
+    return [reached if reads else reached - 1 for reads in deep.tolist()]
 
 
 @contextmanager

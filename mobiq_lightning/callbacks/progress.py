@@ -136,12 +136,11 @@ class CalibrationProgress(CalibrationCallback, ProgressBar):
             self._line(module, said)
             return
         if self._bar is None:
-            shape = "{desc}: {percentage:3.0f}%|{bar}|{postfix}"
+            shape = "{percentage:3.0f}%|{bar:20}| {desc}"
             self._bar = tqdm(total=100, dynamic_ncols=True, bar_format=shape, leave=False)
         left, total = module.clock.left.left(), module.clock.left.total
         self._bar.n = 100 * (1 - left / total) if total else 0
-        self._bar.set_description_str(said, refresh=False)
-        self._bar.set_postfix_str(f"ETA {format_seconds(left)}", refresh=True)
+        self._bar.set_description_str(f"{said}, ETA {format_seconds(left)}")
 
     def _line(self, module: ElasticCalibration, said: str) -> None:
         """Prints a line with the time that is left of the run."""

@@ -50,6 +50,7 @@ class Arm:
         kl: Metric of the KL divergence to full precision.
         used: Metric of the bits that tokens read; None where all of them read the same.
         routing: Metric of what routers do with the text; None but for the router.
+        known: Whether its figures are those of another arm, so that it is not run.
     """
 
     allocation: Allocation
@@ -60,6 +61,7 @@ class Arm:
     kl: KLDivergence = field(default_factory=KLDivergence)
     used: UsedBits | None = None
     routing: RoutingUse | None = None
+    known: bool = False
 
 
 class Comparison:
@@ -123,9 +125,17 @@ class Comparison:
                 seeds = [self.seed] if control in ("static", "layers") else self.random_seeds
                 for seed in seeds:
                     found = control_thresholds(control, self.sizes, self.slice_bits, spent, seed, self.gains)
-                    self.second.append(Arm(control, arm.target_bits, seed, found))
-        for arm in self.second:
-            self._prepare(arm)
+                    other = Arm(control, arm.target_bits, seed, found)
+                    if self._nothing_to_choose(spent):
+                        other.perplexity, other.kl, other.used, other.known = arm.perplexity, arm.kl, arm.used, True
+                    else:
+                        self._prepare(other)
+                    self.second.append(other)
+
+    def _nothing_to_choose(self, spent: Sequence[float]) -> bool:
+        """Whether all tokens read the base slice alone, or all slices, so that every allocation reads the same weights."""
+        depths = self.inputs[0].depths
+        return any(all(bits == depth for bits in spent) for depth in (depths[0], depths[-1]))
 
     @torch.no_grad()
     def step(self, batch: dict[str, Tensor], number: ComparisonPass, batch_idx: int) -> None:
@@ -147,6 +157,8 @@ class Comparison:
         reference = log_probabilities(logits)
         reference_probs, wanted = reference.exp(), wanted[scored]
         for arm in self.first if number is ComparisonPass.ROUTER else self.second:
+            if arm.known:
+                continue
             log_probs = reference
             if arm.allocation != "full":
                 logits, bits = self._run(arm, ids, batch_idx)

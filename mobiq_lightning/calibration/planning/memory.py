@@ -127,13 +127,6 @@ def n_tables(streams: int, n_blocks: int) -> int:
     return streams + 2 if n_blocks == 2 else max(2 * streams + 1, streams + 2)
 
 
-def tables_of_run(sizes: ModelSizes, module: ElasticCalibration) -> int:
-    """The greatest number of tables of hidden states that are alive at once in any sweep of a run; 0 without block stages."""
-    schedule = Schedule(module.stages, module.epochs_per_block, sizes.n_blocks)
-    sweeps = [sweep for sweep in schedule.sweeps if sweep[0].scope == "block"]
-    return max((n_tables(n_streams(sweep, module.objective.depths), sizes.n_blocks) for sweep in sweeps), default=0)
-
-
 def training_need(sizes: ModelSizes, stage: Stage, depths: Sequence[int], tokens: int, n_blocks: int) -> int:
     """Bytes that a training step keeps: weights as they are read, and activations.
 

@@ -17,7 +17,7 @@ from mobiq_lightning.calibration.planning.sizes import ModelSizes, sizes_of
 from mobiq_lightning.calibration.planning.step_times import StepTimes, guessed_times, measure_steps
 from mobiq_lightning.calibration.planning.time_left import FIXED, Phase, TimeLeft
 from mobiq_lightning.calibration.planning.work import comparison_phases, stage_phases, writing_phase
-from mobiq_lightning.environment import available_memory, format_seconds
+from mobiq_lightning.environment import available_memory, format_seconds, resident_memory
 from mobiq_lightning.packing import WHOLE_ROW
 
 if TYPE_CHECKING:
@@ -73,7 +73,8 @@ class RunPlan:
         for phase in self.memory:
             free_host, free_device = self.memory_free
             for where, needed, free in (("the host", phase.host, free_host), (device, phase.device, free_device)):
-                if free is not None and needed > free:
+                left_out = phase.name == "layer gains" and where == device  # and the run goes on
+                if free is not None and needed > free and not left_out:
                     found.append(
                         f"memory: {phase.name} will take about {needed / 1e9:.1f} GB on {where}, of which {free / 1e9:.1f} GB "
                         f"are free; {_ADVICE[phase.name]}"
@@ -109,7 +110,7 @@ _ADVICE = {
     "text writing": "set data.n_generated to 0",
     "block stages": "set model.hidden_states to disk, or lower data.n_samples, data.seq_len or data.batch_size",
     "model stages": "take these stages out, set model.recompute_blocks, or lower data.batch_size",
-    "layer gains": "they are left out on a device that is too small; lower data.seq_len where the host is",
+    "layer gains": "lower data.seq_len",
     "comparison": "lower data.eval_batch_size or data.eval_seq_len, or use a larger device",
 }
 
@@ -141,13 +142,14 @@ def plan_run(
     """
     sizes = sizes_of(model, module)
     memory = memory_of_phases(sizes, module, text, device.type)
-    free = (available_memory(), torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None)
+    room = available_memory()  # needs are those of the whole process
+    on_device = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    free = (None if room is None else room + resident_memory(), on_device)
     times, unmeasured = guessed_times(sizes, module, text), ""
     windows = text.n_windows
     if always_measure or sizes.sliced * windows * text.seq_len > _SOON:
-        needed = max((p for p in memory if p.name in ("block stages", "model stages")), key=lambda p: p.host + p.device)
-        if (free[0] or math.inf) < min(needed.host, 60 * sizes.sliced_of_block + needed.host // sizes.n_blocks):
-            unmeasured = "no step was measured, as there is too little memory for one"
+        if RunPlan(sizes, memory, free, 0, 0).shortages(device.type):
+            unmeasured = "no step was measured, as there is too little memory"
         else:
             try:
                 times = measure_steps(model.config, sizes, module, text, device)

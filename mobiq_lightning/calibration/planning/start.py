@@ -24,7 +24,8 @@ def begin_clock(module: ElasticCalibration) -> None:
     module.clock.left = TimeLeft(plan.phases)
     module.clock.restart()
     if trainer.is_global_zero:
-        for line in plan.lines():
+        short = [line for line in plan.shortages(device.type) if line.startswith("memory: ")]  # disk is said later
+        for line in (*plan.lines(), *short):
             say(line)
 
 

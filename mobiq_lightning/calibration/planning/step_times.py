@@ -35,6 +35,10 @@ _WHOLE = 4
 """Models of so many blocks are measured whole; of larger ones, one and two blocks, and others by what the second adds."""
 _WORTH_REPEATING = 0.5
 """Seconds below which a step is taken again: the first one waits for memory and for code."""
+_MOST_OPERATIONS = 2e11
+"""Operations of a training pass of one block on a CPU beyond which windows are cut for measuring, and the time is scaled."""
+_SHORTEST = 32
+"""Tokens to which windows are cut at most."""
 _WRITTEN = 8
 """Tokens of a document that are written to see what one takes."""
 
@@ -108,6 +112,9 @@ def measure_steps(
             _Bench(config, count, sizes, module, text, device).times(blocks=number == 0)
             for number, count in enumerate(counts)
         ]
+    if device.type == "cuda":  # what the run itself takes is what its peak is to say
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
     if len(benches) == 1:
         return benches[0]
     one, two = benches
@@ -166,7 +173,9 @@ class _Bench:
             blocks: Measure stages of single blocks too.
         """
         found = StepTimes(written=self.written)
-        ids = self._ids(self.text.batch_size, self.text.seq_len)
+        length = self._length(self.text.batch_size, self.text.seq_len)
+        wide_length = self._length(self.text.eval_batch_size, self.text.eval_seq_len)
+        ids = self._ids(self.text.batch_size, length)
         for block in self.sliced.calibrated_blocks():
             block.show_weights_to_routers()
         known: dict[str, float] = {}
@@ -185,11 +194,22 @@ class _Bench:
                 found.read = self._seconds(lambda: self.sliced.caller.call(0, hidden))
                 self.sliced.caller.release()
                 self.sliced.source.model.to(self.device)
-                found.gains = self._seconds(lambda: self._compare(self._ids(4, self.text.seq_len)))
+                found.gains = self._seconds(lambda: self._compare(self._ids(4, length)))
             with full_precision(inputs):
-                wide = self._ids(self.text.eval_batch_size, self.text.eval_seq_len)
+                wide = self._ids(self.text.eval_batch_size, wide_length)
                 found.compared = self._seconds(lambda: self._compare(wide))
+        longer = self.text.seq_len / length
+        found.stages = {number: longer * seconds for number, seconds in found.stages.items()}
+        found.read, found.gains = longer * found.read, longer * found.gains
+        found.compared *= self.text.eval_seq_len / wide_length
         return found
+
+    def _length(self, rows: int, length: int) -> int:
+        """Tokens to which windows are cut for measuring."""
+        operations = 6 * self.sizes.sliced_of_block * rows * length
+        if self.device.type != "cpu" or operations <= _MOST_OPERATIONS:
+            return length
+        return min(length, max(_SHORTEST, int(length * _MOST_OPERATIONS / operations)))
 
     def _stage(self, stage: Stage, ids: torch.Tensor) -> float:
         """Seconds of a step of a stage; what it trains is trained from now on."""

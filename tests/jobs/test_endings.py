@@ -174,7 +174,7 @@ def test_a_training_checkpoint_that_would_run_code_is_not_loaded_whatever_the_en
     plain.write_bytes(pickle.dumps(Bomb(tmp_path / "boom")))
     for path in (good, bomb, plain):
         path.with_suffix(".sha256").write_text(hashlib.sha256(path.read_bytes()).hexdigest())
-    assert RunFolder(tmp_path).newest_checkpoint(can_be_read) == (good, [plain, bomb])
+    assert RunFolder(tmp_path).training.newest(can_be_read) == (good, [plain, bomb])
     assert SafeCheckpointIO().load_checkpoint(good)["state_dict"]["a"] == 1
     for path in (bomb, plain):
         with pytest.raises(CheckpointError, match="damaged, or not safe to load"):

@@ -262,7 +262,7 @@ def test_what_killed_runs_left_in_the_folder_is_removed_when_it_is_locked(tmp_pa
 def test_damaged_counts_of_retries_are_named_with_what_to_do(tmp_path: Path, content: str) -> None:
     (tmp_path / "retries.json").write_text(content)
     with pytest.raises(RunFolderError, match=r"retries\.json .*Remove the file: the run goes on"):
-        RunFolder(tmp_path).retries()
+        RunFolder(tmp_path).retries.counts()
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"source weights": 3}'])

@@ -67,6 +67,7 @@ from .merging import merged as merged
 from .merging import merged_diagnostics as merged_diagnostics
 from .merging import merged_speed as merged_speed
 from .merging import place_of as place_of
+from .place import check_kinds as check_kinds
 from .record import Record as Record
 from .record import at_least as at_least
 from .record import read_json as read_json

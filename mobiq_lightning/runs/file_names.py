@@ -78,6 +78,8 @@ RUN_FILES = (
     OUTLIERS_PLOT,
 )
 """All that a run writes into its folder, and that starting it anew removes from there."""
+RUN_FOLDERS = (CHECKPOINTS, HIDDEN_STATES, GENERATED, CSV_LOG, WANDB, ELASTIC, PARTIAL, OTHER_PROTOCOLS)
+"""Those of them that are folders; all others are files."""
 
 # ------------------------------------------------------------------ checkpoint
 

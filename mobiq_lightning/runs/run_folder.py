@@ -29,8 +29,10 @@ from mobiq_lightning.runs.file_names import (
     RETRIES,
     RUN_CONFIG,
     RUN_FILES,
+    RUN_FOLDERS,
 )
 from mobiq_lightning.runs.lock import FolderLock
+from mobiq_lightning.runs.place import check_kinds, obstacle, reason, shortened
 from mobiq_lightning.runs.results import Results, read_results
 from mobiq_lightning.runs.retries import Retries
 from mobiq_lightning.runs.run_recipe import RunRecipe
@@ -43,8 +45,6 @@ _FROM_ANOTHER_RECIPE = (IDENTITY, RETRIES, HIDDEN_STATES, JOURNAL, PARTIAL)
 its file names say what it depends on."""
 _WRITTEN_ATOMICALLY = (CHECKPOINTS, ELASTIC, PARTIAL, GENERATED)
 """Folders of a run in which a kill may leave what was not finished."""
-_LONGEST_PATH = 200
-"""Characters of a path that a message shows."""
 
 
 class RunFolder:
@@ -124,7 +124,7 @@ class RunFolder:
             if getattr(error, "errno", None) in (errno.EROFS, errno.EACCES) and self.finished:
                 return  # nothing more is written there
             raise RunFolderError(
-                f"{_shortened(self.path)}: this folder cannot be made or written to ({_reason(error)}); give another"
+                f"{shortened(self.path)}: this folder cannot be made or written to ({reason(error)}); give another"
             ) from error
         for name in restored:
             say(f"{self.path / name} was being replaced when a run was killed; what it held before is back.")
@@ -178,8 +178,9 @@ class RunFolder:
             Whether the folder already held a run of this recipe.
 
         Raises:
-            RunFolderError: If it holds another run, or files that are no run.
+            RunFolderError: If it holds another run, files that are no run, or a folder in place of a file.
         """
+        check_kinds(self.path, RUN_FILES, RUN_FOLDERS)  # before --overwrite sets aside what no run has written
         if overwrite:
             self._set_aside()
         self.found = "finished" if self.finished else "begun" if self.epochs_kept else ""
@@ -226,17 +227,12 @@ class RunFolder:
         Raises:
             RunFolderError: If it cannot, naming that process or what stands in the way.
         """
-        try:
-            place = next(p for p in (self.path.absolute(), *self.path.absolute().parents) if os.path.lexists(p))
-            reason = "" if place.is_dir() else f"{_shortened(place)} is no folder"
-            if not reason and not (os.access(place, os.W_OK | os.X_OK) or self.finished):
-                reason = f"no right to write to {_shortened(place)}"
-        except (OSError, ValueError) as error:  # a name that no folder can have
-            reason = _reason(error)
-        if reason:
+        problem = obstacle(self.path)
+        if problem and not (os.path.isdir(self.path) and self.finished):  # a name may be too long for Path to ask
             raise RunFolderError(
-                f"{_shortened(self.path)}: this folder cannot be made or written to ({reason}); give another"
+                f"{shortened(self.path)}: this folder cannot be made or written to ({problem}); give another"
             )
+        check_kinds(self.path, RUN_FILES, RUN_FOLDERS)
         self._lock.check_free()
 
     def check_claim(self, recipe: dict[str, Any], overwrite: bool) -> None:
@@ -269,7 +265,7 @@ class RunFolder:
         except OSError as error:
             self._aside.put_back()
             raise RunFolderError(
-                f"--overwrite: {error.filename or self.path} cannot be removed ({_reason(error)}); remove it by hand, or "
+                f"--overwrite: {error.filename or self.path} cannot be removed ({reason(error)}); remove it by hand, or "
                 "give another trainer.default_root_dir"
             ) from error
 
@@ -281,13 +277,3 @@ class RunFolder:
 
 def _holds_something(path: Path) -> bool:
     return any(path.iterdir()) if path.is_dir() else path.exists()
-
-
-def _reason(error: Exception) -> str:
-    """Why something cannot be done, in the system's words."""
-    return (getattr(error, "strerror", None) or str(error)).lower()
-
-
-def _shortened(path: Path) -> str:
-    text = os.fspath(path)
-    return text if len(text) <= _LONGEST_PATH else f"{text[:_LONGEST_PATH]}... ({len(text)} characters)"

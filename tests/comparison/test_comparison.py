@@ -14,10 +14,11 @@ import yaml
 import mobiq_lightning
 from mobiq_lightning.cli import main
 from mobiq_lightning.comparison.check import check_cells
+from mobiq_lightning.comparison.folder import ComparisonFolder
 from mobiq_lightning.comparison.grid import read_grid
 from mobiq_lightning.comparison.table import CellRow, at_bits, lead, long_table, points_of
 from mobiq_lightning.comparison.verdicts import all_in_verdicts, verdicts
-from mobiq_lightning.errors import MobiqError, RecipeError
+from mobiq_lightning.errors import MobiqError, RecipeError, RunFolderError
 from mobiq_lightning.runs import Allocation, Row
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -137,6 +138,15 @@ def test_a_wrong_grid_is_answered_before_anything_runs(
     assert main(["compare", "--config", str(write_grid(tmp_path, **changes))]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_where_a_file_is_to_be_written_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    (tmp_path / "table.json").mkdir()
+    grid = read_grid(str(write_grid(tmp_path, folder=str(tmp_path))))
+    with pytest.raises(RunFolderError, match=r"table\.json is a folder, and a file table\.json is written there"):
+        ComparisonFolder(tmp_path).claim(grid, grid.cells(), overwrite=True)
+    assert (tmp_path / "table.json").is_dir()
+    assert not (tmp_path / "comparison.json").exists()
 
 
 def test_two_cells_of_one_name_are_refused(tmp_path: Path) -> None:

@@ -66,6 +66,20 @@ class RunFolder:
         self.found: Literal["", "begun", "finished"] = ""
         """How far the run was that `claim` found in the folder; empty if it has to start."""
 
+    @classmethod
+    def around(cls, recipe: Path) -> RunFolder | None:
+        """The run folder that a recipe lies in, wherever that folder is now and whatever the recipe says of it.
+
+        Args:
+            recipe: A file.
+
+        Returns:
+            The folder that holds it, if a run has written it under this name and more beside it; a copy alone is a recipe.
+        """
+        folder = cls(recipe.parent)
+        beside = [name for name in RUN_FILES if name != RUN_CONFIG and (folder.path / name).exists()]
+        return folder if recipe.name == RUN_CONFIG and beside and folder._recipe.is_of_a_run else None
+
     def __repr__(self) -> str:
         return f"RunFolder({str(self.path)!r})"
 
@@ -228,7 +242,7 @@ class RunFolder:
             RunFolderError: If it cannot, naming that process or what stands in the way.
         """
         problem = obstacle(self.path)
-        if problem and not (os.path.isdir(self.path) and self.finished):  # a name may be too long for Path to ask
+        if problem and not (os.path.isdir(self.path) and self.finished):  # noqa: PTH112 - a name may be too long for Path
             raise RunFolderError(
                 f"{shortened(self.path)}: this folder cannot be made or written to ({problem}); give another"
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 
-from mobiq_lightning.comparison.table import NEAR, CellRow, Point, Points
+from mobiq_lightning.comparison.table import FLOOR, NEAR, CellRow, Point, Points
 from mobiq_lightning.runs import CONTROLS, Allocation, MeanRow, Row, summarize, value_at
 
 APART = 0.01
@@ -99,7 +99,7 @@ class AllInCurves:
             return None
         perplexity = _near(sorted((row.all_in_bits, row.perplexity) for row in rows), all_in_bits)
         kl = _near(sorted((row.all_in_bits, row.kl) for row in rows), all_in_bits)
-        return None if perplexity is None or kl is None else Point(perplexity, kl)
+        return None if perplexity is None or kl is None else Point(max(perplexity, FLOOR), max(kl, FLOOR))
 
 
 def _all_in(rows: Sequence[MeanRow], used_bits: float) -> float | None:

@@ -393,6 +393,8 @@ class TestAllIn:
         said = all_in_verdicts(rows, ["mlp"], [2, 3, 4])
         assert len(said) == 1
         assert "nowhere; it is behind one of them at 4 bits (-11.11 % against static)." in said[0]
+        zero = self.rows("mlp", "router", 1.0, [0.0] * 3) + self.rows("mlp", "static", 0.5, [0.0, 16.0, 9.0])
+        assert "routing beats static at 2 bits" in all_in_verdicts(zero, ["mlp"], [2, 3, 4])[0]
 
 
 def test_a_lead_is_a_ratio_of_perplexities() -> None:

@@ -21,7 +21,7 @@ from mobiq_lightning.comparison.report import ReportCell, ReportInput, write_rep
 from mobiq_lightning.comparison.report.runs import read_journal, read_strategies
 from mobiq_lightning.comparison.report.tables import measured_points
 from mobiq_lightning.comparison.table import INTERPOLATION, CellRow, long_table, points_of
-from mobiq_lightning.comparison.verdicts import storage_verdict, verdicts
+from mobiq_lightning.comparison.verdicts import all_in_verdicts, verdicts
 from mobiq_lightning.evaluation import print_harness, print_table, read_probes
 from mobiq_lightning.evaluation.report import plot
 from mobiq_lightning.jobs.recipe import check_arguments
@@ -210,7 +210,7 @@ def _input(folder: Path) -> ReportInput:
     measured, figures = comparison.measured(_cell(folder)), comparison.figures(_cell(folder))
     rows = [CellRow(name, seed, row) for name in ("a", "b") for seed in (0, 1) for row in measured.rows]
     points = points_of(rows, BITS)
-    said = verdicts(points, ["a", "b"], BITS, 2) + storage_verdict(rows, ["a", "b"])
+    said = verdicts(points, ["a", "b"], BITS, 2) + all_in_verdicts(rows, ["a", "b"], BITS)
     cells = [ReportCell(name, seed, folder, {}, "finished", **vars(figures)) for name in ("a", "b") for seed in (0, 1)]
     return ReportInput(
         "T", "c", said, measured.model, measured.protocol, measured.environment, cells, long_table(points), INTERPOLATION

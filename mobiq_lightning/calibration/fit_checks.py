@@ -47,7 +47,7 @@ def check_plugins(
     problems = list(_transform_problems(transform))
     if epochs_per_block < 1:
         problems.append(f"model.epochs_per_block ({epochs_per_block}) must be at least 1")
-    problems += stage_problems(stages, depths, isinstance(scheme, TrainableCodes))
+    problems += stage_problems(stages, depths, isinstance(scheme, TrainableCodes), epochs_per_block)
     for key, objective in zip(("objective", "model_objective"), objectives, strict=True):
         missing = [depth for depth in objective.depths if depth not in depths]
         if missing:

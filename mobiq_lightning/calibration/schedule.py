@@ -205,13 +205,16 @@ def epochs_of(sweep: Sequence[Stage], epochs_per_block: int) -> list[int]:
     return counts
 
 
-def stage_problems(stages: Sequence[Stage], depths: Sequence[int], learns_codes: bool) -> Iterator[str]:
+def stage_problems(
+    stages: Sequence[Stage], depths: Sequence[int], learns_codes: bool, epochs_per_block: int
+) -> Iterator[str]:
     """What is wrong with the stages of a recipe.
 
     Args:
         stages: The stages, as the recipe gives them.
         depths: The depths of the slices, in bits.
         learns_codes: Whether the slice scheme has codes that can be trained.
+        epochs_per_block: The epochs of a block that the shares of stages divide.
     """
     if not stages:
         yield "model.stages: there is none; give at least one"
@@ -221,6 +224,8 @@ def stage_problems(stages: Sequence[Stage], depths: Sequence[int], learns_codes:
             yield "model.stages: block stages that follow each other have all a share, or all a number of epochs"
         elif shares and (not math.isclose(sum(shares), 1.0, abs_tol=0.02) or not min(shares) > 0):
             yield f"model.stages: shares {shares} must be above 0 and add up to 1"
+        elif shares:
+            yield from _without_epochs(sweep, epochs_per_block)
     reached = 0
     for number, stage in enumerate(stages):
         where = f"model.stages[{number}]"
@@ -258,3 +263,14 @@ def stage_problems(stages: Sequence[Stage], depths: Sequence[int], learns_codes:
             elif stage.depth < reached:
                 yield f"{where}: depth {stage.depth} comes after depth {reached}, by which its codes are frozen"
             reached = max(reached, stage.depth or 0)
+
+
+def _without_epochs(sweep: Sequence[tuple[int, Stage]], epochs_per_block: int) -> Iterator[str]:
+    """A line for each stage whose share is rounded to no epoch, so that it would train nothing."""
+    for (number, stage), count in zip(sweep, epochs_of([stage for _, stage in sweep], epochs_per_block), strict=True):
+        if stage.share is not None and count < 1 <= epochs_per_block:
+            enough = math.ceil(1 / min(other.share or 1.0 for _, other in sweep))
+            yield (
+                f"model.stages[{number}]: share {stage.share:.3g} of model.epochs_per_block ({epochs_per_block}) is no epoch, so "
+                f"that it would train nothing; with {enough} epochs per block every stage has one"
+            )

@@ -26,3 +26,5 @@ REPORT = "report.html"
 """File with the report; written by `write_report`, with a PNG beside it for each chart."""
 COMPARISON_FILES = (COMPARISON, CELLS, RECIPES, LOGS, SHARED, ROWS, TABLE, TABLE_CSV, REPORT, WANDB)
 """Names of all that a comparison writes into its folder, and that starting it anew removes together with the PNGs."""
+COMPARISON_FOLDERS = (CELLS, RECIPES, LOGS, SHARED, WANDB)
+"""Those of them that are folders; all others are files."""

@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from mobiq_lightning.comparison.cell import CellFigures
-from mobiq_lightning.comparison.file_names import CELL, CELLS, COMPARISON, COMPARISON_FILES, RECIPES, ROWS, SHARED
+from mobiq_lightning.comparison.file_names import (
+    CELL,
+    CELLS,
+    COMPARISON,
+    COMPARISON_FILES,
+    COMPARISON_FOLDERS,
+    RECIPES,
+    ROWS,
+    SHARED,
+)
 from mobiq_lightning.comparison.grid import Cell, Grid
 from mobiq_lightning.comparison.table import CellRow
 from mobiq_lightning.errors import ResultsError, RunFolderError
@@ -20,6 +29,7 @@ from mobiq_lightning.runs import (
     Measured,
     Record,
     RunFolder,
+    check_kinds,
     differing_keys,
     read_json,
     read_results,
@@ -62,10 +72,11 @@ class ComparisonFolder:
             Names of cells that the folder holds and the grid no longer names.
 
         Raises:
-            RunFolderError: If cells that were begun have another recipe now, or cells are there without
-                comparison.json.
+            RunFolderError: If cells that were begun have another recipe now, cells are there without comparison.json, or a
+                folder stands in place of a file.
             ResultsError: If comparison.json is damaged.
         """
+        check_kinds(self.path, COMPARISON_FILES, COMPARISON_FOLDERS)
         remove_leftovers(self.path, COMPARISON_FILES)
         for name in (RECIPES, SHARED):
             remove_leftovers(self.path / name)

@@ -22,7 +22,7 @@ from mobiq_lightning.comparison.report import (
 )
 from mobiq_lightning.comparison.table import INTERPOLATION, CellRow, TableRow, long_table, points_of
 from mobiq_lightning.comparison.tracking import log_comparison
-from mobiq_lightning.comparison.verdicts import storage_verdict, verdicts
+from mobiq_lightning.comparison.verdicts import all_in_verdicts, verdicts
 from mobiq_lightning.console import say, table_console
 from mobiq_lightning.files import write_json, write_text
 from mobiq_lightning.runs import Row
@@ -53,7 +53,7 @@ def publish(
     points = points_of(rows, grid.bits)
     table = long_table(points)
     finished = [s for s in grid.strategies if any(row.strategy == s for row in rows)]
-    sentences = verdicts(points, finished, grid.bits, len(grid.seeds)) + storage_verdict(rows, finished)
+    sentences = verdicts(points, finished, grid.bits, len(grid.seeds)) + all_in_verdicts(rows, finished, grid.bits)
     sentences += _not_deployable(folder, whole) + noticed_by_guards(folder, whole) + _not_finite(rows)
     sentences += [f"{cell.name} is damaged: {damaged[cell.slug]}" for cell in cells if cell.slug in damaged]
     sentences += [f"{cell.name} failed: {failures[cell.slug]}" for cell in cells if cell.slug in failures]

@@ -8,10 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mobiq_lightning.comparison.grid import RULES_SEEDS, Cell, Grid, check_grid, flatten, override, read_grid
-from mobiq_lightning.console import MODULE
+from mobiq_lightning.console import MODULE, say
 from mobiq_lightning.errors import MobiqError, RecipeError, shown
 from mobiq_lightning.extras import require
-from mobiq_lightning.jobs import GRIDS, disk_errors, interruptible, override_arguments, recipe_path
+from mobiq_lightning.jobs import (
+    GRIDS,
+    disk_errors,
+    interruptible,
+    override_arguments,
+    recipe_path,
+    values_of,
+    without_effect,
+)
 from mobiq_lightning.runs import RunFolder
 
 if TYPE_CHECKING:
@@ -64,6 +72,9 @@ def compare(
     from mobiq_lightning.comparison.check import check_cells, without_speed
 
     check_cells(cells)
+    for strategy, recipe in {cell.strategy: cell.recipe for cell in cells}.items():
+        for line in without_effect(values_of(recipe)):
+            say(f"strategies.{strategy}: {line}.")
     cells = [without_speed(cell) for cell in cells]
     kept = "finished cells and epochs are kept; the same command goes on"
     with interruptible(kept) as told, disk_errors(lambda: told.how_it_goes_on()), RunFolder(read.root).locked():
@@ -103,7 +114,6 @@ def _run(grid: Grid, cells: Sequence[Cell], overwrite: bool, command: str) -> Co
     from mobiq_lightning.comparison.folder import ComparisonFolder
     from mobiq_lightning.comparison.results import publish
     from mobiq_lightning.comparison.workers import Workers, visible_devices
-    from mobiq_lightning.console import say
 
     folder = ComparisonFolder(grid.root)
     left_out = folder.claim(grid, cells, overwrite)

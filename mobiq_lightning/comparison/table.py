@@ -18,7 +18,7 @@ NEAR = 0.05
 """Used bits by which the end of a curve may miss the bits asked for and still be taken for them."""
 ALLOCATIONS: tuple[Allocation, ...] = ("full", "rtn", "router", *CONTROLS)
 _OVERFLOW = 700.0  # nats; the exponential of more is not finite
-_FLOOR = 1e-9  # nats; below it the logarithm of a KL divergence is that of rounding errors
+FLOOR = 1e-9  # nats; below it the logarithm of a KL divergence is that of rounding errors
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def at_bits(rows: Sequence[Row], bits: float) -> Point | None:
 
 def _log(figure: float) -> float:
     """The logarithm of a perplexity or KL divergence; infinite where the figure is not finite, as after a failed run."""
-    return math.log(max(figure, _FLOOR)) if math.isfinite(figure) else math.inf
+    return math.log(max(figure, FLOOR)) if math.isfinite(figure) else math.inf
 
 
 def _mixed(low: float, high: float, share: float) -> float:

@@ -1,5 +1,7 @@
 # What others may use of this package; `__init__.py` loads it when it is asked for.
 from .arguments import override_arguments as override_arguments
+from .asked import values_of as values_of
+from .asked import without_effect as without_effect
 from .checking import CheckReport as CheckReport
 from .checking import check as check
 from .checking import run_check as run_check

@@ -65,7 +65,11 @@ def overwrite_arguments(overwrite: object) -> list[str]:
 
 
 def with_recipe(arguments: Sequence[str]) -> list[str]:
-    """A command line with the recipe as ``--config PATH``, however it was given: first, by name, or as a run folder."""
+    """A command line with the recipe as ``--config PATH``, however it was given: first, by name, or as a run folder.
+
+    A run folder is where it is now: neither a run that was moved nor another working directory changes that, though its recipe
+    may name a path that leads elsewhere. The same holds for the recipe in a run folder.
+    """
     given = list(arguments)
     if given and not given[0].startswith("-"):
         given.insert(0, "--config")
@@ -81,7 +85,9 @@ def with_recipe(arguments: Sequence[str]) -> list[str]:
         elif path and is_file(recipe := RunFolder(path).recipe):  # the run may have been moved since
             found += ["--config", str(recipe), f"--trainer.default_root_dir={path}"]
         else:
+            around = RunFolder.around(Path(path)) if is_file(path) else None
             found += ["--config", recipe_path(path)]
+            found += [] if around is None else [f"--trainer.default_root_dir={around.path}"]
     return found
 
 

@@ -8,6 +8,9 @@ from typing import Any
 from mobiq_lightning.errors import RecipeError
 from mobiq_lightning.jobs.reading import parse_value, read_recipe
 
+_DEFAULT_EPOCHS = 6
+"""`epochs_per_block` of `ElasticCalibration`, which imports torch. Recipes in run folders write it out; it is said of no such."""
+
 
 def asked_values(arguments: Sequence[str]) -> dict[str, Any]:
     """Values by dotted key; of several the last one counts. What cannot be read is left out.
@@ -42,6 +45,28 @@ def asked_values(arguments: Sequence[str]) -> dict[str, Any]:
         if f"{key}.class_path" not in found and isinstance(given, str):
             found[f"{key}.class_path"] = given
     return found
+
+
+def values_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of a recipe by dotted key."""
+    return dict(_flat(recipe, ""))
+
+
+def without_effect(asked: Mapping[str, Any]) -> list[str]:
+    """A line for each value that changes nothing, because another one that is given takes its place.
+
+    Args:
+        asked: Values by dotted key.
+    """
+    epochs, stages = asked.get("model.epochs_per_block"), asked.get("model.stages")
+    if epochs in (None, _DEFAULT_EPOCHS) or not isinstance(stages, list) or not stages:
+        return []
+    if not all(isinstance(stage, Mapping) and stage.get("share") is None for stage in stages):
+        return []
+    return [
+        f"model.epochs_per_block ({epochs}) is without effect: no stage of model.stages is a share of it, all say their own "
+        "epochs"
+    ]
 
 
 def _flat(value: Any, key: str) -> Iterator[tuple[str, Any]]:

@@ -163,7 +163,7 @@ class ElasticCLI(LightningCLI):
             super().instantiate_classes()
         except (ValueError, TypeError) as error:  # raised by the constructor of a plug-in
             raise RecipeError(str(error)) from error
-        for block, n in self.run_folder.retries().items():
+        for block, n in self.run_folder.retries.counts().items():
             self.model.record.lower_rates(block, RETRY_FACTOR**n)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -220,7 +220,7 @@ class ElasticCLI(LightningCLI):
         self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
 
     def _newest_checkpoint(self) -> Path | None:
-        checkpoint, damaged = self.run_folder.newest_checkpoint(can_be_read)
+        checkpoint, damaged = self.run_folder.training.newest(can_be_read)
         for path in damaged:
             say(f"{path.name} is damaged, was not finished, or is not safe to load; it is not used.")
             path.unlink(missing_ok=True)
@@ -239,7 +239,7 @@ class ElasticCLI(LightningCLI):
             raise MobiqError(
                 f"{error}\nFinished blocks are kept: run the same command on one device to retry."
             ) from error
-        retry = self.run_folder.note_retry(error.block)
+        retry = self.run_folder.retries.note(error.block)
         place = "the whole model" if error.block is None else f"block {error.block + 1}"
         if retry > MAX_RETRIES:
             raise MobiqError(
@@ -250,7 +250,7 @@ class ElasticCLI(LightningCLI):
         place = place[0].upper() + place[1:]
         precision = "" if error.block is None else ", in float32"
         say(f"{error}\n{place} starts anew at {RETRY_FACTOR**retry:g} of the learning rates{precision}.")
-        self.run_folder.drop_checkpoints_after(self.model.segment.visit.start)
+        self.run_folder.training.drop_after(self.model.segment.visit.start)
         self.instantiate_classes()
 
     @rank_zero_only

@@ -25,7 +25,7 @@ def must_be_rebuilt(folder: RunFolder) -> bool:
     if not problems:
         return False
     shown = "; ".join(problems[:_SHOWN]) + (f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else "")
-    whole, _ = folder.newest_checkpoint(can_be_read)
+    whole, _ = folder.training.newest(can_be_read)
     if whole is None:
         raise CheckpointError(
             f"{folder.checkpoint} is damaged: {shown}. {folder.path / CHECKPOINTS} holds no whole training checkpoint to build "

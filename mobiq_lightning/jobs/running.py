@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from mobiq_lightning.console import is_first_process, say
 from mobiq_lightning.extras import require
 from mobiq_lightning.jobs.arguments import Recipe, command_line, overwrite_arguments, with_recipe
-from mobiq_lightning.jobs.asked import asked_values, first_words
+from mobiq_lightning.jobs.asked import asked_values, first_words, without_effect
 from mobiq_lightning.jobs.asked_checks import FILES
 from mobiq_lightning.jobs.exit_codes import disk_errors
 from mobiq_lightning.jobs.interruption import interruptible
@@ -110,6 +110,8 @@ def run_job(command: Literal["fit", "validate"], arguments: Sequence[str]) -> Ru
     if isinstance(folder, str) and "$" not in folder and is_first_process():
         RunFolder(folder).check_place()
     say(first_words(command, asked))
+    for line in without_effect(asked) if command == "fit" else ():
+        say(line)
     with (
         interruptible("its work had not begun") as told,
         disk_errors(lambda: told.how_it_goes_on()),

@@ -48,6 +48,7 @@ from .identity import check_identity as check_identity
 from .in_words import all_in_verdict as all_in_verdict
 from .in_words import findings as findings
 from .in_words import idle_budgets as idle_budgets
+from .in_words import value_at as value_at
 from .in_words import verdict as verdict
 from .layer_gains import UNIT as UNIT
 from .layer_gains import GainMethod as GainMethod
@@ -66,6 +67,7 @@ from .merging import merged as merged
 from .merging import merged_diagnostics as merged_diagnostics
 from .merging import merged_speed as merged_speed
 from .merging import place_of as place_of
+from .place import check_kinds as check_kinds
 from .record import Record as Record
 from .record import at_least as at_least
 from .record import read_json as read_json

@@ -9,7 +9,7 @@ RUN_CONFIG = "config.yaml"
 IDENTITY = "identity.json"
 """Hashes of model and text that the run was started with; written by `check_identity`."""
 RETRIES = "retries.json"
-"""How often each block was started anew; written by `RunFolder.note_retry`."""
+"""How often each block was started anew; written by `Retries.note`."""
 CHECKPOINTS = "checkpoints"
 """Folder of the training checkpoints, from which a run goes on; written by Lightning's `ModelCheckpoint`."""
 HIDDEN_STATES = "hidden_states"
@@ -78,6 +78,8 @@ RUN_FILES = (
     OUTLIERS_PLOT,
 )
 """All that a run writes into its folder, and that starting it anew removes from there."""
+RUN_FOLDERS = (CHECKPOINTS, HIDDEN_STATES, GENERATED, CSV_LOG, WANDB, ELASTIC, PARTIAL, OTHER_PROTOCOLS)
+"""Those of them that are folders; all others are files."""
 
 # ------------------------------------------------------------------ checkpoint
 

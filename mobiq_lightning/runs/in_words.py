@@ -70,7 +70,7 @@ def all_in_verdict(rows: Iterable[Row]) -> str:
     for row in summary:
         if row.allocation != "router":
             continue
-        found = {name: _at(curve, row.all_in_bits) for name, curve in curves.items()}
+        found = {name: value_at(curve, row.all_in_bits) for name, curve in curves.items()}
         known = {name: value for name, value in found.items() if value is not None}
         if known:
             best = min(known, key=lambda name: known[name])
@@ -94,14 +94,22 @@ def idle_budgets(rows: Iterable[Row]) -> list[tuple[float, float]]:
     return found
 
 
-def _at(curve: Sequence[tuple[float, float]], bits: float) -> float | None:
-    """Perplexity of a curve of (bits, perplexity), bits ascending, at some bits; None below its first point."""
+def value_at(curve: Sequence[tuple[float, float]], bits: float) -> float | None:
+    """Reads a measured curve at some bits: a straight line between its points, and beyond its last one at that.
+
+    Args:
+        curve: Points (bits, value), bits ascending; at least one.
+        bits: Bits per weight.
+
+    Returns:
+        The value, or None below the first point, as nobody can have less than the lowest budget.
+    """
     if bits < curve[0][0]:
         return None
     for (low, first), (high, second) in pairwise(curve):
-        if low <= bits < high:
+        if low < bits < high:
             return first + (second - first) * (bits - low) / (high - low)
-    return curve[-1][1]
+    return [value for reached, value in curve if reached <= bits][-1]
 
 
 def _in_words(beats: str, leads: Mapping[float, tuple[float, Control]], n_controls: int) -> str:

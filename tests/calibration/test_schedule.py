@@ -87,7 +87,7 @@ def test_codes_are_in_training_until_no_later_stage_moves_them() -> None:
     ],
 )
 def test_stages_that_cannot_be_are_refused_with_the_values(stages: list[Stage], said: str) -> None:
-    problems = list(stage_problems(stages, DEPTHS, learns_codes=True))
+    problems = list(stage_problems(stages, DEPTHS, learns_codes=True, epochs_per_block=6))
     assert len(problems) == 1
     assert said in problems[0]
 
@@ -99,7 +99,9 @@ def test_the_loss_of_a_stage_has_its_depth_and_finer_ones_and_none_for_routers_a
 
 
 def test_codes_are_refused_for_schemes_that_have_none_to_train() -> None:
-    problems = list(stage_problems([Stage(train=["codes"], epochs=1, depth=2)], DEPTHS, learns_codes=False))
+    problems = list(
+        stage_problems([Stage(train=["codes"], epochs=1, depth=2)], DEPTHS, learns_codes=False, epochs_per_block=6)
+    )
     assert "use ProgressiveSlices" in problems[0]
 
 
@@ -108,3 +110,14 @@ def test_visits_are_counted_as_epochs_end_them() -> None:
     schedule = Schedule([block, model], 6, n_blocks=2)
     assert [schedule.visits_until(epoch) for epoch in range(-1, 5)] == [(0, 3), (0, 3), (1, 3), (1, 3), (2, 3), (3, 3)]
     assert [schedule.n_epochs_of(number) for number in (0, 1)] == [4, 1]
+
+
+@pytest.mark.parametrize("shares", [(1 / 3, 2 / 3), (0.25, 0.75), (0.05, 0.05, 0.9), (1.0,)])
+def test_a_stage_whose_share_is_no_epoch_is_refused_with_the_epochs_that_are_enough(shares: tuple[float, ...]) -> None:
+    stages = [Stage(share=share, train=["ranges", "routers"]) for share in shares]
+    said = list(stage_problems(stages, DEPTHS, learns_codes=True, epochs_per_block=1))
+    assert len(said) == len(shares) - 1  # one stage has the one epoch
+    for problem in said:
+        assert "of model.epochs_per_block (1) is no epoch, so that it would train nothing; with " in problem
+        enough = int(problem.partition("; with ")[2].split()[0])
+        assert not list(stage_problems(stages, DEPTHS, learns_codes=True, epochs_per_block=enough))

@@ -14,10 +14,11 @@ import yaml
 import mobiq_lightning
 from mobiq_lightning.cli import main
 from mobiq_lightning.comparison.check import check_cells
+from mobiq_lightning.comparison.folder import ComparisonFolder
 from mobiq_lightning.comparison.grid import read_grid
 from mobiq_lightning.comparison.table import CellRow, at_bits, lead, long_table, points_of
-from mobiq_lightning.comparison.verdicts import storage_verdict, verdicts
-from mobiq_lightning.errors import MobiqError, RecipeError
+from mobiq_lightning.comparison.verdicts import all_in_verdicts, verdicts
+from mobiq_lightning.errors import MobiqError, RecipeError, RunFolderError
 from mobiq_lightning.runs import Allocation, Row
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -137,6 +138,15 @@ def test_a_wrong_grid_is_answered_before_anything_runs(
     assert main(["compare", "--config", str(write_grid(tmp_path, **changes))]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_where_a_file_is_to_be_written_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    (tmp_path / "table.json").mkdir()
+    grid = read_grid(str(write_grid(tmp_path, folder=str(tmp_path))))
+    with pytest.raises(RunFolderError, match=r"table\.json is a folder, and a file table\.json is written there"):
+        ComparisonFolder(tmp_path).claim(grid, grid.cells(), overwrite=True)
+    assert (tmp_path / "table.json").is_dir()
+    assert not (tmp_path / "comparison.json").exists()
 
 
 def test_two_cells_of_one_name_are_refused(tmp_path: Path) -> None:
@@ -317,14 +327,74 @@ class TestVerdicts:
         )
 
 
-def test_what_is_stored_beside_the_codes_is_said_where_it_differs() -> None:
-    def stored(strategy: str, more: float) -> list[CellRow]:
-        rows = rows_of(strategy, router=[70.0, 71.0])
-        return [replace(one, row=replace(one.row, all_in_bits=one.row.used_bits + more)) for one in rows]
+class TestAllIn:
+    """Verdicts at equal all-in bits: perplexities of a seed at used bits 2, 3 and 4, scales of 0.5 bits beside them."""
 
-    said = storage_verdict(stored("nested", 0.5) + stored("tables", 87.0), ["nested", "tables"])
-    assert said[0].endswith("which equal used bits leave out: nested 0.50, tables 87.00.")
-    assert storage_verdict(stored("a", 0.5) + stored("b", 0.5), ["a", "b"]) == []
+    def rows(self, strategy: str, allocation: Allocation, beside: float, *seeds: list[float]) -> list[CellRow]:
+        return [
+            CellRow(strategy, seed, Row(allocation, bits, bits, bits + beside, perplexity, kl=0.1, seed=None))
+            for seed, values in enumerate(seeds)
+            for bits, perplexity in zip((2.0, 3.0, 4.0), values, strict=True)
+        ]
+
+    def test_a_control_may_spend_what_the_router_stores_of_its_own(self) -> None:
+        rows = self.rows("mlp", "router", 1.0, [20.0, 14.0, 10.0], [40.0, 28.0, 20.0], [20.0, 14.0, 10.0])
+        rows += self.rows("mlp", "static", 0.5, [20.0, 16.0, 11.0], [40.0, 32.0, 22.0], [20.0, 16.0, 11.0])
+        # At 2 + 1 bits the control is taken halfway from 2.5 to 3.5 (18), then 13.5, and at the end of its curve (11).
+        assert all_in_verdicts(rows, ["mlp"], [2, 3, 4]) == [
+            "mlp, at equal all-in bits, the router's own 0.50 bits per weight counted: routing beats static at 4 bits "
+            "(+10.00 % ± 0.00 against static); it is behind one of them at 2 bits (-11.11 % ± 0.00 against static), "
+            "3 bits (-3.70 % ± 0.00 against static)."
+        ]
+        assert verdicts(points_of(rows, [2, 3, 4]), ["mlp"], [2, 3, 4], 3)[0].startswith(
+            "mlp: routing beats static at 3"
+        )
+
+    def test_a_lead_within_the_spread_over_seeds_is_none(self) -> None:
+        rows = self.rows("mlp", "router", 1.0, [20.0, 14.0, 10.0], [20.0, 14.0, 10.0])
+        rows += self.rows("mlp", "static", 0.5, [20.0, 16.0, 11.0], [20.0, 19.0, 11.0])
+        said = all_in_verdicts(rows, ["mlp"], [3])[0]
+        assert "beats static nowhere; level with one, within the spread over seeds or 0.1%, at 3 bits (+1.6" in said
+
+    def test_draws_of_one_run_are_one_control(self) -> None:
+        rows = self.rows("mlp", "router", 0.6, [20.0, 14.0, 10.0])
+        for seed, change in ((0, -1.0), (1, 1.0)):
+            drawn = self.rows("mlp", "random", 0.5, [20.0 + change, 16.0 + change, 11.0 + change])
+            rows += [replace(one, row=replace(one.row, seed=seed)) for one in drawn]
+        assert "routing beats random at 3 bits (+10.71 % against random)" in all_in_verdicts(rows, ["mlp"], [3])[0]
+
+    def test_a_router_that_stores_nothing_changes_nothing(self) -> None:
+        rows = self.rows("static", "router", 0.5, [20.0, 14.0, 10.0]) + self.rows("static", "static", 0.5, [20.0] * 3)
+        said = "static, at equal all-in bits: the same, as its router stores nothing of its own."
+        assert all_in_verdicts(rows, ["static"], [2, 3]) == [said]
+        assert all_in_verdicts(rows[:3], ["static"], [2, 3]) == []
+
+    def test_strategies_meet_at_the_bits_of_the_one_that_stores_least(self) -> None:
+        rows = self.rows("scales", "router", 0.5, [20.0, 15.0, 11.0], [20.0, 15.0, 11.0])
+        rows += self.rows("router", "router", 1.0, [20.0, 14.0, 10.0], [20.0, 14.0, 10.0])
+        rows += self.rows("tables", "router", 87.0, [9.0] * 3, [9.0] * 3)
+        assert all_in_verdicts(rows, ["scales", "router", "tables"], [2, 3, 4]) == [
+            "Bits per weight beside the code bits (scales, tables, routers), which equal used bits leave out: scales 0.50, "
+            "router 1.00, tables 87.00.",
+            "At 3.50 all-in bits scales has the lowest perplexity, clearly ahead of router (+13.33 % ± 0.00); router is "
+            "last; tables takes more bits at the least.",
+            "At 4.50 all-in bits scales has the lowest perplexity, clearly ahead of router (+9.09 % ± 0.00); router is "
+            "last; tables takes more bits at the least.",
+        ]
+
+    def test_strategies_that_store_as_much_are_compared_once(self) -> None:
+        rows = self.rows("a", "router", 0.5, [20.0, 15.0, 12.0]) + self.rows("b", "router", 0.505, [20.0, 14.0, 12.0])
+        assert all_in_verdicts(rows, ["a", "b"], [2, 3, 4]) == []
+
+    def test_infinite_figures_leave_out_what_they_touch(self) -> None:
+        rows = self.rows("mlp", "router", 1.0, [20.0, math.inf, 10.0]) + self.rows(
+            "mlp", "static", 0.5, [math.nan, 16.0, 9.0]
+        )
+        said = all_in_verdicts(rows, ["mlp"], [2, 3, 4])
+        assert len(said) == 1
+        assert "nowhere; it is behind one of them at 4 bits (-11.11 % against static)." in said[0]
+        zero = self.rows("mlp", "router", 1.0, [0.0] * 3) + self.rows("mlp", "static", 0.5, [0.0, 16.0, 9.0])
+        assert "routing beats static at 2 bits" in all_in_verdicts(zero, ["mlp"], [2, 3, 4])[0]
 
 
 def test_a_lead_is_a_ratio_of_perplexities() -> None:

@@ -165,7 +165,8 @@ def test_wandb_without_a_key_writes_offline_into_the_run_folder(
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     logger = "--trainer.logger={class_path: mobiq_lightning.loggers.WandbLogger, init_args: {group: budgets}}"
-    assert main(["fit", *recipe_arguments, logger, "--model.epochs_per_block=1"]) == 0
+    stages = "--model.stages=[{share: 1, train: [ranges, routers]}]"
+    assert main(["fit", *recipe_arguments, logger, "--model.epochs_per_block=1", stages]) == 0
     import wandb
 
     wandb.finish()

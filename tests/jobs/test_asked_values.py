@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
@@ -9,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from mobiq_lightning.calibration import ElasticCalibration
 from mobiq_lightning.errors import RecipeError
+from mobiq_lightning.jobs import without_effect
 from mobiq_lightning.jobs.arguments import with_recipe
 from mobiq_lightning.jobs.asked import asked_values, first_words
 from mobiq_lightning.jobs.asked_checks import FILES
@@ -108,6 +111,15 @@ def test_what_is_asked_for_is_what_was_said_last(tmp_path: Path) -> None:
     asked = asked_values(["--config", str(recipe), "--model.router=StaticRouter"])
     assert asked["model.router.class_path"] == "StaticRouter"
     assert "model.router.init_args.hidden_features" not in asked
+
+
+def test_epochs_of_a_block_that_no_stage_is_a_share_of_are_said_to_be_without_effect() -> None:
+    said = without_effect(asked_values(with_recipe(["tiny", "--model.epochs_per_block=3"])))
+    assert said[0].startswith("model.epochs_per_block (3) is without effect: no stage of model.stages is a share of it")
+    assert without_effect(asked_values(with_recipe(["tiny-ranges", "--model.epochs_per_block=3"]))) == []
+    # A recipe in a run folder writes out every default.
+    default = inspect.signature(ElasticCalibration).parameters["epochs_per_block"].default
+    assert without_effect(asked_values(with_recipe(["tiny", f"--model.epochs_per_block={default}"]))) == []
 
 
 def test_the_first_words_say_what_is_begun() -> None:

@@ -21,7 +21,7 @@ from mobiq_lightning.callbacks import LayerGains
 from mobiq_lightning.checkpoint import verify
 from mobiq_lightning.cli import main
 from mobiq_lightning.errors import CheckpointError, DiskError, MobiqError
-from mobiq_lightning.jobs import disk_errors, exit_code, interruptible
+from mobiq_lightning.jobs import ElasticCLI, disk_errors, exit_code, interruptible
 from mobiq_lightning.jobs.lost_process import lost_process
 from mobiq_lightning.runs import RunFolder
 from tests.checkpoints import tensors_of
@@ -36,6 +36,40 @@ def assert_same(one: Path, other: Path) -> None:
     first, second = tensors_of(one / "elastic"), tensors_of(other / "elastic")
     assert first.keys() == second.keys()
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+def test_a_pipe_that_nobody_reads_any_more_ends_a_fit_without_a_traceback(
+    finished: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)  # as of `| head` when it has had enough
+    with os.fdopen(writer, "w") as pipe:
+        monkeypatch.setattr("sys.stdout", pipe)
+        assert main(["fit", *finished[1]]) == 141
+    said = capsys.readouterr().err
+    assert "holds this run, finished" in said
+    assert "Traceback" not in said
+    assert "error" not in said
+
+
+def test_damaged_results_are_said_before_a_finished_run_is_compared_again_wherever_it_was_moved(
+    finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(finished[0], tmp_path / "moved")
+    recipe = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(
+        recipe.replace(f"default_root_dir: {finished[0]}", "default_root_dir: runs/before")
+    )
+    (run / "results.json").write_text('{"rows": [')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ElasticCLI, "instantiate_classes", lambda _: pytest.fail("work was begun"))
+    for given in (str(run), "moved", str(run / "config.yaml"), "moved/config.yaml"):
+        assert main(["validate", given]) == 1
+        assert (
+            f"{Path(given).parent / 'results.json' if given.endswith('yaml') else Path(given) / 'results.json'}"
+            in (capsys.readouterr().err.partition("error: ")[2])
+        )
+    assert not (tmp_path / "runs").exists()
 
 
 class TestSignals:
@@ -174,7 +208,7 @@ def test_a_training_checkpoint_that_would_run_code_is_not_loaded_whatever_the_en
     plain.write_bytes(pickle.dumps(Bomb(tmp_path / "boom")))
     for path in (good, bomb, plain):
         path.with_suffix(".sha256").write_text(hashlib.sha256(path.read_bytes()).hexdigest())
-    assert RunFolder(tmp_path).newest_checkpoint(can_be_read) == (good, [plain, bomb])
+    assert RunFolder(tmp_path).training.newest(can_be_read) == (good, [plain, bomb])
     assert SafeCheckpointIO().load_checkpoint(good)["state_dict"]["a"] == 1
     for path in (bomb, plain):
         with pytest.raises(CheckpointError, match="damaged, or not safe to load"):

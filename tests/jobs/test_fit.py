@@ -38,7 +38,7 @@ def test_the_router_that_the_guide_shows_is_used_from_a_recipe_by_its_path(
     (package / "my_routers.py").write_text(example)
     monkeypatch.syspath_prepend(str(package))
     router = "--model.router={class_path: my_routers.PeakRouter, init_args: {step: 0.25}}"
-    assert main(["fit", *recipe_arguments, router, "--model.epochs_per_block=1"]) == 0
+    assert main(["fit", *recipe_arguments, router]) == 0
     inputs = routed_inputs(load(tmp_path / "run", trust_router="my_routers.PeakRouter"))
     assert {type(routed.router).__name__ for routed in inputs} == {"PeakRouter"}
     assert {routed.router.step for routed in inputs} == {0.25}

@@ -62,6 +62,23 @@ class TestCommandLine:
         of_run = ["--config", str(tmp_path / "config.yaml"), f"--trainer.default_root_dir={tmp_path}"]
         assert with_recipe([str(tmp_path)]) == of_run == command_line(RunFolder(tmp_path), {})
 
+    def test_the_recipe_in_a_run_folder_stands_for_that_folder_and_a_copy_alone_for_itself(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        run, recipe = tmp_path / "moved", {"trainer": {"default_root_dir": "runs/before"}}
+        RunFolder(run).claim(recipe, overwrite=False)
+        config = str(run / "config.yaml")
+        assert with_recipe([config]) == ["--config", config]
+        (run / "results.json").write_text("{}")
+        of_run = ["--config", config, f"--trainer.default_root_dir={run}"]
+        assert with_recipe([config]) == with_recipe(["-c", config]) == with_recipe([str(run)]) == of_run
+        monkeypatch.chdir(run)
+        assert with_recipe(["config.yaml"]) == ["--config", "config.yaml", "--trainer.default_root_dir=."]
+        shutil.copy(config, run / "mine.yaml")
+        assert with_recipe(["mine.yaml"]) == ["--config", "mine.yaml"]
+        (run / "config.yaml").write_text("model: {}")  # by somebody's hand
+        assert with_recipe(["config.yaml"]) == ["--config", "config.yaml"]
+
 
 def test_building_claims_no_folder_and_changes_nothing_of_the_process(tmp_path: Path) -> None:
     importlib.import_module(

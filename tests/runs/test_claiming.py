@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -72,6 +73,27 @@ def test_a_folder_that_cannot_be_made_is_refused_in_a_line(tmp_path: Path, place
     (tmp_path / "file").write_text("")
     with pytest.raises(RunFolderError, match=f"cannot be made or written to .*{reason}"):
         RunFolder(tmp_path / place).lock()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("metrics.jsonl", "metrics.jsonl is a folder, and a file metrics.jsonl is written there"),
+        ("results.csv", "results.csv is a folder, and a file results.csv is written there"),
+        ("elastic", "elastic is a file, and a folder elastic is written there"),
+    ],
+)
+def test_a_folder_where_a_file_is_to_be_written_is_refused_at_the_start(tmp_path: Path, name: str, said: str) -> None:
+    stray = tmp_path / name
+    stray.write_text("mine") if "." not in name else stray.mkdir()
+    for start in (
+        RunFolder(tmp_path).check_place,
+        lambda: RunFolder(tmp_path).claim(recipe(), overwrite=False),
+        lambda: RunFolder(tmp_path).claim(recipe(), overwrite=True),
+    ):
+        with pytest.raises(RunFolderError, match=re.escape(f"{said}. Move it away")):
+            start()
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_a_run_that_has_finished_no_epoch_gives_way_to_a_corrected_recipe(tmp_path: Path) -> None:
@@ -262,7 +284,7 @@ def test_what_killed_runs_left_in_the_folder_is_removed_when_it_is_locked(tmp_pa
 def test_damaged_counts_of_retries_are_named_with_what_to_do(tmp_path: Path, content: str) -> None:
     (tmp_path / "retries.json").write_text(content)
     with pytest.raises(RunFolderError, match=r"retries\.json .*Remove the file: the run goes on"):
-        RunFolder(tmp_path).retries()
+        RunFolder(tmp_path).retries.counts()
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"source weights": 3}'])

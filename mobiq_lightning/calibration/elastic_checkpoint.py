@@ -7,7 +7,6 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from mobiq_lightning.checkpoint import CheckpointWriter, ElasticFormat, describe_provenance
-from mobiq_lightning.nn import BUDGET_STEP
 from mobiq_lightning.runs import ELASTIC, PROVENANCE, RECIPE
 from mobiq_lightning.strategies.class_paths import describe_factory
 
@@ -50,6 +49,6 @@ def elastic_format(module: ElasticCalibration) -> ElasticFormat:
         share_routers=module.share_routers,
         threshold_scope=module.threshold_scope,
         default_bits=float(module.budget.final_bits),
-        budget_step=BUDGET_STEP,
+        budget_step=first.routed_inputs()[0].budget_step,
         code=scheme.code,
     )

@@ -178,7 +178,9 @@ class Schedule:
     def trains_codes_after(self, segment: Segment) -> bool:
         """Whether a later segment of the same block, or of the model, moves codes."""
         later = self.segments[self.segments.index(segment) + 1 :]
-        return any(s.stage.trains("codes") and (s.block is None or s.block == segment.block) for s in later)
+        return any(
+            s.stage.trains("codes") and (None in (s.block, segment.block) or s.block == segment.block) for s in later
+        )
 
 
 def sweeps_of(stages: Sequence[Stage]) -> Iterator[list[tuple[int, Stage]]]:

@@ -13,7 +13,7 @@ from mobiq_lightning.calibration.guarding import StaticDepths
 from mobiq_lightning.calibration.planning import FORWARD, ModelSizes, Phase, StepTimes
 from mobiq_lightning.callbacks.base import CalibrationCallback
 from mobiq_lightning.callbacks.guards import guards_of
-from mobiq_lightning.nn import BUDGET_STEP, RUN_STEP, meet_budget
+from mobiq_lightning.nn import RUN_STEP, meet_budget
 from mobiq_lightning.packing import STORED_DTYPE, depths_of
 from mobiq_lightning.runtime import Dial
 from mobiq_lightning.sources import TextWindows
@@ -72,7 +72,7 @@ class ThresholdTuning(CalibrationCallback):
             scopes: tuple[Scope, Scope] = ("layer", "global")
             tables = {s: _tables_for(kind, scores, sizes, slice_bits, budgets, s) for s in scopes}
             if self.rounds == 1 and kind.per_token:
-                whole = [scores] * len(_runs(budgets))
+                whole = [scores] * len(inputs[0].run_columns)
                 tables["layer"] = _finish(module, _between(module, whole, "layer", static))
             self._store(module, tables)
             for _ in range(self.rounds - 1 if kind.per_token else 0):
@@ -93,7 +93,7 @@ class ThresholdTuning(CalibrationCallback):
         dial, budgets = Dial(inputs), inputs[0].budgets.tolist()
 
         def run() -> Iterator[list[Tensor]]:  # one after the other: they take much memory
-            for column in _runs(budgets):
+            for column in inputs[0].run_columns:
                 dial.set_bits(budgets[column], scope)
                 yield self._scores(module, input_ids)
 
@@ -117,12 +117,6 @@ def round_parameters(router: Router) -> None:
         parameter.copy_(parameter.to(STORED_DTYPE))
 
 
-def _runs(budgets: Sequence[float]) -> list[int]:
-    """Columns of the budgets at which the model is run: every `RUN_STEP`, and the last."""
-    stride = round(RUN_STEP / BUDGET_STEP)
-    return sorted({*range(0, len(budgets), stride), len(budgets) - 1})
-
-
 def _between(
     module: ElasticCalibration, found: Iterable[Sequence[Tensor]], scope: Scope, static: StaticDepths
 ) -> Tensor:
@@ -132,13 +126,13 @@ def _between(
 
     Args:
         module: The calibration.
-        found: For each of `_runs`, the scores (N, S - 1) of each input.
+        found: For each of the `run_columns` of an input, the scores (N, S - 1) of each input.
         scope: Which tables.
         static: Gives static depths to inputs whose routers have collapsed, where each input meets the budget by itself.
     """
     inputs = module.sliced.all_inputs()
     sizes, slice_bits, budgets = [r.n_weights for r in inputs], inputs[0].slice_bits, inputs[0].budgets.tolist()
-    runs, kind = _runs(budgets), type(inputs[0].router)
+    runs, kind = inputs[0].run_columns, type(inputs[0].router)
     table = torch.zeros(len(inputs), len(slice_bits), len(budgets))
     for number, (run, scores) in enumerate(zip(runs, found, strict=True)):
         before, after = runs[max(0, number - 1)], runs[min(number + 1, len(runs) - 1)]

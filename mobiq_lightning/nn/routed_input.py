@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mobiq_lightning.errors import BitsError
 from mobiq_lightning.nn.observers import Observer
 from mobiq_lightning.nn.reading import CommonThreshold, MeetBudget, Reading, Routed
-from mobiq_lightning.packing import depths_of
+from mobiq_lightning.packing import BUDGETS, THRESHOLDS, depths_of
 from mobiq_lightning.strategies.base import Router
 from mobiq_lightning.strategies.thresholds import prefix_scores, threshold_for_budget, with_budget_gradient
 from mobiq_lightning.strategies.transform_base import InputTransform
@@ -124,6 +124,17 @@ class RoutedInput(nn.Module):
         self._gates = TensorMemo[Tensor]()
         self._gated = TensorMemo[Tensor]()
         self._transformed = TensorMemo[Tensor]()
+
+    @property
+    def budget_step(self) -> float:
+        """Distance in bits between the budgets whose thresholds are stored; `RUN_STEP` if there is but one."""
+        return float(self.budgets[1] - self.budgets[0]) if len(self.budgets) > 1 else RUN_STEP
+
+    @property
+    def run_columns(self) -> list[int]:
+        """Columns of the tables for budgets that are `RUN_STEP` apart, and the last one."""
+        last = len(self.budgets) - 1
+        return sorted({*range(0, last, max(1, round(RUN_STEP / self.budget_step))), last})
 
     @property
     def depths(self) -> tuple[int, ...]:
@@ -248,6 +259,15 @@ class RoutedInput(nn.Module):
                 f"{rows} budgets were set, one for each row, but the input is of shape {tuple(x.shape)}, not "
                 f"({rows}, tokens, {x.shape[-1]}); give as many budgets as rows, or one for all"
             )
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Takes on tables of other budgets: those of a run that an earlier version has begun."""
+        budgets = state.get(f"{prefix}{BUDGETS}")
+        if budgets is not None and budgets.shape != self.budgets.shape and budgets.ndim == 1:
+            self.budgets = self.budgets.new_empty(len(budgets))
+            for name in THRESHOLDS:
+                setattr(self, name, self.get_buffer(name).new_empty(len(self.get_buffer(name)), len(budgets)))
+        super()._load_from_state_dict(state, prefix, *args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         if self.kernel is not None:

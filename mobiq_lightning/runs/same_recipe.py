@@ -29,13 +29,26 @@ _LIMITS = ("lightning.pytorch.callbacks.Timer", "lightning.pytorch.callbacks.Ear
 """Callbacks that end a run early and change nothing else of it, as recipes name them; a run may go on without them."""
 
 
+_ADDED = {"mixed": 0.0}
+"""Keys that recipes of earlier versions lack, each with the value at which all is as it was without it."""
+
+
 def differing_keys(stored: Any, given: Any, prefix: str = "") -> Iterator[str]:
     """Lines ``key: stored value -> given value`` for every key that matters and differs."""
     if isinstance(stored, dict) and isinstance(given, dict):
         for key in [*stored, *(k for k in given if k not in stored)]:
             yield from differing_keys(stored.get(key), given.get(key), f"{prefix}{key}.")
-    elif stored != given and not any(prefix.startswith(f"{key}.") for key in _IRRELEVANT):
+    elif _as_before(stored) != _as_before(given) and not any(prefix.startswith(f"{key}.") for key in _IRRELEVANT):
         yield f"{prefix.rstrip('.')}: {stored!r} -> {given!r}"
+
+
+def _as_before(value: Any) -> Any:
+    """A value of a recipe without keys that earlier versions do not have and that change nothing."""
+    if isinstance(value, list):
+        return [_as_before(item) for item in value]
+    if isinstance(value, dict):
+        return {k: _as_before(v) for k, v in value.items() if k not in _ADDED or v != _ADDED[k]}
+    return value
 
 
 def differing_keys_of_runs(stored: dict[str, Any], given: dict[str, Any]) -> Iterator[str]:

@@ -68,7 +68,7 @@ class Dial:
         self.overhead_bits, self.router_bits = overhead_bits, router_bits
         first = self.inputs[0]
         self.lowest, self.highest = float(first.depths[0]), float(first.depths[-1])
-        self._step = float(first.budgets[1] - first.budgets[0]) if len(first.budgets) > 1 else 1.0
+        self._step = first.budget_step
         row = len(first.slice_bits) - 1
         self._tables = {
             "layer": torch.stack([routed.layer_thresholds[row].cpu() for routed in self.inputs]),

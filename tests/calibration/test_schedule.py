@@ -49,6 +49,10 @@ def test_codes_are_in_training_until_no_later_stage_moves_them() -> None:
     stages = [Stage(train=["codes"], epochs=1, depth=2), Stage(train=["codes"], epochs=1, depth=2, scope="model")]
     schedule = Schedule([*stages, Stage(train=["ranges", "routers"], epochs=1, scope="model")], 0, 2)
     assert [schedule.trains_codes_after(schedule.at(epoch)) for epoch in range(4)] == [True, True, False, False]
+    by_block = Schedule([stages[1], Stage(train=["codes"], epochs=1, depth=3)], 0, 2)
+    assert [by_block.trains_codes_after(by_block.at(epoch)) for epoch in range(3)] == [True, False, False], (
+        "what blocks train one after the other after a stage of the whole model"
+    )
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from mobiq_lightning.callbacks import Guards, LatencyCheck
 from mobiq_lightning.comparison.check import without_speed
 from mobiq_lightning.comparison.grid import Cell
 from mobiq_lightning.errors import RunFolderError
-from mobiq_lightning.runs import RUN_FILES, RunFolder, loaded_class
+from mobiq_lightning.runs import RUN_FILES, RunFolder, differing_keys, loaded_class
 from tests.conftest import Run
 
 
@@ -82,3 +82,11 @@ def test_cells_of_a_comparison_measure_no_speed_whatever_the_callback_is_called(
 
 def test_all_that_a_run_leaves_has_its_name_among_the_files_of_runs(finished: Run) -> None:
     assert {path.name for path in finished[0].iterdir()} <= set(RUN_FILES)
+
+
+def test_a_key_that_earlier_versions_did_not_have_differs_only_where_it_changes_something() -> None:
+    stored = {"model": {"stages": [{"train": ["codes"], "depth": 3}], "eval_bits": [2]}}
+    same = {"model": {"stages": [{"train": ["codes"], "depth": 3, "mixed": 0.0}], "eval_bits": [2]}}
+    other = {"model": {"stages": [{"train": ["codes"], "depth": 3, "mixed": 0.35}], "eval_bits": [2]}}
+    assert list(differing_keys(stored, same)) == list(differing_keys(same, stored)) == []
+    assert [line.split(":")[0] for line in differing_keys(stored, other)] == ["model.stages"]

@@ -387,3 +387,16 @@ class TestContexts:
         for thread in threads:
             thread.join()
         assert wrong == []
+
+
+def test_the_tables_of_a_run_that_an_earlier_version_began_are_taken_on_as_they_are() -> None:
+    old = RoutedInput(MLPRouter(4, len(BITS)), BITS, 32, budget_step=0.25)
+    old.set_tables(torch.linspace(1, -5, 25).expand(5, -1), torch.linspace(2, -4, 25).expand(5, -1))
+    new = RoutedInput(MLPRouter(4, len(BITS)), BITS, 32)
+    assert (new.budget_step, len(new.run_columns), new.run_columns[:3]) == (0.0625, 25, [0, 4, 8])
+    new.load_state_dict(old.state_dict())
+    assert (new.budget_step, new.run_columns) == (0.25, list(range(25)))
+    dials = [Dial([routed]) for routed in (old, new)]
+    for dial in dials:
+        dial.set_bits(3.4)
+    assert thresholds(dials[0]) == thresholds(dials[1]) == pytest.approx([-0.4])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mobiq_lightning.nn import BUDGET_STEP, RUN_STEP, RoutedInput
+from mobiq_lightning.nn import RoutedInput
 from mobiq_lightning.strategies import ThresholdTask
 from mobiq_lightning.strategies.allocation import split_budget
 
@@ -31,7 +31,7 @@ def worst_share(routed: RoutedInput, scores: Tensor) -> tuple[float, float]:
         routed: The input, with its router.
         scores: (N, S - 1) scores that the router gives to the tokens of the input.
     """
-    steps = routed.budgets[:: round(RUN_STEP / BUDGET_STEP)].tolist()  # nearer to a depth most tokens read that anyway
+    steps = routed.budgets[routed.run_columns].tolist()  # nearer to a depth most tokens read that anyway
     budgets = [bits for bits in steps if mixes_depths(routed.slice_bits, bits)]
     if not budgets:
         return 0.0, 0.0

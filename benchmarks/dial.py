@@ -102,9 +102,21 @@ def main() -> None:
             )
             found["sweeps"].append({"scope": scope, "text": name, "n_tokens": n_tokens, "rows": rows})
     if arguments.to:
-        arguments.to.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        arguments.to.write_text(as_json(found), encoding="utf-8")
     if arguments.plot:
         draw(found, arguments.plot)
+
+
+def as_json(found: dict[str, Any]) -> str:
+    """The sweeps as JSON, a row of figures to a line."""
+    head = json.dumps({key: value for key, value in found.items() if key != "sweeps"}, indent=1)[:-2]
+    sweeps = []
+    for sweep in found["sweeps"]:
+        rows = ",\n  ".join(json.dumps({key: round(value, 6) for key, value in row.items()}) for row in sweep["rows"])
+        about = json.dumps({key: value for key, value in sweep.items() if key != "rows"})[:-1]
+        sweeps.append(f'{about}, "rows": [\n  {rows}]}}')
+    listed = ",\n".join(sweeps)
+    return f'{head},\n "sweeps": [\n{listed}]\n}}\n'
 
 
 def draw(found: dict[str, Any], path: Path) -> None:

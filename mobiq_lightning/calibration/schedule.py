@@ -207,6 +207,10 @@ def epochs_of(sweep: Sequence[Stage], epochs_per_block: int) -> list[int]:
     return counts
 
 
+_NEVER_NULL = ("train", "bounds", "other_depths", "mixed", "lr_scale", "scope")
+"""Keys of a stage that have a value whether it is given or not."""
+
+
 def stage_problems(
     stages: Sequence[Stage], depths: Sequence[int], learns_codes: bool, epochs_per_block: int
 ) -> Iterator[str]:
@@ -231,6 +235,9 @@ def stage_problems(
     reached = 0
     for number, stage in enumerate(stages):
         where = f"model.stages[{number}]"
+        if null := [name for name in _NEVER_NULL if getattr(stage, name) is None]:
+            yield f"{where}: {', '.join(null)}: null is no value; leave the key out, or give one"
+            continue
         if not stage.train:
             yield f"{where}: train names nothing; give some of ranges, codes, transforms, routers"
         for bound in stage.bounds:
@@ -247,6 +254,8 @@ def stage_problems(
             yield f"{where}: lr_scale ({stage.lr_scale:g}) must be above 0 and at most {MOST:g}"
         if wrong := [weight for weight in stage.other_depths.values() if not 0 <= weight <= MOST]:
             yield f"{where}: other_depths: weight {wrong[0]:g} must be at least 0 and at most {MOST:g}"
+        if stage.mixed and stage.trains_routers_alone:
+            yield f"{where}: mixed ({stage.mixed:g}) mixes depths, and a stage that trains routers alone reads as they decide"
         if not 0 <= stage.mixed <= 1:
             yield f"{where}: mixed ({stage.mixed:g}) is a part of the steps; give 0 to 1"
         if stage.mixed and (stage.scope != "model" or stage.depth in (None, depths[0])):

@@ -62,13 +62,14 @@ class LatencyCheck(CalibrationCallback):
         used = _used(place)
         clock = Clock(model.device, repeats=5, seconds=self.seconds * LINEARS_SHARE / 40)
         latency = time_linears(model, used, clock)
-        # Also those of the run where this is another text: what was measured at different times makes no curve.
-        speeds = _speeds(model, sorted({*used, *_used(run)}), deadline)
+        speeds = _speeds(model, sorted(used), deadline)
         for row in latency["budgets"]:
             row["tokens_per_second"] = speeds.get(row["target_bits"], {}).get("tokens_per_second")
-        store_speed(run / ELASTIC, list(speeds.values()), latency["device"], latency["path"])
         results = add_to_results(place / RESULTS, latency=latency)
-        if place == run:
+        if (
+            place == run
+        ):  # else a checkpoint would be served by speeds at the thresholds or budgets of another comparison
+            store_speed(run / ELASTIC, list(speeds.values()), latency["device"], latency["path"])
             add_results(run / ELASTIC, results)
         print_budgets(latency)
         _log(trainer, module, latency)

@@ -10,6 +10,7 @@ from .loading import load_tokenizer as load_tokenizer
 from .loading import resolve as resolve
 from .own_files import content_hash as content_hash
 from .own_files import own_file as own_file
+from .own_files import read_config as read_config
 from .provenance import describe_provenance as describe_provenance
 from .quantizer import insert_elastic_linears as insert_elastic_linears
 from .registration import register_with_transformers as register_with_transformers

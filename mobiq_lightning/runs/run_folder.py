@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -220,8 +221,9 @@ class RunFolder:
             if differences and work:
                 raise RunFolderError(
                     f"{self.path} holds a run with another recipe:\n  " + "\n  ".join(differences) + "\n"
-                    "Give another trainer.default_root_dir, or --overwrite to remove that run. To compare a finished run "
-                    "at other bits or on other text, use `validate`"
+                    f"`fit {shlex.quote(str(self.path))}` goes on with the recipe that it has. Or give another "
+                    "trainer.default_root_dir, or --overwrite to remove that run. To compare a finished run at other bits or "
+                    "on other text, use `validate`"
                 )
         elif work:
             raise RunFolderError(

@@ -62,7 +62,7 @@ class BitsPolicy:
         highest_bits: float = 8.0,
         max_perplexity_ratio: float = 2.0,
         tie: float = 0.002,
-        speed_tie: float = 0.05,
+        speed_tie: float = 0.1,
         margin: float = 0.25,
     ) -> None:
         settings = {
@@ -114,6 +114,8 @@ class BitsPolicy:
     def from_checkpoint(cls, folder: str | Path, **settings: Any) -> BitsPolicy:
         """Makes a policy from curves stored with a checkpoint: results.json, and speed.json if it is of this machine.
 
+        Budgets above what the checkpoint holds are left out.
+
         Args:
             folder: Run folder or elastic checkpoint.
             **settings: Further arguments of the class.
@@ -122,7 +124,7 @@ class BitsPolicy:
             CheckpointError: If the checkpoint holds no rows of a comparison.
             ResultsError: If a file with what was measured is damaged or from another version.
         """
-        from mobiq_lightning.checkpoint import own_file, resolve
+        from mobiq_lightning.checkpoint import own_file, read_config, resolve
         from mobiq_lightning.environment import device_name
         from mobiq_lightning.runs import RESULTS, SPEED, SpeedNote, read_json, read_results
 
@@ -134,6 +136,7 @@ class BitsPolicy:
         if measured is None:
             found = f"holds no rows of a comparison in {RESULTS}" if (path / RESULTS).is_file() else f"has no {RESULTS}"
             raise CheckpointError(f"{path} {found}, so what bits buy is unknown; run `validate` with its recipe")
+        held = read_config(path)[1].n_planes  # fewer than were measured where only the first planes were exported
         speed: dict[float, float] = {}
         elsewhere = ""
         if (path / SPEED).is_file():
@@ -146,7 +149,7 @@ class BitsPolicy:
         curve = [
             CurvePoint(row.target_bits, row.perplexity, _interpolated(speed, row.target_bits))
             for row in measured.rows
-            if row.allocation == "router" and row.finite
+            if row.allocation == "router" and row.finite and row.target_bits <= held
         ]
         policy = cls(curve, **settings)
         policy.no_speed = elsewhere or policy.no_speed

@@ -81,6 +81,9 @@ def test_codes_are_in_training_until_no_later_stage_moves_them() -> None:
         ([Stage(train=["ranges"], epochs=1, lr_scale=0.0)], "lr_scale (0) must be above 0"),
         ([Stage(train=["codes"], epochs=1, depth=4, scope="model", mixed=1.5)], "mixed (1.5) is a part of the steps"),
         ([Stage(train=["codes"], epochs=1, depth=4, mixed=0.5)], "mixed (0.5) takes scope: model"),
+        ([Stage(train=["routers"], epochs=1, depth=4, scope="model", mixed=0.5)], "reads as they decide"),
+        ([Stage(train=["codes"], epochs=1, depth=4, mixed=None)], "mixed: null is no value"),  # type: ignore[arg-type]
+        ([Stage(train=None, epochs=1, lr_scale=None)], "train, lr_scale: null is no value"),  # type: ignore[arg-type]
         ([Stage(train=["codes"], epochs=1, depth=2, scope="model", mixed=0.5)], "a depth above 2"),
         ([Stage(train=["codes"], epochs=1, depth=4, other_depths={5: 1.0})], "beside depth (4)"),
         ([Stage(train=["routers"], epochs=1, other_depths={8: 1.0})], "beside depth (None)"),

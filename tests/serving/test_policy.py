@@ -13,6 +13,7 @@ import pytest
 
 import mobiq_lightning
 from mobiq_lightning import BitsPolicy
+from mobiq_lightning.cli import main
 from mobiq_lightning.errors import CheckpointError, RecipeError
 from mobiq_lightning.serving import continue_prompt, measure_speed, store_speed
 from mobiq_lightning.serving.policy import CurvePoint
@@ -169,6 +170,13 @@ class TestStoredCurves:
         assert store(4, 4) == [(4, 4)]
         assert "is not valid JSON" in (said := capsys.readouterr().err)
         assert "It is written anew." in said
+
+    def test_no_budget_is_above_what_an_export_holds(self, finished: Run, tmp_path: Path) -> None:
+        folder = tmp_path / "cut"
+        assert main(["export", str(finished[0]), "--to", str(folder), "--max-bits", "4"]) == 0
+        policy = BitsPolicy.from_checkpoint(folder, max_perplexity_ratio=100)
+        assert max(level.bits for level in policy.levels) <= 4
+        mobiq_lightning.load(folder).set_bits(policy.bits)
 
     def test_a_checkpoint_without_results_is_refused(self, finished: Run, tmp_path: Path) -> None:
         folder = shutil.copytree(finished[0] / "elastic", tmp_path / "elastic")

@@ -89,7 +89,7 @@ def _model_rows(report: CheckReport) -> Iterator[tuple[str, str]]:
 
 def _text_rows(report: CheckReport) -> Iterator[tuple[str, str]]:
     shape = report.shape
-    if shape is not None and shape.tokenizer is not None and shape.model is not None:
+    if report.plan is not None and shape is not None and shape.tokenizer is not None and shape.model is not None:
         rows = shape.model.get_input_embeddings().num_embeddings
         highest = max((source.highest_id for source in report.text), default=-1)
         used = f"highest in the text {highest}, " if highest >= 0 else ""

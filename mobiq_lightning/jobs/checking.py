@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mobiq_lightning.console import say
 from mobiq_lightning.errors import MobiqError, RecipeError
 from mobiq_lightning.extras import require
 from mobiq_lightning.jobs.arguments import Recipe, command_line, with_recipe
-from mobiq_lightning.jobs.asked import asked_values, without_effect
+from mobiq_lightning.jobs.asked import asked_values, first_words, without_effect
 from mobiq_lightning.jobs.asked_checks import FILES
 from mobiq_lightning.jobs.recipe import check_arguments
 
@@ -118,6 +119,7 @@ def run_check(arguments: Sequence[str]) -> CheckReport:
     report = CheckReport(" ".join(arguments).removeprefix("--config "))
     report.notes += without_effect(asked)
     _collect(report, lambda: check_arguments(arguments, FILES))
+    say(first_words("check", asked))
     from mobiq_lightning.jobs import cli  # noqa: F401 - before libraries are told to be quiet: importing undoes that
     from mobiq_lightning.jobs.quiet import quiet_libraries
 

@@ -33,6 +33,16 @@ from mobiq_lightning.latency import print_budgets
 from mobiq_lightning.runs import CONFIG, ELASTIC, RESULTS, SPEED, RunFolder, check_results, read_results
 from mobiq_lightning.sources import TextWindows
 
+_OF_A_COMPARISON = (
+    "model.eval_bits:",
+    "model.random_seeds:",
+    "model.threshold_scope:",
+    "model.dtype:",
+    "data.eval_",
+    "seed_everything:",
+    "trainer.",
+)
+"""How lines of keys begin that a comparison of a finished run may be given with other values."""
 Command: TypeAlias = Literal["fit", "validate", "build"]
 
 MAX_RETRIES = 2
@@ -142,8 +152,15 @@ class ElasticCLI(LightningCLI):
             self.run_folder.lock()
             if self.command == "validate":
                 check_results(self.run_folder.path)  # they are added to at the end; damage is said now
+                self._say_what_is_without_effect()
             if self.command == "fit":
                 self.resumes = self.run_folder.claim(self.recipe, overwrite)
+
+    def _say_what_is_without_effect(self) -> None:
+        """Names keys of the calibration that a comparison of the finished checkpoint was given with other values."""
+        differences = self.run_folder.differences(self.recipe)
+        if idle := [line for line in differences if not line.startswith(_OF_A_COMPARISON)]:
+            say("validate compares the checkpoint as it is; without effect:\n  " + "\n  ".join(idle))
 
     def expand_run_folder(self) -> None:
         """Puts environment variables into the run folder's name: in a sweep, $WANDB_RUN_ID tells runs apart.

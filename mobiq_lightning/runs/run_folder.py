@@ -237,6 +237,14 @@ class RunFolder:
             )
         return stored
 
+    def differences(self, recipe: dict[str, Any]) -> list[str]:
+        """Lines ``key: value of its run -> given value`` where a recipe differs from that of the run that is held, if known."""
+        try:
+            stored = self._recipe.read(self.finished_work)
+        except RunFolderError:  # it is damaged: nothing is known of it
+            return []
+        return [] if stored is None else list(differing_keys_of_runs(stored, recipe))
+
     def check_place(self) -> None:
         """Makes sure that the folder can be made and written to and no other process is at work in it; writes nothing.
 

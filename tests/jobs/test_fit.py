@@ -266,8 +266,11 @@ class TestRunFolder:
         before = json.loads((run / "results.json").read_text())
         levels = levels_of(run)
         arguments = ["--config", str(run / "config.yaml"), f"--trainer.default_root_dir={run}"]
-        assert main(["validate", *arguments, "--model.eval_bits=[2, 3.25]"]) == 0
-        assert "Measured now: 2, 3.25 bits. As they were measured before: 2.5, 8 bits." in capsys.readouterr().err
+        assert main(["validate", *arguments, "--model.eval_bits=[2, 3.25]", "--model.rates.codes=0.5"]) == 0
+        said = capsys.readouterr().err
+        assert "Measured now: 2, 3.25 bits. As they were measured before: 2.5, 8 bits." in said
+        assert "validate compares the checkpoint as it is; without effect:\n  model.rates.codes: 0.001 -> 0.5\n" in said
+        assert "eval_bits" not in said
         after = json.loads((run / "results.json").read_text())
         assert [row for row in after["rows"] if row["target_bits"] != 3.25] == before["rows"]
         assert {row["allocation"] for row in after["rows"] if row["target_bits"] == 3.25} == {

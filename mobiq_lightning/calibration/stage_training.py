@@ -101,7 +101,7 @@ def unchanged_weights(module: ElasticCalibration, blocks: Sequence[CalibratedBlo
 
 
 def require_gradients(module: ElasticCalibration) -> None:
-    """Has gradients computed for what the current stage trains alone: those of all else would be dropped, at a third of the time.
+    """Has gradients computed for what the current stage trains alone: those of all else would be dropped.
 
     A stage that trains nothing, such as one of routers that have nothing to learn, keeps them, and so do blocks that fell back
     to codes without training: the loss needs some.

@@ -13,8 +13,8 @@ from mobiq_lightning.strategies.routers.layer_scores import GainRouter
 class ProbedLayerRouter(GainRouter):
     """Layers read deeper where that brings the model nearer to full precision, measured input by input.
 
-    The gain of a slice is what it takes from the model's KL divergence to full precision when this input alone is read with
-    it and all others at one reference depth.
+    The gain of a slice is by how much the model's KL divergence to full precision rises when this input alone is read without
+    it and all others at the depth that it reaches.
 
     Args:
         in_features: Features of the routed input, I.

@@ -75,12 +75,13 @@ class CalibrationProgress(CalibrationCallback, ProgressBar):
 
     def on_train_epoch_end(self, trainer: Trainer, module: ElasticCalibration) -> None:
         """Prints a line where there is no terminal."""
+        state = self._state(
+            trainer, module
+        )  # on all ranks: the metrics of an epoch are gathered when they are first read
         if self._enabled and not sys.stderr.isatty():
             segment = module.segment
             epoch = module.current_epoch - segment.span.start + 1
-            self._line(
-                module, f"{self._place(module)}, epoch {epoch}/{len(segment.span)}, {self._state(trainer, module)}"
-            )
+            self._line(module, f"{self._place(module)}, epoch {epoch}/{len(segment.span)}, {state}")
 
     def on_train_end(self, trainer: Trainer, module: ElasticCalibration) -> None:
         """Closes the bar."""

@@ -79,7 +79,10 @@ def test_a_value_that_cannot_be_used_is_said_in_one_line(argument: str, said: st
     ],
 )
 def test_a_value_that_can_be_used_is_not_refused(argument: str) -> None:
-    check_arguments(with_recipe(["tiny", argument]), FILES)
+    arguments = with_recipe(["tiny", argument])
+    check_arguments(arguments, FILES)
+    asked = asked_values(arguments)
+    assert any(name.startswith(argument.removeprefix("--").partition("=")[0]) for name in asked), "it was looked at"
 
 
 def test_all_values_of_a_command_line_are_said_at_once() -> None:

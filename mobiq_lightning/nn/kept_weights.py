@@ -70,5 +70,5 @@ class KeptWeights:
 
 
 def _ordinary(make: Callable[[], Tensor]) -> Tensor:
-    with torch.no_grad(), torch.inference_mode(False):
+    with torch.inference_mode(False), torch.no_grad():  # in this order: leaving inference mode turns gradients on
         return make()

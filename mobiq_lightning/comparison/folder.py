@@ -16,14 +16,15 @@ from mobiq_lightning.comparison.file_names import (
     COMPARISON_FILES,
     COMPARISON_FOLDERS,
     RECIPES,
+    REPORT,
     ROWS,
     SHARED,
 )
 from mobiq_lightning.comparison.grid import Cell, Grid
 from mobiq_lightning.comparison.table import CellRow
-from mobiq_lightning.errors import ResultsError, RunFolderError
+from mobiq_lightning.errors import FileError, ResultsError, RunFolderError
 from mobiq_lightning.files import remove, remove_leftovers, write_json, write_text
-from mobiq_lightning.input_files import is_file
+from mobiq_lightning.input_files import is_file, read_text
 from mobiq_lightning.runs import (
     RESULTS,
     Measured,
@@ -104,13 +105,21 @@ class ComparisonFolder:
         """
         names = [name for name in COMPARISON_FILES if name != COMPARISON]
         try:
-            for path in [*(self.path / name for name in [*names, COMPARISON]), *self.path.glob("*.png")]:
+            for path in [*self.charts(), *(self.path / name for name in [*names, COMPARISON])]:
                 remove(path)
         except OSError as error:
             raise RunFolderError(
                 f"--overwrite: {error.filename or self.path} cannot be removed ({error.strerror or error}); remove it by "
                 "hand, or give another folder"
             ) from error
+
+    def charts(self) -> list[Path]:
+        """PNGs of the charts that the report shows, in the order of their names; others in the folder are somebody's own."""
+        try:
+            report = read_text(self.path / REPORT)
+        except FileError:
+            return []
+        return [path for path in sorted(self.path.glob("*.png")) if f'<section id="{path.stem}">' in report]
 
     def finished(self, cell: Cell) -> bool:
         """Whether a cell's run is finished, with its results and cell.json."""

@@ -75,7 +75,7 @@ def publish(
     print_comparison(found, grid.seeds)
     say(f"The report is {report}.")
     if grid.wandb is not None:
-        log_comparison(grid, found, sorted(folder.path.glob("*.png")))
+        log_comparison(grid, found, folder.charts())
 
 
 def print_comparison(report: ReportInput, seeds: Sequence[int]) -> None:

@@ -403,3 +403,14 @@ def test_a_lead_is_a_ratio_of_perplexities() -> None:
     assert found is not None
     assert math.exp(found.mean) == pytest.approx(1.1)
     assert str(found) == "+10.00 %"
+
+
+def test_starting_anew_removes_the_charts_of_the_report_and_no_other_picture(tmp_path: Path) -> None:
+    (tmp_path / "report.html").write_text('<section id="pareto-kl">\n<h2>KL</h2>')
+    for name in ("pareto-kl.png", "holiday.png", "notes.txt"):
+        (tmp_path / name).write_text("x")
+    folder = ComparisonFolder(tmp_path)
+    assert folder.charts() == [tmp_path / "pareto-kl.png"]
+    folder.clear()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["holiday.png", "notes.txt"]
+    folder.clear()

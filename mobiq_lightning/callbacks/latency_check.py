@@ -66,9 +66,8 @@ class LatencyCheck(CalibrationCallback):
         for row in latency["budgets"]:
             row["tokens_per_second"] = speeds.get(row["target_bits"], {}).get("tokens_per_second")
         results = add_to_results(place / RESULTS, latency=latency)
-        if (
-            place == run
-        ):  # else a checkpoint would be served by speeds at the thresholds or budgets of another comparison
+        # Else a checkpoint would be served by speeds at the thresholds or budgets of another comparison.
+        if place == run:
             store_speed(run / ELASTIC, list(speeds.values()), latency["device"], latency["path"])
             add_results(run / ELASTIC, results)
         print_budgets(latency)

@@ -70,7 +70,7 @@ class LayerGains(CalibrationCallback):
         self.methods: list[GainMethod] = ["probes"] if methods is None else methods
 
     def phases(self, sizes: ModelSizes, text: TextWindows, times: StepTimes) -> list[Phase]:
-        """Passes through the whole model: for probes one for each input and depth, and two more, on each batch."""
+        """Passes of each batch through the whole model: for probes one for each input and slice, and one for each depth."""
         if not self.windows or "probes" not in self.methods:
             return []
         batches = -(-min(self.windows, text.n_windows) // self.batch_size)

@@ -75,9 +75,8 @@ class CalibrationProgress(CalibrationCallback, ProgressBar):
 
     def on_train_epoch_end(self, trainer: Trainer, module: ElasticCalibration) -> None:
         """Prints a line where there is no terminal."""
-        state = self._state(
-            trainer, module
-        )  # on all ranks: the metrics of an epoch are gathered when they are first read
+        # On all ranks: the metrics of an epoch are gathered when they are first read.
+        state = self._state(trainer, module)
         if self._enabled and not sys.stderr.isatty():
             segment = module.segment
             epoch = module.current_epoch - segment.span.start + 1

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mobiq_lightning.calibration.planning.memory import n_streams, table_bytes
+from mobiq_lightning.calibration.planning.memory import LEARNED, n_streams, table_bytes
 from mobiq_lightning.calibration.planning.sizes import ModelSizes, groups_of
 from mobiq_lightning.calibration.schedule import Schedule
+from mobiq_lightning.nn import BUDGET_STEP
+from mobiq_lightning.packing import SCALE_DTYPE, STORED_DTYPE
 
 if TYPE_CHECKING:
     from mobiq_lightning.calibration.module import ElasticCalibration
@@ -14,8 +16,6 @@ if TYPE_CHECKING:
 
 TRAINING_CHECKPOINTS = 4
 """Training checkpoints that are there at once: three are kept while the next is written."""
-OF_LEARNED = 12
-"""Bytes of a training checkpoint for each number that is learned: itself and the two averages that AdamW keeps of it."""
 OF_CODES = 1.3
 """Bytes of a training checkpoint for each weight whose codes are learned, as measured where blocks are done one by one."""
 OF_WAITING = 18
@@ -35,11 +35,14 @@ def bytes_on_disk(sizes: ModelSizes, module: ElasticCalibration, text: TextWindo
     """
     learned = sum(sizes.learned.values())
     outside = sizes.model_bytes - sizes.sliced * sizes.itemsize
-    elastic = sizes.sliced * sum(sizes.slice_bits) // 8 + outside + 8 * groups_of(sizes) + 4 * sizes.learned["routers"]
+    n_slices, span = len(sizes.slice_bits), sum(sizes.slice_bits[1:])
+    thresholds = 2 * 4 * n_slices * round(span / BUDGET_STEP + 1) * sizes.n_inputs
+    elastic = sizes.sliced * sum(sizes.slice_bits) // 8 + outside + 2 * SCALE_DTYPE.itemsize * groups_of(sizes)
+    elastic += STORED_DTYPE.itemsize * sizes.learned["routers"] + thresholds
     schedule = Schedule(module.stages, module.epochs_per_block, sizes.n_blocks)
     training = [any(stage.trains("codes") for stage in sweep) for sweep in schedule.sweeps]
     of_codes = OF_WAITING if sum(training) > 1 else OF_CODES if any(training) else 0
-    kept = TRAINING_CHECKPOINTS * int(OF_LEARNED * learned + of_codes * sizes.sliced)
+    kept = TRAINING_CHECKPOINTS * int(LEARNED * learned + of_codes * sizes.sliced)
     tables = 0
     if module.storage == "disk":
         sweeps = [sweep for sweep in schedule.sweeps if sweep[0].scope == "block"]

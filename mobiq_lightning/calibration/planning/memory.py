@@ -88,9 +88,8 @@ def memory_of_phases(
         needs.append((name, _sweep(sizes, module, text, schedule, number)))
     learned = LEARNED * sum(sizes.learned.values()) + sizes.sliced * _trains_codes(module.stages)
     gains = measuring_need(sizes, text.seq_len, 4, gradients=False) - sizes.model_bytes - sizes.sliced
-    gains += min(
-        KEPT_BYTES, 4 * len(sizes.slice_bits) * sizes.sliced
-    )  # weights that are made once, here and for thresholds
+    # Weights that are made once, here and for thresholds.
+    gains += min(KEPT_BYTES, 4 * len(sizes.slice_bits) * sizes.sliced)
     needs.append(("layer gains", _Need(device=gains + learned, frozen=sizes.model_bytes)))
     compared = _comparison(sizes, text, device)
     needs.append(("comparison", _Need(device=compared + learned, frozen=sizes.model_bytes)))

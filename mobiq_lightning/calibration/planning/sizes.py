@@ -10,7 +10,6 @@ from torch import nn
 
 from mobiq_lightning.nn import Learned
 from mobiq_lightning.packing import n_groups
-from mobiq_lightning.strategies import TrainableCodes
 
 if TYPE_CHECKING:
     from mobiq_lightning.calibration.module import ElasticCalibration
@@ -42,7 +41,6 @@ class ModelSizes:
         uneven: Names of linears in the first block that have them whose width is no multiple of the groups, each with its
             width and the columns of the last group.
         learned: Numbers that are learned in all blocks, by kind, without codes.
-        trainable_codes: Whether the slice scheme has codes that can be trained.
     """
 
     kind: str
@@ -64,17 +62,11 @@ class ModelSizes:
     group_size: int | None
     uneven: dict[str, tuple[int, int]]
     learned: dict[Learned, int]
-    trainable_codes: bool
 
     @property
     def share(self) -> float:
         """The part of the numbers in all blocks that is sliced."""
         return self.sliced / self.block_weights
-
-    @property
-    def learned_bytes(self) -> int:
-        """Bytes of all that is learned beside codes."""
-        return 4 * sum(self.learned.values())
 
 
 class _Plugins:
@@ -175,7 +167,6 @@ def _sizes_of(model: Any, module: ElasticCalibration) -> ModelSizes:
         group_size=getattr(scheme, "group_size", None),
         uneven=uneven,
         learned=learned,
-        trainable_codes=isinstance(scheme, TrainableCodes),
     )
 
 

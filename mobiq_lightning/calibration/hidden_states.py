@@ -115,7 +115,6 @@ class BlockCaller:
         def hand_on(*args: Any, **kwargs: Any) -> Any:
             return (given[0],) if self._gives_tuple else given[0]
 
-        @torch.no_grad()
         def logits_of(input_ids: Tensor, hidden: Tensor) -> Tensor:
             given[:] = [hidden.to(self.device, self.dtype)]
             keywords = {"input_ids": input_ids.to(self.device), "use_cache": False}

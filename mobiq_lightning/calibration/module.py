@@ -24,7 +24,7 @@ from mobiq_lightning.calibration.sliced_source import SlicedSource
 from mobiq_lightning.calibration.stage_training import keep_bounds, keep_gradients, objective_on
 from mobiq_lightning.calibration.streams import read_full, streams_of
 from mobiq_lightning.calibration.text_of_run import read_text, text_of
-from mobiq_lightning.errors import NonFiniteError
+from mobiq_lightning.errors import NonFiniteError, RunFolderError
 from mobiq_lightning.evaluation import Comparison
 from mobiq_lightning.nn import BlockLayout, CalibratedBlock, RouterFactory, Share, SliceFactory
 from mobiq_lightning.runs import HIDDEN_STATES, SharedWork
@@ -172,11 +172,23 @@ class ElasticCalibration(LightningModule):
             self._ddp_params_and_buffers_to_ignore = [f"blocks.{name}" for name in self.sliced.resized_tensors()]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the record of the calibration in a training checkpoint."""
+        """Keeps the record of the calibration in a training checkpoint, and how many processes share a step."""
         checkpoint["calibration"] = self.record.state_dict()
+        checkpoint["processes"] = self.trainer.world_size
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores the record of the calibration from a training checkpoint."""
+        """Restores the record of the calibration from a training checkpoint.
+
+        Raises:
+            RunFolderError: If more or fewer processes shared a step then, so that steps were of other windows.
+        """
+        now = self.trainer.world_size
+        if (then := checkpoint.get("processes", now)) != now:  # earlier versions have not kept it
+            raise RunFolderError(
+                f"{self.run_folder} holds a run of {then} processes, and this one has {now}: a step would be of "
+                f"{now * self.text.batch_size} windows in place of {then * self.text.batch_size}. Give --trainer.devices (times "
+                f"trainer.num_nodes) {then}, or another trainer.default_root_dir, or --overwrite"
+            )
         self.record.load_state_dict(checkpoint["calibration"])
 
     # ------------------------------------------------------------------ inputs of blocks

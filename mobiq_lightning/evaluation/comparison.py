@@ -104,7 +104,7 @@ class Comparison:
         linears = [m for m in elastic.modules() if isinstance(m, ElasticLinear)]
         self.rounded, self.rounded_overhead = wrap_for_rounding(full, layout, linears[0].group_size)
         self.full_bits = 8 * next(full.parameters()).element_size()
-        self.overhead_bits, self.router_bits = stored_bits(elastic)
+        self.overhead_bits, self.router_bits, self.sliced_part = stored_bits(elastic)
         self.first = [Arm("full", self.full_bits)]
         self.rounded_rows, self.rounded_key = rounded_rows, dict[str, Any]()
         self.first += [Arm("rtn", bits) for bits in RTN_BITS] if rounded_rows is None else []
@@ -225,7 +225,7 @@ class Comparison:
             allocation=arm.allocation,
             target_bits=float(arm.target_bits),
             used_bits=used,
-            all_in_bits=used + extra,
+            all_in_bits=used * (1.0 if arm.allocation == "full" else self.sliced_part) + extra,
             perplexity=float(arm.perplexity.compute()),
             kl=float(arm.kl.compute()),
             seed=arm.seed,
@@ -258,5 +258,6 @@ def wrap_for_rounding(
             spent += 32 * linear.out_features * n_groups(linear.in_features, columns)
             n_weights += linear.weight.numel()
             block.set_submodule(name, SlicedLinear(linear, scheme, routed))
-        spent += 8 * sum(p.element_size() * p.numel() for p in layout.kept(block).values())
+        for kept in layout.kept(block).values():
+            spent, n_weights = spent + 8 * kept.element_size() * kept.numel(), n_weights + kept.numel()
     return [routed], spent / n_weights

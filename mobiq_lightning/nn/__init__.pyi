@@ -18,7 +18,6 @@ from .elastic_linear import ElasticLinear as ElasticLinear
 from .elastic_linear import input_names as input_names
 from .elastic_linear import product_groups as product_groups
 from .elastic_linear import routed_inputs as routed_inputs
-from .elastic_linear import stored_bits as stored_bits
 from .experts import RoutedExperts as RoutedExperts
 from .kept_weights import KEPT_BYTES as KEPT_BYTES
 from .kept_weights import KeptWeights as KeptWeights
@@ -37,3 +36,4 @@ from .routed_input import held_slices as held_slices
 from .shared_input import make_shared_input as make_shared_input
 from .sliced_linear import SlicedLinear as SlicedLinear
 from .sliced_linear import keeping_weights as keeping_weights
+from .stored import stored_bits as stored_bits

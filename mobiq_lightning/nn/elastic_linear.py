@@ -6,7 +6,6 @@ is saved and run: bit planes. Both ask the `RoutedInput` of the linears that sha
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -23,14 +22,10 @@ from mobiq_lightning.nn.kept_weights import KeptWeights
 from mobiq_lightning.nn.reading import FixedSlices, FullPrecision
 from mobiq_lightning.nn.routed_input import RoutedInput, held_slices, without_casts
 from mobiq_lightning.nn.sliced_linear import SlicedLinear
-from mobiq_lightning.packing import CODES, INPUT, SCALE_DTYPE, PackedSlices, PackedWeight, compact, kind_of, plane_name
+from mobiq_lightning.packing import CODES, INPUT, SCALE_DTYPE, PackedSlices, PackedWeight, plane_name
 
 if TYPE_CHECKING:
     from mobiq_lightning.nn.fused_products import FusedProducts
-
-
-_BLOCK = re.compile(r".*?\.(?=\d+\.)")
-"""What the names of modules in decoder blocks begin with, up to the number of the block."""
 
 
 class ElasticLinear(nn.Module):
@@ -246,47 +241,3 @@ def input_names(model: nn.Module) -> list[str]:
     return [
         name for name, module in model.named_modules() if isinstance(module, ElasticLinear) and module.carries_input
     ]
-
-
-def stored_bits(model: nn.Module) -> tuple[float, float]:
-    """Bits per linear weight that an elastic model spends beside its codes.
-
-    Returns:
-        Bits of scales and biases, or tables, with what is stored of transformed inputs and the matrices in blocks that are not
-        sliced, such as gates of experts; and bits of the routers.
-    """
-    linears = [m for m in model.modules() if isinstance(m, ElasticLinear)]
-    n_weights = sum(linear.n_weights for linear in linears)
-    overhead = sum(linear.overhead_bits * linear.n_weights for linear in linears) / n_weights
-    overhead += sum(_transform_bits(linear) for linear in linears) / n_weights
-    overhead += _kept_bits(model) / n_weights
-    stored = [compact(value) for routed in routed_inputs(model) for value in routed.router.state_dict().values()]
-    routers = sum(8 * value.element_size() * value.numel() for value in stored) / n_weights
-    return overhead, routers
-
-
-def _kept_bits(model: nn.Module) -> int:
-    """Bits of the matrices in blocks that are in full precision; what belongs to inputs is none of them."""
-    found = (_BLOCK.match(name) for name, module in model.named_modules() if isinstance(module, ElasticLinear))
-    blocks = tuple({match.group() for match in found if match is not None})
-    kept = [
-        p
-        for name, p in model.named_parameters()
-        if p.ndim > 1 and blocks and name.startswith(blocks) and kind_of(name) == "other"
-    ]
-    return sum(8 * p.element_size() * p.numel() for p in kept)
-
-
-def _transform_bits(linear: ElasticLinear) -> int:
-    """Bits of an input's transform: scale and shift once per input, and for a shift the bias of each linear."""
-    transform = linear.routed.transform
-    if transform is None:
-        return 0
-    stored = transform.stored()
-    shared = sum(32 * value.numel() for value in stored.values()) if linear.carries_input else 0
-    own = (
-        torch.finfo(linear.bias.dtype).bits * linear.out_features
-        if "shift" in stored and linear.bias is not None
-        else 0
-    )
-    return shared + own

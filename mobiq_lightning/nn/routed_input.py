@@ -244,12 +244,14 @@ class RoutedInput(nn.Module):
             bits = self.bits_of(gates)
             for observer in self.observers:
                 observer.on_bits(bits)
-        return gates if given is x else gates.flatten(0, 1)
+        return gates if given is x else gates.reshape(*given.shape[:-1], gates.shape[-1])
 
     def _in_rows(self, x: Tensor) -> Tensor:
-        """Tokens (N, I) of all rows one after the other as (B, T, I), where that is known; others as they are."""
+        """Tokens as (B, T, I): those of all rows one after the other, (N, I), where B and T are known; and (B, ..., T, I)."""
         shape = self.state.shape
-        return x if x.ndim != 2 or shape is None or len(x) != shape[0] * shape[1] else x.unflatten(0, shape)
+        if x.ndim == 2 and shape is not None and len(x) == shape[0] * shape[1]:
+            return x.unflatten(0, shape)
+        return x.flatten(1, -2) if x.ndim > 3 else x
 
     def _threshold_of_rows(self, router: Router, x: Tensor) -> Tensor:
         """Thresholds that fit tokens (B, T, I), one for each row: (B, 1, 1)."""

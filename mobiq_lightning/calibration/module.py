@@ -45,8 +45,8 @@ class ElasticCalibration(LightningModule):
     `record` (what guards have seen and done).
 
     Args:
-        pretrained: Source model: a Hugging Face hub id, a local folder, or `builtin` (a small LLaMA that is trained once,
-            offline, and cached).
+        pretrained: Source model: a Hugging Face hub id, a local folder, a GGUF file, or `builtin` (a small LLaMA that is
+            trained once, offline, and cached).
         slices: How weights are cut into slices; built for every linear from (out_features, in_features).
         router: What scores tokens; built for every routed input from (in_features, n_slices).
         budget: Average bits asked for, over the progress through a block.

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from mobiq_lightning.calibration.block_check import check_blocks
 from mobiq_lightning.calibration.comparison_of_run import comparison_of_run
 from mobiq_lightning.calibration.fit_checks import check_plugins, check_strategy
 from mobiq_lightning.calibration.hidden_states import HiddenStates, Storage
@@ -163,6 +164,7 @@ class ElasticCalibration(LightningModule):
             )
         read_text(self, stage)
         if stage == "fit" and len(self.blocks) == 0:
+            check_blocks(self.sliced.source.model, list(self.sliced.decoder))
             self.sliced.slice_blocks()
             self.schedule = Schedule(self.stages, self.epochs_per_block, len(self.blocks))
             # DDP's buckets cannot follow sizes that change in training; `on_after_backward` averages their gradients.

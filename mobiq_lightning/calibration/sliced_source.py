@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from mobiq_lightning.calibration.apply_transform import fold_into_source
-from mobiq_lightning.calibration.hidden_states import BlockCaller
+from mobiq_lightning.calibration.block_caller import BlockCaller
 from mobiq_lightning.errors import ModelError
 from mobiq_lightning.nn import BlockLayout, CalibratedBlock, RoutedInput, RouterFactory, Share, SliceFactory
 from mobiq_lightning.sources import Source

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from mobiq_lightning.calibration.hidden_states import BlockCaller, HiddenStates
+from mobiq_lightning.calibration.block_caller import BlockCaller
+from mobiq_lightning.calibration.hidden_states import HiddenStates
 from mobiq_lightning.errors import GuardError, ModelError
 from mobiq_lightning.sources import load_source
 

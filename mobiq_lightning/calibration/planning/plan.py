@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 
+from mobiq_lightning.calibration.block_check import check_blocks
 from mobiq_lightning.calibration.planning.disk import bytes_on_disk
 from mobiq_lightning.calibration.planning.memory import PhaseMemory, memory_of_phases
+from mobiq_lightning.calibration.planning.random_model import blocks_of_each_kind, random_model
 from mobiq_lightning.calibration.planning.sizes import ModelSizes, sizes_of
 from mobiq_lightning.calibration.planning.step_times import StepTimes, guessed_times, measure_steps
 from mobiq_lightning.calibration.planning.time_left import FIXED, Phase, TimeLeft
@@ -135,10 +137,11 @@ def plan_run(
         folder: The run folder.
         device: Where to run.
         world_size: Processes that share the windows.
-        always_measure: Take a step of each kind also where the whole run takes a minute or two.
+        always_measure: Take a step of each kind also where the whole run takes a minute or two, and try whether blocks can be
+            called one at a time.
 
     Raises:
-        ModelError: If the model cannot be sliced.
+        ModelError: If the model cannot be sliced, or its blocks cannot be called one at a time.
     """
     sizes = sizes_of(model, module)
     memory = memory_of_phases(sizes, module, text, device.type)
@@ -151,6 +154,8 @@ def plan_run(
         if RunPlan(sizes, memory, free, 0, 0).shortages(device.type):
             unmeasured = "no step was measured, as there is too little memory"
         else:
+            if always_measure:
+                _check_family(model.config, module)
             try:
                 times = measure_steps(model.config, sizes, module, text, device)
             except Exception as error:  # noqa: BLE001 - of whatever kind: a family that cannot be made small
@@ -166,6 +171,21 @@ def plan_run(
     phases += [phase for found in own for phase in found if phase.kind == FIXED]
     disk = bytes_on_disk(sizes, module, text)
     return RunPlan(sizes, memory, free, disk, _free(folder), phases, unmeasured, times)
+
+
+def _check_family(config: Any, module: ElasticCalibration) -> None:
+    """Tries whether blocks of each kind can be called one at a time, with random weights; a fit tries it with the model's own.
+
+    Raises:
+        ModelError: If they cannot.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            made = random_model(config, blocks_of_each_kind(config), torch.device("cpu"))
+        except Exception:  # noqa: BLE001 - a family that cannot be made small; measuring says so
+            return
+        check_blocks(made, list(module.layout.find(made)))
 
 
 def _free(folder: Path) -> int:

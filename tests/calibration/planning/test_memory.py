@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -10,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from mobiq_lightning.calibration.hidden_states import BlockCaller, HiddenStates
+from mobiq_lightning.calibration.block_caller import BlockCaller
+from mobiq_lightning.calibration.hidden_states import HiddenStates
 from mobiq_lightning.calibration.planning.memory import n_tables
 from mobiq_lightning.jobs import run_check
 from mobiq_lightning.sources import load_source
@@ -23,7 +26,8 @@ def test_so_many_tables_of_hidden_states_are_alive_at_once(
     n_blocks: int, streams: int, make_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load_source(str(make_model())).model
-    blocks = [model.model.layers[i % 2] for i in range(n_blocks)]
+    blocks = [copy.deepcopy(model.model.layers[i % 2]) for i in range(n_blocks)]
+    model.model.layers, model.config.num_hidden_layers = nn.ModuleList(blocks), n_blocks
     live: set[int] = set()
     peak, place = 0, HiddenStates._place
 

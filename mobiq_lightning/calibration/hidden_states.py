@@ -7,7 +7,7 @@ once and passed on to every block.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,8 @@ TARGETS = "targets"
 Storage = Literal["device", "host", "disk"]
 Reading = Callable[[int, int], AbstractContextManager[Any]]
 """Puts a block (by index) into the precision in which a stream goes through it, for one batch (by index)."""
+Keeping = Callable[[int], AbstractContextManager[Any]]
+"""Has a block (by index) keep the weights that it makes of its slices, while all batches of a stream go through it."""
 
 
 class _CaughtInput(Exception):  # noqa: N818 - a signal, not an error
@@ -159,6 +161,7 @@ class HiddenStates:
         batch_size: Windows per call of a block.
         storage: Where the tables lie.
         folder: The folder of the tables, if they lie on disk.
+        keeping: Keeps weights while a stream goes through a block; by default they are made for each batch.
 
     Raises:
         ModelError: If the full-precision model gives inputs or targets that are not finite, here or later.
@@ -174,7 +177,9 @@ class HiddenStates:
         batch_size: int,
         storage: Storage = "host",
         folder: Path | None = None,
+        keeping: Keeping = nullcontext,
     ) -> None:
+        self.keeping = keeping
         self.caller, self.streams, self.full_precision = caller, streams, full_precision
         self.batch_size, self.storage, self.folder = batch_size, storage, folder
         self.block = 0
@@ -208,12 +213,13 @@ class HiddenStates:
     @torch.no_grad()
     def _through(self, block: int, table: Tensor, name: str, reading: Reading, out: Tensor) -> Tensor:
         """Writes what `block` makes of a table (N, T, H) into `out`, which may be the table itself, and gives it."""
-        for number, start in enumerate(range(0, table.shape[0], self.batch_size)):
-            with reading(block, number):
-                call = partial(self.caller.call, block, table[start : start + self.batch_size])
-                rows = call().to(out.device, out.dtype)
-                self._check(rows, block, call, name)
-            out[start : start + self.batch_size] = rows
+        with self.keeping(block):
+            for number, start in enumerate(range(0, table.shape[0], self.batch_size)):
+                with reading(block, number):
+                    call = partial(self.caller.call, block, table[start : start + self.batch_size])
+                    rows = call().to(out.device, out.dtype)
+                    self._check(rows, block, call, name)
+                out[start : start + self.batch_size] = rows
         return out
 
     def _check(self, rows: Tensor, block: int, call: Callable[[], Tensor], name: str) -> None:

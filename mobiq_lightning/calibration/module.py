@@ -22,7 +22,7 @@ from mobiq_lightning.calibration.rates import Rates, parameter_groups
 from mobiq_lightning.calibration.record import CalibrationRecord
 from mobiq_lightning.calibration.schedule import Schedule, Segment, Stage, default_stages
 from mobiq_lightning.calibration.sliced_source import SlicedSource
-from mobiq_lightning.calibration.stage_training import keep_bounds, keep_gradients, objective_on
+from mobiq_lightning.calibration.stage_training import keep_bounds, keep_gradients, objective_on, unchanged_weights
 from mobiq_lightning.calibration.streams import read_full, streams_of
 from mobiq_lightning.calibration.text_of_run import read_text, text_of
 from mobiq_lightning.errors import NonFiniteError
@@ -190,8 +190,16 @@ class ElasticCalibration(LightningModule):
         stages = self.schedule.sweeps[self.segment.sweep]
         streams = streams_of(self.sliced, stages, self.objective.depths, self.budget.final_bits)
         ids, batch_size, folder = self.text.calibration_ids(), self.text.batch_size, self.hidden_states_folder
-        full = read_full(self.sliced)
-        self.hidden = HiddenStates(self.sliced.caller, ids, streams, full, batch_size, self.storage, folder)
+        self.hidden = HiddenStates(
+            self.sliced.caller,
+            ids,
+            streams,
+            read_full(self.sliced),
+            batch_size,
+            self.storage,
+            folder,
+            lambda block: unchanged_weights(self, [self.sliced.block_at(block)]),
+        )
 
     def end_hidden_states(self) -> None:
         """Drops the tables, and takes the frozen weights off the device."""

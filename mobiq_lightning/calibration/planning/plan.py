@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 _BESIDE = ("text writing", "guards")
 """Phases that come before the stages, or between them."""
+_WORTH_MOVING = 0.02
+"""Share of a phase from which on it is said that hidden states could lie on disk."""
 _SOON = 1e9
 """Weights times tokens below which a run takes a minute or two on any machine, and no step is measured to say so."""
 
@@ -79,7 +81,7 @@ class RunPlan:
                 if free is not None and needed > free and not left_out:
                     found.append(
                         f"memory: {phase.name} will take about {needed / 1e9:.1f} GB on {where}, of which {free / 1e9:.1f} GB "
-                        f"are free; {_ADVICE[phase.name]}"
+                        f"are free; {_advice(phase, needed - free)}"
                     )
         if self.disk > self.disk_free:
             found.append(
@@ -110,11 +112,20 @@ class RunPlan:
 
 _ADVICE = {
     "text writing": "set data.n_generated to 0",
-    "block stages": "set model.hidden_states to disk, or lower data.n_samples, data.seq_len or data.batch_size",
+    "block stages": "lower data.n_samples, data.seq_len or data.batch_size",
     "model stages": "take these stages out, set model.recompute_blocks, or lower data.batch_size",
     "layer gains": "lower data.seq_len",
     "comparison": "lower data.eval_batch_size or data.eval_seq_len, or use a larger device",
 }
+
+
+def _advice(phase: PhaseMemory, missing: int) -> str:
+    """What to do about a phase that misses so many bytes."""
+    advice = _ADVICE[phase.name]
+    if phase.tables < _WORTH_MOVING * max(phase.host, phase.device):
+        return advice
+    enough = "or" if phase.tables >= missing else "and"
+    return f"{phase.tables / 1e9:.1f} GB are hidden states: set model.hidden_states to disk, {enough} {advice}"
 
 
 def plan_run(

@@ -22,7 +22,7 @@ from mobiq_lightning.calibration.rates import parameter_groups
 from mobiq_lightning.calibration.schedule import Stage
 from mobiq_lightning.calibration.sliced_source import SlicedSource
 from mobiq_lightning.calibration.streams import read_full, streams_of
-from mobiq_lightning.nn import fixed_depth, full_precision
+from mobiq_lightning.nn import KEPT_BYTES, fixed_depth, full_precision, keeping_weights
 from mobiq_lightning.sources import Source
 from mobiq_lightning.strategies import TrainableCodes
 from mobiq_lightning.strategies.objectives.logit_distillation import divergences_of_tokens
@@ -190,8 +190,9 @@ class _Bench:
         inputs = self.sliced.all_inputs()
         with torch.no_grad():
             hidden = self.sliced.caller.embed(ids)
-            with fixed_depth(inputs, depth):
+            with fixed_depth(inputs, depth), keeping_weights(self.sliced.block_at(0).sliced_linears(), KEPT_BYTES):
                 found.read = self._seconds(lambda: self.sliced.caller.call(0, hidden))
+            with fixed_depth(inputs, depth):
                 self.sliced.caller.release()
                 self.sliced.source.model.to(self.device)
                 found.gains = self._seconds(lambda: self._compare(self._ids(4, length)))

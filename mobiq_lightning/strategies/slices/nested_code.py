@@ -9,7 +9,10 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from mobiq_lightning.packing import dequantize, spread
+from mobiq_lightning.packing import by_group, dequantize, in_groups, middles
+
+_BELOW_ONE = 1 - 2.0**-24
+"""The largest float32 below 1."""
 
 
 class NestedCode(Function):
@@ -41,27 +44,35 @@ class NestedCode(Function):
         ctx.save_for_backward(weight, scale, bias)
         ctx.group_size, ctx.depths = group_size, depths
         unit = unit_position(weight, scale, bias, group_size)
-        return torch.stack([dequantize(cells(unit, p), p, scale, bias, group_size) for p in depths])
+        read = [dequantize(cells(unit, p), p, scale, bias, group_size) for p in depths]
+        return read[0].unsqueeze(0) if len(read) == 1 else torch.stack(read)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None]:
         """Computes the gradients of weight (O, I), scale (O, G) and bias (O, G); None for a weight that needs none."""
         weight, scale, bias = ctx.saved_tensors
         unit = unit_position(weight, scale, bias, ctx.group_size)
-        inside = ((unit >= 0) & (unit < 1)).float()
+        outside = outside_of_range(unit)
         total = grads[0].sum(0)
-        grad_scale = -(inside * (unit - 0.5)).mul_(total)
+        grad_scale = (unit - 0.5).masked_fill_(outside, 0.0).mul_(total).neg_()
         for grad, depth in zip(grads[0], ctx.depths, strict=True):
-            grad_scale.addcmul_(grad, (cells(unit, depth) + 0.5) * 2.0**-depth - 0.5)
-        grad_weight = total * inside if ctx.needs_input_grad[0] else None
-        grad_bias = total * (1 - inside)
-        return grad_weight, group_sum(grad_scale, ctx.group_size), group_sum(grad_bias, ctx.group_size), None, None
+            grad_scale.addcmul_(grad, middles(cells(unit, depth), depth))
+        grad_weight = total.masked_fill(outside, 0.0)
+        grad_bias = group_sum(total - grad_weight, ctx.group_size)
+        of_weight = grad_weight if ctx.needs_input_grad[0] else None
+        return of_weight, group_sum(grad_scale, ctx.group_size), grad_bias, None, None
 
 
 def unit_position(weight: Tensor, scale: Tensor, bias: Tensor, group_size: int) -> Tensor:
     """Position (O, I) of each weight (O, I) in the range of its group: 0 at the low end, 1 at the high end."""
     columns = weight.shape[1]
-    return (weight.float() - spread(bias, group_size, columns)).div_(spread(scale, group_size, columns)).add_(0.5)
+    low, width = by_group(bias, group_size, columns), by_group(scale, group_size, columns)
+    return (in_groups(weight.float(), group_size) - low).div_(width).add_(0.5).flatten(1)
+
+
+def outside_of_range(unit: Tensor) -> Tensor:
+    """Whether positions (O, I) are outside of [0, 1), where the range ends."""
+    return unit != unit.clamp(0.0, _BELOW_ONE)
 
 
 def cells(unit: Tensor, n_bits: int) -> Tensor:
@@ -75,6 +86,8 @@ def cells(unit: Tensor, n_bits: int) -> Tensor:
 
 def group_sum(per_weight: Tensor, group_size: int) -> Tensor:
     """Sums values of weights (O, I) over the columns of each group: (O, G)."""
-    padded = F.pad(per_weight, (0, -per_weight.shape[1] % group_size))
+    group_size = min(group_size, per_weight.shape[1])
+    missing = -per_weight.shape[1] % group_size
+    padded = F.pad(per_weight, (0, missing)) if missing else per_weight
     sums: Tensor = padded.unflatten(1, (-1, group_size)).sum(-1)
     return sums

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -277,24 +276,23 @@ class ElasticCalibration(LightningModule):
         return torch.optim.AdamW(parameter_groups(self.sliced.calibrated_blocks(), self.rates), weight_decay=0.0)
 
     def on_train_epoch_start(self) -> None:
-        """Sets the learning rates of shares: half a cosine over the block's epochs, epoch by epoch."""
+        """Sets the learning rates of shares: they run their course over the block's epochs, epoch by epoch."""
         if self.stage.share is not None:
             span = self.segment.span
-            self._set_rates((self.current_epoch - span.start) / len(span))
+            self._set_rates((self.current_epoch - span.start) / len(span), len(span))
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Sets the learning rates of stages with epochs of their own, often few: half a cosine over them, step by step."""
+        """Sets the learning rates of stages with epochs of their own, often few: they run their course step by step."""
         if self.stage.share is None:
-            self._set_rates(self.progress(batch_idx))
+            steps = len(self.segment.span) * int(self.trainer.num_training_batches)
+            self._set_rates(self.progress(batch_idx), steps)
 
-    def _set_rates(self, position: float) -> None:
-        """Learning rates at a position in [0, 1), times what a retry has lowered them by.
+    def _set_rates(self, position: float, steps: int) -> None:
+        """Learning rates at a position in [0, 1] of so many steps, times what a retry has lowered them by.
 
         A function of epoch and step alone, so that a resumed run takes the rates of the interrupted one.
         """
-        factor = (
-            self.stage.lr_scale * self.record.rate_factor(self.block_index) * (1 + math.cos(math.pi * position)) / 2
-        )
+        factor = self.stage.lr_scale * self.record.rate_factor(self.block_index) * self.rates.share(position, steps)
         for group in self.trainer.optimizers[0].param_groups:
             group["lr"] = group["full_lr"] * factor
 

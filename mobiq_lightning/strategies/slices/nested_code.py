@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from mobiq_lightning.packing import by_group, dequantize, in_groups, middles
 
 _BELOW_ONE = 1 - 2.0**-24
 """The largest float32 below 1."""
+_ON_CPU, _ELSEWHERE = 2**17, 2**24
+"""Weights that are computed at a time."""
 
 
 class NestedCode(Function):
@@ -43,24 +46,43 @@ class NestedCode(Function):
         """
         ctx.save_for_backward(weight, scale, bias)
         ctx.group_size, ctx.depths = group_size, depths
-        unit = unit_position(weight, scale, bias, group_size)
-        read = [dequantize(cells(unit, p), p, scale, bias, group_size) for p in depths]
-        return read[0].unsqueeze(0) if len(read) == 1 else torch.stack(read)
+        read = torch.empty(len(depths), *weight.shape, device=weight.device)
+        for rows in row_blocks(weight):
+            unit = unit_position(weight[rows], scale[rows], bias[rows], group_size)
+            for number, p in enumerate(depths):
+                read[number, rows] = dequantize(cells(unit, p), p, scale[rows], bias[rows], group_size)
+        return read
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None]:
         """Computes the gradients of weight (O, I), scale (O, G) and bias (O, G); None for a weight that needs none."""
         weight, scale, bias = ctx.saved_tensors
-        unit = unit_position(weight, scale, bias, ctx.group_size)
-        outside = outside_of_range(unit)
-        total = grads[0].sum(0)
-        grad_scale = (unit - 0.5).masked_fill_(outside, 0.0).mul_(total).neg_()
-        for grad, depth in zip(grads[0], ctx.depths, strict=True):
-            grad_scale.addcmul_(grad, middles(cells(unit, depth), depth))
-        grad_weight = total.masked_fill(outside, 0.0)
-        grad_bias = group_sum(total - grad_weight, ctx.group_size)
-        of_weight = grad_weight if ctx.needs_input_grad[0] else None
-        return of_weight, group_sum(grad_scale, ctx.group_size), grad_bias, None, None
+        size, of_weight = ctx.group_size, ctx.needs_input_grad[0]
+        grad_weight = torch.empty(weight.shape, device=weight.device) if of_weight else None
+        of_scale: list[Tensor] = []
+        of_bias: list[Tensor] = []
+        for rows in row_blocks(weight):
+            unit = unit_position(weight[rows], scale[rows], bias[rows], size)
+            outside, total = outside_of_range(unit), grads[0][:, rows].sum(0)
+            grad_scale = (unit - 0.5).masked_fill_(outside, 0.0).mul_(total).neg_()
+            for grad, depth in zip(grads[0], ctx.depths, strict=True):
+                grad_scale.addcmul_(grad[rows], middles(cells(unit, depth), depth))
+            inside = total.masked_fill(outside, 0.0)
+            of_scale.append(group_sum(grad_scale, size))
+            of_bias.append(group_sum(total - inside, size))
+            if grad_weight is not None:
+                grad_weight[rows] = inside
+        return grad_weight, torch.cat(of_scale), torch.cat(of_bias), None, None
+
+
+def row_blocks(weight: Tensor) -> Iterator[slice]:
+    """Parts of the rows of a weight (O, I) that are computed one after the other.
+
+    On a CPU few enough that a tensor of them stays in its cache; elsewhere as many as still leave memory for the rest.
+    """
+    rows, columns = weight.shape
+    step = max(1, (_ON_CPU if weight.device.type == "cpu" else _ELSEWHERE) // columns)
+    return (slice(first, first + step) for first in range(0, rows, step))
 
 
 def unit_position(weight: Tensor, scale: Tensor, bias: Tensor, group_size: int) -> Tensor:

@@ -13,7 +13,7 @@ from mobiq_lightning.strategies.abilities import TrainableCodes
 from mobiq_lightning.strategies.base import DEFAULT_SLICE_BITS
 from mobiq_lightning.strategies.slices.nested_code import unit_position
 from mobiq_lightning.strategies.slices.residual import ResidualSlices
-from mobiq_lightning.strategies.slices.trained_code import TrainedCode, refine, refine_beyond
+from mobiq_lightning.strategies.slices.trained_code import CodeOfRows, TrainedCode, ends, refine
 
 _INSIDE = 1e-4
 """Share of the range that a target keeps from the borders of its cell at first, so that rounding cannot cross one."""
@@ -100,11 +100,13 @@ class ProgressiveSlices(ResidualSlices, TrainableCodes):
 
     def weight_at(self, weight: Tensor, n_slices: int) -> Tensor:
         """Gives the weight (O, I) float32 read with its first `n_slices` slices, differentiable in range and target."""
-        return self._read(weight, self.depths[n_slices - 1 : n_slices])[0]
+        scale, bias = self._range(weight)
+        return self._read(weight, scale, bias, n_slices)
 
     def prefixes(self, weight: Tensor) -> Tensor:
         """Gives the weight read with 1, 2, ... S slices, (S, O, I) float32, differentiable in range and target."""
-        return torch.stack(self._read(weight, self.depths))
+        scale, bias = self._range(weight)
+        return torch.stack([self._read(weight, scale, bias, k + 1) for k in range(len(self.depths))])
 
     def forget(self) -> None:
         """Moves the codes of a finished block to the host, where they wait until they are read again."""
@@ -117,65 +119,48 @@ class ProgressiveSlices(ResidualSlices, TrainableCodes):
         """Bits of the frozen code, and bits that the target reaches (as many, if there is none)."""
         return self.bits_frozen, max(self.bits_frozen, self.bits_trained)
 
-    def _read(self, weight: Tensor, depths: tuple[int, ...]) -> list[Tensor]:
-        """The weight read at each depth, (O, I) float32 each."""
-        scale, bias = self._range(weight)
-        frozen, trained = self._bits()
+    def _read(self, weight: Tensor, scale: Tensor, bias: Tensor, n_slices: int) -> Tensor:
+        """The weight (O, I) float32 read with its first slices, in ranges of widths `scale` and centres `bias` (O, G)."""
+        (frozen, trained), depth = self._bits(), self.depths[n_slices - 1]
         if trained == 0 and weight.requires_grad:  # a transform is being learned, and nothing else has begun
-            return [super(ProgressiveSlices, self).weight_at(weight, self.depths.index(p) + 1) for p in depths]
-        size, learns = self.group_size, torch.is_grad_enabled()
-        with torch.no_grad():
-            known, unit = self._known(weight), unit_position
-            of_target = unit(self.target, scale, bias, size) if trained > frozen and depths[-1] > frozen else None
-            of_weight = unit(weight, scale, bias, size) if depths[-1] > trained else None
-        source, position = (weight.float(), of_weight) if of_target is None else (self.target, of_target)
-        read = []
-        for depth in depths:
-            code, moves = self._code_at(depth, known, of_target, of_weight)
-            if depth <= frozen or not learns:  # linear in the range, if anything
-                read.append(dequantize(code, depth, scale, bias, size))
-                continue
-            arguments = (source, scale, bias, position, code, depth, size, frozen == 0, moves)
-            read.append(TrainedCode.apply(*arguments))  # type: ignore[no-untyped-call]
+            return super().weight_at(weight, n_slices)
+
+        learns = torch.is_grad_enabled()
+        if learns and depth <= frozen:  # codes are given: linear in the range
+            return dequantize(self._code(weight, scale, bias, depth), depth, scale, bias, self.group_size)
+
+        def code_of(rows: slice) -> CodeOfRows:
+            return self._code_at(weight, scale, bias, depth, rows, learns)
+
+        source = self.target if trained > frozen else weight
+        read: Tensor = TrainedCode.apply(source, scale, bias, code_of, depth, self.group_size, frozen == 0, learns)  # type: ignore[no-untyped-call]
         return read
 
     @torch.no_grad()
     def _code_at(
-        self, depth: int, known: Tensor | None, of_target: Tensor | None, of_weight: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Codes (O, I) of `depth` bits, as floats: frozen bits, then those of the target, then of the weight itself.
-
-        Args:
-            depth: Bits of the codes.
-            known: (O, I) the frozen codes, as floats; None if there are none.
-            of_target: (O, I) positions of the target in the ranges; None if there is no target, or the codes need none.
-            of_weight: (O, I) positions of the weight; None if the codes need none.
-
-        Returns:
-            The codes, and (O, I) whether what is read at this depth depends on the target; None if all of it does.
-        """
+        self, weight: Tensor, scale: Tensor, bias: Tensor, depth: int, rows: slice, learns: bool
+    ) -> CodeOfRows:
+        """Codes of `depth` bits of some rows: frozen bits, then those of the target, then of the weight itself."""
         frozen, trained = self._bits()
+        known = self._codes_on(weight)[rows].float() if frozen else None
         if depth <= frozen:
             assert known is not None
-            return (known * 2.0 ** (depth - frozen)).floor_(), None
-        if of_target is None:
-            assert of_weight is not None
-            return refine(of_weight, known, frozen, depth), None
-        code = refine(of_target, known, frozen, min(depth, trained))
+            return CodeOfRows((known * 2.0 ** (depth - frozen)).floor_())
+        scale, bias = scale[rows], bias[rows]
+        if trained == frozen:
+            unit = unit_position(weight[rows], scale, bias, self.group_size)
+            return CodeOfRows(refine(unit, known, frozen, depth), unit)
+        unit = unit_position(self.target[rows], scale, bias, self.group_size)
+        code = refine(unit, known, frozen, min(depth, trained))
         if depth <= trained:
-            return code, None
-        assert of_weight is not None
-        return refine_beyond(of_weight, code, trained, known, frozen, depth)
+            return CodeOfRows(code, unit)
+        own = refine(unit_position(weight[rows], scale, bias, self.group_size), known, frozen, depth)
+        code = own.clamp(*ends(code, depth - trained))
+        return CodeOfRows(code, unit, stays=code == own if learns else None)
 
-    @torch.no_grad()
     def _code(self, weight: Tensor, scale: Tensor, bias: Tensor, depth: int) -> Tensor:
         """Codes (O, I) of `depth` bits, as floats, in ranges of widths `scale` and centres `bias` (O, G)."""
-        frozen, trained = self._bits()
-        positions = [
-            unit_position(of, scale, bias, self.group_size) if needed else None
-            for of, needed in ((self.target, depth > frozen < trained), (weight, depth > trained))
-        ]
-        return self._code_at(depth, self._known(weight), *positions)[0]
+        return self._code_at(weight, scale, bias, depth, slice(None), learns=False).code
 
     def _freeze_at(self, weight: Tensor, n_bits: int) -> None:
         scale, bias = self._range(weight)
@@ -188,21 +173,16 @@ class ProgressiveSlices(ResidualSlices, TrainableCodes):
         scale, bias = self._range(weight)
         if not frozen:
             return weight.detach().float().clone()
-        known = self._known(weight)
-        assert known is not None
-        low, columns = known * 2.0**-frozen, weight.shape[1]
+        low, columns = self._codes_on(weight).float() * 2.0**-frozen, weight.shape[1]
         unit = unit_position(weight, scale, bias, self.group_size)
         unit = unit.clamp_(low + _INSIDE, low + 2.0**-frozen - _INSIDE).sub_(0.5)
         centre, width = (by_group(values, self.group_size, columns) for values in (bias, scale))
         return in_groups(unit, self.group_size).mul_(width).add_(centre).flatten(1)
 
-    def _known(self, weight: Tensor) -> Tensor | None:
-        """The frozen codes (O, I), as floats, where the weight is; None if there are none."""
-        if not self.bits_frozen:
-            return None
+    def _codes_on(self, weight: Tensor) -> Tensor:
         if self.codes.device != weight.device:
             self.codes = self.codes.to(weight.device)
-        return self.codes.float()
+        return self.codes
 
     # ------------------------------------------------------------------ state
 

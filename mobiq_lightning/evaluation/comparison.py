@@ -244,17 +244,19 @@ def wrap_for_rounding(
         bits: Bits of the slices; they decide which depths can be read, not the codes.
 
     Returns:
-        The routed inputs, whose depth or full precision can be set; and the bits per weight spent on scales and biases.
+        The routed inputs, whose depth or full precision can be set; and the bits per weight spent on scales and biases, and on
+        matrices in blocks that are not rounded.
     """
     spent = n_weights = 0.0
     routed = RoutedInput(StaticRouter(1, len(bits)), bits, 0)
+    layout.open(model)
     for block in layout.find(model):
-        names = [n for n, m in block.named_modules() if isinstance(m, (nn.Linear, SlicedLinear))]
-        for name in names:
+        for name in [name for names in layout.group_linears(block, "input") for name in names]:
             linear: Any = block.get_submodule(name)
             columns = min(group_size, linear.in_features)  # other codes' groups may be whole rows
             scheme = ResidualSlices(linear.out_features, linear.in_features, bits, columns).to(linear.weight.device)
             spent += 32 * linear.out_features * n_groups(linear.in_features, columns)
             n_weights += linear.weight.numel()
             block.set_submodule(name, SlicedLinear(linear, scheme, routed))
+        spent += 8 * sum(p.element_size() * p.numel() for p in layout.kept(block).values())
     return [routed], spent / n_weights

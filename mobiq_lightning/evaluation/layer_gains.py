@@ -107,8 +107,11 @@ def gradient_gains(model: Any, blocks: Sequence[Readers], input_ids: Tensor) -> 
                 with torch.enable_grad(), full_precision(inputs):
                     logits = _logits(model, ids)[:, :-1].float()
                     loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
-                    for square, gradient in zip(squares, torch.autograd.grad(loss, weights), strict=True):
-                        square += gradient.float().square()
+                    for square, gradient in zip(
+                        squares, torch.autograd.grad(loss, weights, allow_unused=True), strict=True
+                    ):
+                        if gradient is not None:  # experts that no token went to
+                            square += gradient.float().square()
         finally:
             for weight in weights:
                 weight.requires_grad_(False)

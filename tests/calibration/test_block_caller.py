@@ -125,6 +125,10 @@ class Toy(nn.Module):
 def test_blocks_that_return_tuples_and_take_positional_arguments_are_called_as_the_model_does() -> None:
     model = Toy()
     check_blocks(model, list(model.layers))
+    caller = BlockCaller(model, list(model.layers), CPU)
+    caller.embed(torch.tensor([[1, 2, 3]]))
+    assert caller.caught.gives_tuple
+    assert [len(args) for args, _ in caller.caught.calls] == [1, 1]
 
 
 @pytest.mark.parametrize(

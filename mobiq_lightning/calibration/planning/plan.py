@@ -101,9 +101,11 @@ class RunPlan:
         names = [phase.name for phase in self.phases]
         stages = sum(1 for name in names if name.startswith("stage "))
         after = [name for name in names if not name.startswith("stage ") and name not in _BESIDE]
+        left_out = [f"in full precision stay, of the weights in blocks: {sizes.left_out}"] if sizes.left_out else []
         return [
             f"{sizes.kind}, {sizes.n_blocks} blocks: {sizes.sliced / 1e6:,.2f} M weights ({sizes.share:.1%} of those in blocks) "
             f"are sliced into {slices} bits{groups}",
+            *left_out,
             f"plan: {'text writing, ' if 'text writing' in names else ''}{stages} stage{'s' if stages != 1 else ''}, "
             f"then {', '.join(after)}; {time}; at most {highest / 1e9:.1f} GB of memory ({largest}), "
             f"{self.disk / 1e6:,.1f} MB of disk",

@@ -38,7 +38,7 @@ _SOON = 1e9
 class HasPhases(Protocol):
     """A callback that does work of its own after calibration or comparison."""
 
-    def phases(self, sizes: ModelSizes, text: TextWindows, times: StepTimes) -> list[Phase]:
+    def phases(self, module: ElasticCalibration, sizes: ModelSizes, text: TextWindows, times: StepTimes) -> list[Phase]:
         """The phases of its work, in their order."""
 
 
@@ -178,10 +178,14 @@ def plan_run(
         unmeasured = "a minute or two"
     batches = math.ceil(math.ceil(windows / world_size) / text.batch_size)
     phases = [*writing_phase(sizes, text, times), *stage_phases(sizes, module, batches, times)]
-    own = [callback.phases(sizes, text, times) for callback in callbacks if isinstance(callback, HasPhases)]
-    phases += [phase for found in own for phase in found if phase.kind != FIXED]
+    with torch.random.fork_rng(devices=[]):  # a router may be built to see what it asks for
+        doing = [
+            callback.phases(module, sizes, text, times) for callback in callbacks if isinstance(callback, HasPhases)
+        ]
+    own = [phase for found in doing for phase in found]
+    phases += sorted((phase for phase in own if phase.kind != FIXED), key=lambda phase: phase.late)
     phases += comparison_phases(module, text, world_size, times)
-    phases += [phase for found in own for phase in found if phase.kind == FIXED]
+    phases += [phase for phase in own if phase.kind == FIXED]
     disk = bytes_on_disk(sizes, module, text)
     return RunPlan(sizes, memory, free, disk, _free(folder), phases, unmeasured, times)
 

@@ -22,7 +22,7 @@ from mobiq_lightning.comparison.report.runs import read_journal, read_strategies
 from mobiq_lightning.comparison.report.tables import measured_points
 from mobiq_lightning.comparison.table import INTERPOLATION, CellRow, long_table, points_of
 from mobiq_lightning.comparison.verdicts import all_in_verdicts, verdicts
-from mobiq_lightning.evaluation import print_harness, print_table, read_probes
+from mobiq_lightning.evaluation import print_harness, print_table, read_gains
 from mobiq_lightning.evaluation.report import plot
 from mobiq_lightning.jobs.recipe import check_arguments
 from mobiq_lightning.latency import print_budgets
@@ -187,7 +187,7 @@ def _choose_bits(folder: Path) -> None:
 
 
 def _read_gains(folder: Path) -> None:
-    read_probes(
+    read_gains(
         folder / "layer_gains.json", ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"], (2, 1, 1)
     )
 

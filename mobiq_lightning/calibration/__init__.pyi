@@ -11,9 +11,14 @@ from .elastic_checkpoint import checkpoint_writer as checkpoint_writer
 from .elastic_checkpoint import finish_checkpoint as finish_checkpoint
 from .fit_checks import check_strategy as check_strategy
 from .hidden_states import eval_mode as eval_mode
+from .kept_gains import KeptGains as KeptGains
 from .module import ElasticCalibration as ElasticCalibration
+from .ranks import gather_windows as gather_windows
+from .ranks import share_of_windows as share_of_windows
+from .ranks import summed_over_ranks as summed_over_ranks
 from .scores import block_scores_of as block_scores_of
 from .scores import scores_of as scores_of
+from .squared_gradients import gradient_gains as gradient_gains
 from .stage_training import begin_stage as begin_stage
 from .stage_training import end_stage as end_stage
 from .stage_training import require_gradients as require_gradients

@@ -125,7 +125,6 @@ class BlockCaller:
         outside = {name: t.to(self.device) for name, t in named.items() if id(t) not in within}
         given: list[Tensor] = []
 
-        @torch.no_grad()
         def logits_of(input_ids: Tensor, hidden: Tensor) -> Tensor:
             given[:] = [hidden.to(self.device, self.dtype)]
             keywords = {"input_ids": input_ids.to(self.device), "use_cache": False}

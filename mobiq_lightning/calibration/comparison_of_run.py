@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mobiq_lightning.checkpoint import load
-from mobiq_lightning.evaluation import RTN_BITS, Comparison, read_probes
+from mobiq_lightning.evaluation import RTN_BITS, Comparison, read_gains
 from mobiq_lightning.nn import ElasticLinear
 from mobiq_lightning.runs import LAYER_GAINS
 from mobiq_lightning.strategies.class_paths import describe_factory
@@ -43,7 +43,7 @@ def comparison_of_run(module: ElasticCalibration, folder: Path, device: torch.de
         module.shared_work.rows(key),
     )
     comparison.rounded_key = key
-    comparison.gains = read_probes(folder / LAYER_GAINS, comparison.names, comparison.slice_bits)
+    comparison.gains = read_gains(folder / LAYER_GAINS, comparison.names, comparison.slice_bits)
     return comparison
 
 

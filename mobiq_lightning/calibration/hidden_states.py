@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -20,10 +20,15 @@ TARGETS = "targets"
 Storage = Literal["device", "host", "disk"]
 Reading = Callable[[int, int], AbstractContextManager[Any]]
 """Puts a block (by index) into the precision in which a stream goes through it, for one batch (by index)."""
+Keeping = Callable[[int], AbstractContextManager[Any]]
+"""Has a block (by index) keep the weights that it makes of its slices, while all batches of a stream go through it."""
 
 
 class HiddenStates:
     """Tables of inputs and targets, advanced block by block.
+
+    A table goes through a block in place, batch by batch: there is one for each stream, and one of the targets. If that is
+    interrupted, the tables are of no more use; they are made anew from the windows and the blocks that are done.
 
     Args:
         caller: Calls the blocks.
@@ -33,6 +38,7 @@ class HiddenStates:
         batch_size: Windows per call of a block.
         storage: Where the tables lie.
         folder: The folder of the tables, if they lie on disk.
+        keeping: Keeps weights while a stream goes through a block; by default they are made for each batch.
 
     Raises:
         ModelError: If the full-precision model gives inputs or targets that are not finite, here or later.
@@ -48,24 +54,27 @@ class HiddenStates:
         batch_size: int,
         storage: Storage = "host",
         folder: Path | None = None,
+        keeping: Keeping = nullcontext,
     ) -> None:
+        self.keeping = keeping
         self.caller, self.streams, self.full_precision = caller, streams, full_precision
         self.batch_size, self.storage, self.folder = batch_size, storage, folder
         self.block = 0
         inputs = self._place(caller.embed_all(input_ids), "embedding")
         # Until the first block is done all streams are the embedding: one table serves them.
         self.inputs: dict[str, Tensor] = dict.fromkeys(streams, inputs)
-        self.targets = self._through(0, inputs, TARGETS, full_precision)
+        self.targets = self._through(0, inputs, TARGETS, full_precision, self._place(_like(inputs), TARGETS))
 
     def advance(self, block: int) -> None:
         """Moves on to `block`: inputs go through the calibrated blocks before it, targets through it."""
         while self.block < block:
-            done = self.block
-            self.inputs = {
-                name: self._through(done, self.inputs[name], name, reading) for name, reading in self.streams.items()
-            }
-            self.block = done + 1
-            self.targets = self._through(self.block, self.targets, TARGETS, self.full_precision)
+            for name, reading in self.streams.items():
+                table = self.inputs[name]
+                shared = sum(other is table for other in self.inputs.values()) > 1  # the embedding, by streams to come
+                out = self._place(_like(table), name) if shared else table
+                self.inputs[name] = self._through(self.block, table, name, reading, out)
+            self.block += 1
+            self.targets = self._through(self.block, self.targets, TARGETS, self.full_precision, self.targets)
 
     def batch(self, name: str, index: Tensor) -> Tensor:
         """(B, T, H) inputs of a stream for windows `index` (B,), on the device of the blocks."""
@@ -79,15 +88,15 @@ class HiddenStates:
         return table[index.to(table.device)].to(self.caller.device, non_blocking=True)
 
     @torch.no_grad()
-    def _through(self, block: int, table: Tensor, name: str, reading: Reading) -> Tensor:
-        """The table (N, T, H) that comes out of `block`."""
-        out = self._place(torch.empty_like(table, device="meta"), f"{name}-{block % 2}")
-        for number, start in enumerate(range(0, table.shape[0], self.batch_size)):
-            with reading(block, number):
-                call = partial(self.caller.call, block, table[start : start + self.batch_size])
-                rows = call().to(out.device, out.dtype)
-                self._check(rows, block, call, name)
-            out[start : start + self.batch_size] = rows
+    def _through(self, block: int, table: Tensor, name: str, reading: Reading, out: Tensor) -> Tensor:
+        """Writes what `block` makes of a table (N, T, H) into `out`, which may be the table itself, and gives it."""
+        with self.keeping(block):
+            for number, start in enumerate(range(0, table.shape[0], self.batch_size)):
+                with reading(block, number):
+                    call = partial(self.caller.call, block, table[start : start + self.batch_size])
+                    rows = call().to(out.device, out.dtype)
+                    self._check(rows, block, call, name)
+                out[start : start + self.batch_size] = rows
         return out
 
     def _check(self, rows: Tensor, block: int, call: Callable[[], Tensor], name: str) -> None:
@@ -112,6 +121,11 @@ class HiddenStates:
         if table.device.type != "meta":
             placed.copy_(table)
         return placed
+
+
+def _like(table: Tensor) -> Tensor:
+    """The shape and dtype of a table, without its bytes."""
+    return torch.empty_like(table, device="meta")
 
 
 @contextmanager

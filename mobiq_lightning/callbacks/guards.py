@@ -103,7 +103,7 @@ class Guards(CalibrationCallback):
         self._probe: tuple[int, Probe] | None = None
         self._before: State | None = None
 
-    def phases(self, sizes: ModelSizes, text: TextWindows, times: StepTimes) -> list[Phase]:
+    def phases(self, module: ElasticCalibration, sizes: ModelSizes, text: TextWindows, times: StepTimes) -> list[Phase]:
         """A look after every visit: the windows at each depth, calibrated and rounded, through a block and those behind it."""
         passes = (2 * len(sizes.slice_bits) + 1) * (1 + sizes.n_blocks / 2)
         return [Phase(PHASE, FORWARD, sizes.n_blocks, passes * self.windows / text.batch_size * times.read)]

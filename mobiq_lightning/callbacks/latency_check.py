@@ -47,7 +47,7 @@ class LatencyCheck(CalibrationCallback):
             raise RecipeError(f"LatencyCheck: seconds ({seconds:g}) must be 0 or more")
         self.seconds = seconds
 
-    def phases(self, sizes: ModelSizes, text: TextWindows, times: StepTimes) -> list[Phase]:
+    def phases(self, module: ElasticCalibration, sizes: ModelSizes, text: TextWindows, times: StepTimes) -> list[Phase]:
         """What it takes by its own word."""
         return [Phase("latency check", FIXED, 1, self.seconds)] if self.seconds else []
 

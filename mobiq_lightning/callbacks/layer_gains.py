@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from lightning.pytorch import Trainer
@@ -13,18 +14,32 @@ from torch import Tensor
 
 from mobiq_lightning.calibration import (
     ElasticCalibration,
+    KeptGains,
     eval_mode,
+    gather_windows,
+    gradient_gains,
     measuring_bytes,
+    share_of_windows,
+    summed_over_ranks,
     unchanged_weights,
     whole_model_on_device,
 )
-from mobiq_lightning.calibration.planning import FORWARD, ModelSizes, Phase, StepTimes
+from mobiq_lightning.calibration.planning import (
+    FORWARD,
+    GainsPlan,
+    ModelSizes,
+    Phase,
+    StepTimes,
+    gradient_steps,
+    head_steps,
+    plan_gains,
+    probe_passes,
+)
 from mobiq_lightning.callbacks.base import CalibrationCallback
 from mobiq_lightning.console import say
 from mobiq_lightning.errors import ModelError, RecipeError
 from mobiq_lightning.evaluation import (
     TokenView,
-    gradient_gains,
     rows_of,
     token_gains,
     token_rows,
@@ -32,7 +47,16 @@ from mobiq_lightning.evaluation import (
     token_views,
 )
 from mobiq_lightning.files import write_json
-from mobiq_lightning.runs import LAYER_GAINS, UNIT, GainMethod, GainsSummary, LayerGainRow, LayerGainsFile, MethodGains
+from mobiq_lightning.runs import (
+    LAYER_GAINS,
+    LAYER_GAINS_SO_FAR,
+    UNIT,
+    GainMethod,
+    GainsSummary,
+    LayerGainRow,
+    LayerGainsFile,
+    MethodGains,
+)
 from mobiq_lightning.sources import TextWindows
 from mobiq_lightning.strategies import ObservesGains
 
@@ -42,12 +66,14 @@ PHASE = "layer gains"
 class LayerGains(CalibrationCallback):
     """Leaves layer_gains.json in the run folder, and shows routers that ask for it what their slices gain.
 
-    The comparison takes its static layers of greatest gain from the file. It comes before `ThresholdTuning`, which asks the
-    routers.
+    The comparison takes its static layers of greatest gain from the file. They are measured when the checkpoint is written, or,
+    for routers that ask for them, before `ThresholdTuning`, which asks the routers. What was measured is kept: a run that is
+    killed goes on after it.
 
     Args:
         windows: Calibration windows to measure on, the first ones; 0 measures nothing.
-        methods: `probes` (of which the comparison makes its best layers) or `gradients`, beside what the router asks for.
+        methods: `probes` or `gradients`, or both, beside what the router asks for. By default probes where they cost at most a
+            tenth of the calibration, as products and sums are counted, else gradients, on fewer windows if these cost more.
         reference_bits: One depth, in bits, that all other inputs read while one is probed; by default the depth that the
             slice in question reaches.
         batch_size: Windows per forward pass of a probe.
@@ -67,15 +93,23 @@ class LayerGains(CalibrationCallback):
                 f"LayerGains: windows ({windows}) must be 0 or more, batch_size ({batch_size}) at least 1"
             )
         self.windows, self.batch_size, self.reference_bits = windows, batch_size, reference_bits
-        self.methods: list[GainMethod] = ["probes"] if methods is None else methods
+        self.methods: list[GainMethod] | None = ["probes"] if methods is None and reference_bits else methods
 
-    def phases(self, sizes: ModelSizes, text: TextWindows, times: StepTimes) -> list[Phase]:
-        """Passes of each batch through the whole model: for probes one for each input and slice, and one for each depth."""
-        if not self.windows or "probes" not in self.methods:
-            return []
-        batches = -(-min(self.windows, text.n_windows) // self.batch_size)
-        passes = (sizes.n_inputs + 1) * (len(sizes.slice_bits) - 1) + 1
-        return [Phase(PHASE, FORWARD, batches * passes, times.gains)]
+    def phases(self, module: ElasticCalibration, sizes: ModelSizes, text: TextWindows, times: StepTimes) -> list[Phase]:
+        """Passes of each batch through the whole model for probes; for gradients passes of all windows through a block."""
+        asked = _asked(module.router(sizes.width, len(sizes.slice_bits)))
+        plan, found = plan_gains(module, sizes, text, self.windows, self.methods, asked), []
+        if "probes" in plan.methods:
+            batches = -(-plan.windows // self.batch_size)
+            found.append((batches * probe_passes(sizes), times.gains))
+        if "gradients" in plan.methods:
+            seconds = plan.windows / text.batch_size * times.read
+            found.append((gradient_steps(sizes) + head_steps(sizes), seconds))
+        steps = sum(count for count, _ in found)
+        seconds = sum(count * each for count, each in found) / max(steps, 1)
+        return [Phase(PHASE, FORWARD, steps, seconds, late=asked is None)] if steps else []
+
+    # ------------------------------------------------------------------ when
 
     def on_fit_start(self, trainer: Trainer, module: ElasticCalibration) -> None:
         """Refuses what would fail after hours of calibration."""
@@ -91,58 +125,119 @@ class LayerGains(CalibrationCallback):
             )
 
     def on_train_epoch_end(self, trainer: Trainer, module: ElasticCalibration) -> None:
-        """Measures after the last epoch, before thresholds are tuned and the checkpoint is written."""
-        if module.current_epoch + 1 == trainer.max_epochs:
-            self.measure(module, module.text.calibration_ids()[: self.windows])
+        """Measures after the last epoch, before thresholds are tuned, if the routers ask for it."""
+        asked = _asked(module.sliced.all_inputs()[0].router)
+        if asked and module.current_epoch + 1 == trainer.max_epochs:
+            self.measure(module, asked)
 
-    def measure(self, module: ElasticCalibration, input_ids: Tensor) -> None:
-        """Measures on windows (N, T), tells the routers and writes the file.
+    def on_validation_start(self, trainer: Trainer, module: ElasticCalibration) -> None:
+        """Measures when a calibration has written its checkpoint, before it is compared; `validate` measures nothing."""
+        if len(module.blocks) and not module.record.layer_gains:
+            self.measure(module, None)
+
+    def on_validation_end(self, trainer: Trainer, module: ElasticCalibration) -> None:
+        """Removes what was kept for a run that is killed."""
+        if trainer.is_global_zero:
+            shutil.rmtree(module.run_folder / LAYER_GAINS_SO_FAR, ignore_errors=True)
+
+    # ------------------------------------------------------------------ what
+
+    def measure(self, module: ElasticCalibration, asked: GainMethod | None) -> None:
+        """Measures, tells the routers if they ask, and writes the file.
+
+        Args:
+            module: The calibration, all blocks being done.
+            asked: The method that the routers ask for; None if they ask for none.
 
         Raises:
-            ModelError: If the router needs what cannot be measured, since the whole model does not fit on the device.
+            ModelError: If the routers need what cannot be measured, since the whole model does not fit on the device.
         """
-        inputs = module.sliced.all_inputs()
-        first = inputs[0].router
-        asked = first.gains_from if isinstance(first, ObservesGains) else None
-        methods = list(dict.fromkeys([*self.methods, *([asked] if asked else [])]))
-        path = module.run_folder / LAYER_GAINS
+        plan = plan_gains(module, module.sizes, module.text, self.windows, self.methods, asked)
         if module.trainer.is_global_zero:
-            path.unlink(missing_ok=True)
-        if not self.windows or not methods:
+            (module.run_folder / LAYER_GAINS).unlink(missing_ok=True)
+        if not plan.methods:
             module.record.note_layer_gains("not measured: switched off")
             return
-        needed = measuring_bytes(module, input_ids.shape[1], self.batch_size, "gradients" in methods)
         started = time.monotonic()
-        with whole_model_on_device(module, needed) as shortage:
-            if shortage is None:
-                ids = input_ids.to(module.device)
-                with _counted(module), unchanged_weights(module, module.sliced.calibrated_blocks()):
-                    found = {method: self._measured(module, method, ids) for method in methods}
-                views = self._views(module, ids) if "probes" in found else []
-        if shortage is not None:
-            missing = f"not measured: {shortage}"
+        try:
+            with torch.inference_mode(False), torch.no_grad():  # Lightning compares in a mode that knows no gradients
+                found = self._found(module, plan)
+        except (_DoesNotFitError, torch.OutOfMemoryError) as error:
+            missing = f"not measured: {str(error).splitlines()[0]}"
             module.record.note_layer_gains(missing)
             if asked:
-                raise ModelError(
-                    f"{type(inputs[0].router).__name__} needs layer gains, {missing}. Everything before is kept"
-                )
+                name = type(module.sliced.all_inputs()[0].router).__name__
+                raise ModelError(f"{name} needs layer gains, {missing}. Everything before is kept") from error
             say(f"Layer gains are {missing}; the comparison goes without best layers.")
             return
-        tokens = found.get("probes")
-        if tokens is not None:
-            found["probes"] = tokens.double().mean(-1)
+        finally:
+            module.clock.end(PHASE)
         if asked:
-            for routed, gains in zip(inputs, found[asked], strict=True):
+            for routed, gains in zip(module.sliced.all_inputs(), found.gains[asked], strict=True):
                 assert isinstance(routed.router, ObservesGains)
                 routed.router.observe_gains(gains, routed.slice_bits, routed.n_weights)
-        self._write(module, found, input_ids, time.monotonic() - started, tokens, views)
+        self._write(module, found, time.monotonic() - started)
 
-    def _measured(self, module: ElasticCalibration, method: GainMethod, input_ids: Tensor) -> Tensor:
-        """Gains (inputs, S - 1), nats per token; of probes (inputs, S - 1, tokens)."""
-        model = module.sliced.source.model
-        if method == "probes":
-            return token_gains(model, module.sliced.all_inputs(), input_ids, self.reference_bits, self.batch_size)
-        return gradient_gains(model, [block.readers for block in module.sliced.calibrated_blocks()], input_ids)
+    def _found(self, module: ElasticCalibration, plan: GainsPlan) -> _Found:
+        """Measures by each method; where probes do not fit and nobody asked for them, by gradients."""
+        module.make_caller()
+        found = _Found(plan, module.text.calibration_ids()[: plan.windows])
+        if "probes" in plan.methods:
+            try:
+                self._probe(module, found)
+            except _DoesNotFitError as error:
+                if self.methods is not None or _asked(module.sliced.all_inputs()[0].router):
+                    raise
+                found.plan = replace(plan, methods=("gradients",), why=f"for probes {error}")
+        if "gradients" in found.plan.methods:
+            self._take_gradients(module, found)
+        return found
+
+    def _probe(self, module: ElasticCalibration, found: _Found) -> None:
+        model, inputs, ids = module.sliced.source.model, module.sliced.all_inputs(), found.input_ids.to(module.device)
+        kept = self._kept(module, "probes", found)
+        needed = measuring_bytes(module, ids.shape[1], self.batch_size, gradients=False)
+        with whole_model_on_device(module, needed) as shortage:
+            if shortage is not None:
+                raise _DoesNotFitError(shortage)
+            own = share_of_windows(module, ids)
+            with _counted(module, int(kept.tensors.get("probes", torch.tensor(0)))):
+                with unchanged_weights(module, module.sliced.calibrated_blocks()):
+                    arguments = (self.reference_bits, self.batch_size, kept.tensors, kept.save)
+                    gains = token_gains(model, inputs, own, *arguments)
+                    found.tokens = gather_windows(module, gains.unflatten(-1, own.shape), len(ids), -2).flatten(-2)
+                found.views = self._views(module, ids)
+        found.gains["probes"] = found.tokens.double().mean(-1)
+
+    def _take_gradients(self, module: ElasticCalibration, found: _Found) -> None:
+        ids, blocks = found.input_ids, module.sliced.calibrated_blocks()
+        steps = gradient_steps(module.sizes)
+        module.clock.restart()
+        found.gains["gradients"] = gradient_gains(
+            module.sliced.caller,
+            [block.readers for block in blocks],
+            share_of_windows(module, ids),
+            self._kept(module, "gradients", found),
+            lambda done: module.clock.step(PHASE, done, steps),
+            ids.shape[0] * (ids.shape[1] - 1),
+            lambda squares: summed_over_ranks(module, squares, len(ids)),
+        )
+        module.end_hidden_states()
+
+    def _kept(self, module: ElasticCalibration, method: GainMethod, found: _Found) -> KeptGains:
+        """What an earlier process of this run has measured by a method."""
+        trainer = module.trainer
+        key = {
+            "method": method,
+            "windows": found.plan.windows,
+            "reference_bits": self.reference_bits,
+            "batch_size": self.batch_size,
+            "text": module.text.calibration_digest,
+            "inputs": module.sliced.input_names(),
+            "ranks": trainer.world_size,
+        }
+        name = f"{method}-{trainer.global_rank}.safetensors"
+        return KeptGains(module.run_folder / LAYER_GAINS_SO_FAR / name, key)
 
     def _views(self, module: ElasticCalibration, input_ids: Tensor) -> list[TokenView]:
         """What routers see of the tokens that were probed, at the middle depth unless there is one for all probes."""
@@ -152,49 +247,74 @@ class LayerGains(CalibrationCallback):
         with eval_mode([router for block in blocks for router in block.routers()]):
             return token_views(module.sliced.source.model, blocks, input_ids, bits, self.batch_size)
 
-    def _write(
-        self,
-        module: ElasticCalibration,
-        found: dict[GainMethod, Tensor],
-        ids: Tensor,
-        seconds: float,
-        tokens: Tensor | None,
-        views: Sequence[TokenView],
-    ) -> None:
-        inputs, names = module.sliced.all_inputs(), module.sliced.input_names()
-        rows = rows_of(found, names, [routed.n_weights for routed in inputs], inputs[0].slice_bits)
-        reference_bits = self.reference_bits if "probes" in found else None
-        methods, of_tokens = {method: _summary(rows, method) for method in found}, None
-        if tokens is not None and rows:
-            spread = token_rows(tokens, views, ids.shape[1])
-            of_tokens = token_summary(tokens, spread, [row.bits * row.weights for row in rows])
+    def _write(self, module: ElasticCalibration, found: _Found, seconds: float) -> None:
+        inputs, names, (windows, seq_len) = (
+            module.sliced.all_inputs(),
+            module.sliced.input_names(),
+            found.input_ids.shape,
+        )
+        rows = rows_of(found.gains, names, [routed.n_weights for routed in inputs], inputs[0].slice_bits)
+        reference_bits = self.reference_bits if "probes" in found.gains else None
+        methods, of_tokens = {method: _summary(rows, method) for method in found.gains}, None
+        if found.tokens is not None and rows:
+            spread = token_rows(found.tokens, found.views, seq_len)
+            of_tokens = token_summary(found.tokens, spread, [row.bits * row.weights for row in rows])
             rows = [replace(row, tokens=one) for row, one in zip(rows, spread, strict=True)]
         summary = GainsSummary(
-            windows=ids.shape[0],
-            seq_len=ids.shape[1],
+            windows=windows,
+            seq_len=seq_len,
             reference_bits=reference_bits,
             seconds=round(seconds, 2),
             methods=methods,
+            why=found.plan.why or None,
             tokens=of_tokens,
         )
         module.record.note_layer_gains(summary)
         if module.trainer.is_global_zero:
             content = LayerGainsFile(
-                windows=ids.shape[0],
-                seq_len=ids.shape[1],
-                reference_bits=reference_bits,
-                unit=UNIT,
-                rows=tuple(rows),
+                windows=windows, seq_len=seq_len, reference_bits=reference_bits, unit=UNIT, rows=tuple(rows)
             )
             write_json(module.run_folder / LAYER_GAINS, content.to_json())
-            say(f"Layer gains of {len(inputs)} inputs by {' and '.join(found)} in {seconds:.1f} s: {LAYER_GAINS}.")
+            why = f" ({found.plan.why})" if found.plan.why else ""
+            say(
+                f"Layer gains of {len(inputs)} inputs by {' and '.join(methods)}{why} in {seconds:.1f} s: {LAYER_GAINS}."
+            )
+        module.trainer.strategy.barrier()  # the comparison of every rank reads the file
+
+
+class _DoesNotFitError(Exception):
+    """The whole model does not fit on the device; the text is a clause that says so."""
+
+
+@dataclass
+class _Found:
+    """What was measured.
+
+    Args:
+        plan: How, as it was done.
+        input_ids: (N, T) windows of all ranks.
+        gains: By method, (I, S - 1) in nats per token.
+        tokens: (I, S - 1, N * T) of each token, if there were probes.
+        views: What routers see of these tokens.
+    """
+
+    plan: GainsPlan
+    input_ids: Tensor
+    gains: dict[GainMethod, Tensor] = field(default_factory=dict)
+    tokens: Tensor | None = None
+    views: Sequence[TokenView] = ()
+
+
+def _asked(router: object) -> GainMethod | None:
+    """The method by which a router asks for gains; None if it does not."""
+    return router.gains_from if isinstance(router, ObservesGains) else None
 
 
 @contextmanager
-def _counted(module: ElasticCalibration) -> Iterator[None]:
-    """Within it, the clock of the run counts passes through the model."""
-    clock, done = module.clock, 0
-    clock.restart()
+def _counted(module: ElasticCalibration, done: int) -> Iterator[None]:
+    """Within it, the clock of the run counts passes through the model, after those that were done before."""
+    clock = module.clock
+    clock.skip(PHASE, done, max(done, clock.left.steps(PHASE)))
 
     def count(*_: object) -> None:
         nonlocal done
@@ -206,7 +326,6 @@ def _counted(module: ElasticCalibration) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-        clock.end(PHASE)
 
 
 def _summary(rows: Sequence[LayerGainRow], method: GainMethod) -> MethodGains:

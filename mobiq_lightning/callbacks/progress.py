@@ -93,7 +93,7 @@ class CalibrationProgress(CalibrationCallback, ProgressBar):
         """Closes the bar, so that the message starts on a line of its own."""
         self.on_train_end(trainer, module)
 
-    def on_validation_start(self, trainer: Trainer, module: ElasticCalibration) -> None:
+    def on_validation_epoch_start(self, trainer: Trainer, module: ElasticCalibration) -> None:
         """Says what is compared on."""
         module.clock.restart()
         if self._enabled and not sys.stderr.isatty():

@@ -42,7 +42,7 @@ class ThresholdTuning(CalibrationCallback):
         self.rounds = rounds
         self._passes = 0
 
-    def phases(self, sizes: ModelSizes, text: TextWindows, times: StepTimes) -> list[Phase]:
+    def phases(self, module: ElasticCalibration, sizes: ModelSizes, text: TextWindows, times: StepTimes) -> list[Phase]:
         """Passes of the windows through all blocks: one, and in each further round one for every budget and scope."""
         windows = min(self.windows, text.n_windows)
         lowest, highest = sizes.slice_bits[0], sum(sizes.slice_bits)

@@ -9,8 +9,7 @@ from .gains_by_token import token_rows as token_rows
 from .gains_by_token import token_summary as token_summary
 from .gains_by_token import token_views as token_views
 from .harness import evaluate_checkpoint as evaluate_checkpoint
-from .layer_gains import gradient_gains as gradient_gains
-from .layer_gains import read_probes as read_probes
+from .layer_gains import read_gains as read_gains
 from .layer_gains import rows_of as rows_of
 from .layer_gains import token_gains as token_gains
 from .report import print_harness as print_harness

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from functools import partial
-from itertools import pairwise
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +12,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mobiq_lightning.nn import RoutedInput, SlicedLinear, fixed_depth, full_precision
-from mobiq_lightning.runs import GainMethod, LayerGainRow, LayerGainsFile, read_json
+from mobiq_lightning.nn import RoutedInput, fixed_depth, full_precision
+from mobiq_lightning.runs import GainMethod, LayerGainRow, LayerGainsFile, best_method, read_json
 from mobiq_lightning.strategies.objectives.logit_distillation import divergences_of_tokens
 
-Readers = Sequence[tuple[RoutedInput, Sequence[SlicedLinear]]]
-"""The inputs of a block, each with the linears that read it."""
+_KEPT_EVERY = 16
+"""Probes after which what is known is stored."""
 
 
 @torch.no_grad()
 def token_gains(
-    model: Any, inputs: Sequence[RoutedInput], input_ids: Tensor, reference_bits: int | None = None, batch_size: int = 4
+    model: Any,
+    inputs: Sequence[RoutedInput],
+    input_ids: Tensor,
+    reference_bits: int | None = None,
+    batch_size: int = 4,
+    known: dict[str, Tensor] | None = None,
+    keep: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Measures by how much each slice lowers the KL divergence to full precision at each token, one input at a time.
 
@@ -37,97 +42,74 @@ def token_gains(
         input_ids: (N, T) windows on that device.
         reference_bits: One depth, in bits, that all other inputs read instead, whichever slice is measured.
         batch_size: Windows per forward pass.
+        known: What an earlier process has measured of the same, or nothing yet; what is measured is added to it.
+        keep: Function that is called now and then, to store `known`.
 
     Returns:
         (I, S - 1, N * T) float32 in nats, on the host: KL with k slices minus KL with k + 1. It is negative where a
         slice does harm. The mean over tokens is what a slice gains the whole model.
     """
-    depths, batches = inputs[0].depths, []
+    known = {} if known is None else known
+    depths = inputs[0].depths
+    gains = known.setdefault("gains", torch.zeros(len(inputs), len(depths) - 1, input_ids.numel()))
+    done, number, place = int(known.get("probes", torch.tensor(0))), 0, 0
     for ids in input_ids.split(batch_size):
-        with full_precision(inputs):
-            full = F.log_softmax(_logits(model, ids).float(), dim=-1)
-        measure = partial(_divergences, model, inputs, ids, full)
-        gains = torch.zeros(len(inputs), len(depths) - 1, ids.numel())
-        if reference_bits is None:
-            for column, (below, depth) in enumerate(pairwise(depths)):
-                whole = measure(depth)
-                for row in range(len(inputs)):
-                    gains[row, column] = measure(depth, row, below) - whole
-        else:
-            whole = measure(reference_bits)
-            for row in range(len(inputs)):
-                found = [whole if bits == reference_bits else measure(reference_bits, row, bits) for bits in depths]
-                gains[row] = -torch.stack(found).diff(dim=0)
-        batches.append(gains)
-    return torch.cat(batches, dim=-1)
+        probe, tokens = _Probe(model, inputs, ids), slice(place, place + ids.numel())
+        place = tokens.stop
+        for row, column in _order(len(inputs), len(depths) - 1, reference_bits is None):
+            number += 1
+            if number <= done:
+                continue
+            below, depth = depths[column], depths[column + 1]
+            others = depth if reference_bits is None else reference_bits
+            gains[row, column, tokens] = probe.measure(others, row, below) - probe.measure(others, row, depth)
+            known["probes"] = torch.tensor(number)
+            if number % _KEPT_EVERY == 0:
+                keep()
+    keep()
+    return gains
 
 
-def _divergences(
-    model: Any,
-    inputs: Sequence[RoutedInput],
-    ids: Tensor,
-    full: Tensor,
-    bits: int,
-    row: int | None = None,
-    bits_of_row: int | None = None,
-) -> Tensor:
-    """KL (N * T,) to full precision with all inputs at a depth, but the one of `row` at a depth of its own."""
-    with ExitStack() as stack:
-        stack.enter_context(fixed_depth(inputs, bits))
-        if row is not None and bits_of_row is not None:
-            stack.enter_context(fixed_depth([inputs[row]], bits_of_row))
-        return divergences_of_tokens(_logits(model, ids), full).flatten().cpu()
+def _order(n_inputs: int, n_gains: int, by_slice: bool) -> Iterator[tuple[int, int]]:
+    """Inputs and slices in the order in which they are probed: what two neighbours share is measured once."""
+    slices, rows = range(n_gains), range(n_inputs)
+    yield from ((row, column) for column in slices for row in rows) if by_slice else product(rows, slices)
 
 
-def gradient_gains(model: Any, blocks: Sequence[Readers], input_ids: Tensor) -> Tensor:
-    """Estimates to second order by how much each slice lowers the KL divergence to full precision, weights one by one.
-
-    ``KL = 1/2 sum_w F_w (W_k - W)_w^2`` with F the mean over tokens of the squared gradient of the negative log-likelihood at
-    full precision (an empirical Fisher diagonal; the gradients of the tokens of one window are summed before they are
-    squared). Biases that a transform changes are left out.
+class _Probe:
+    """Passes of one batch, each with all inputs at a depth but one; what has been measured is kept.
 
     Args:
-        model: The model with sliced linears, on one device.
-        blocks: Inputs of each block with their linears, I inputs in all. Gradients are taken one block at a time.
-        input_ids: (N, T) windows on that device; each takes a forward and a backward pass for every block.
-
-    Returns:
-        (I, S - 1) float64, nats per token.
+        model: The model with sliced linears.
+        inputs: Its routed inputs.
+        ids: (N, T) windows.
     """
-    inputs = [routed for block in blocks for routed, _ in block]
-    n_tokens = input_ids.shape[0] * (input_ids.shape[1] - 1)
-    gains = []
-    for block in blocks:
-        weights = [linear.weight for _, linears in block for linear in linears]
-        squares = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
-        for weight in weights:
-            weight.requires_grad_(True)
-        try:
-            for ids in input_ids.split(1):
-                with torch.enable_grad(), full_precision(inputs):
-                    logits = _logits(model, ids)[:, :-1].float()
-                    loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
-                    for square, gradient in zip(
-                        squares, torch.autograd.grad(loss, weights, allow_unused=True), strict=True
-                    ):
-                        if gradient is not None:  # experts that no token went to
-                            square += gradient.float().square()
-        finally:
-            for weight in weights:
-                weight.requires_grad_(False)
-        left = iter(squares)
-        gains += [sum(_second_order(linear, next(left) / n_tokens) for linear in linears) for _, linears in block]
-    return torch.stack([torch.as_tensor(gain) for gain in gains])
 
+    def __init__(self, model: Any, inputs: Sequence[RoutedInput], ids: Tensor) -> None:
+        self.model, self.inputs, self.ids = model, inputs, ids
+        self._alike: dict[int, Tensor] = {}
+        self._last: tuple[tuple[int, int, int], Tensor] | None = None
 
-@torch.no_grad()
-def _second_order(linear: SlicedLinear, fisher: Tensor) -> Tensor:
-    """Estimated gains (S - 1,) of the slices of one linear, float64 on the host."""
-    weight = linear.weight.float()
-    errors = torch.stack(
-        [(fisher * (prefix - weight).square()).double().sum() for prefix in linear.prefixes_on_input()]
-    )
-    return (errors[:-1] - errors[1:]).cpu() / 2
+    @cached_property
+    def full(self) -> Tensor:
+        """Log-probabilities (N, T, V) in full precision."""
+        with full_precision(self.inputs):
+            return F.log_softmax(_logits(self.model, self.ids).float(), dim=-1)
+
+    def measure(self, bits: int, row: int, bits_of_row: int) -> Tensor:
+        """KL (N * T,) to full precision with all inputs at a depth, but the one of `row` at a depth of its own."""
+        if bits_of_row == bits:
+            if bits not in self._alike:
+                self._alike[bits] = self._divergence(bits, row, bits)
+            return self._alike[bits]
+        key = (bits, row, bits_of_row)
+        if self._last is None or self._last[0] != key:
+            self._last = key, self._divergence(*key)
+        return self._last[1]
+
+    def _divergence(self, bits: int, row: int, bits_of_row: int) -> Tensor:
+        with fixed_depth(self.inputs, bits), fixed_depth([self.inputs[row]], bits_of_row):
+            return divergences_of_tokens(_logits(self.model, self.ids), self.full).flatten().cpu()
 
 
 def _logits(model: Any, ids: Tensor) -> Tensor:
@@ -162,8 +144,8 @@ def rows_of(
     ]
 
 
-def read_probes(path: Path, names: Sequence[str], slice_bits: Sequence[int]) -> Tensor | None:
-    """Reads the probed gains of a run from its layer_gains.json.
+def read_gains(path: Path, names: Sequence[str], slice_bits: Sequence[int]) -> Tensor | None:
+    """Reads the gains of a run from its layer_gains.json: probed ones, or those by gradients if none were probed.
 
     Args:
         path: The file.
@@ -171,8 +153,7 @@ def read_probes(path: Path, names: Sequence[str], slice_bits: Sequence[int]) -> 
         slice_bits: Bits of the S slices.
 
     Returns:
-        Gains (I, S - 1) float64 in nats per token; None if there is no such file, or it holds no probes of these inputs
-        and slices.
+        Gains (I, S - 1) float64 in nats per token; None if there is no such file, or it holds none of these inputs and slices.
 
     Raises:
         ResultsError: If the file is damaged or from another version.
@@ -181,8 +162,11 @@ def read_probes(path: Path, names: Sequence[str], slice_bits: Sequence[int]) -> 
         return None
     rows = LayerGainsFile.from_json(read_json(path), path).rows
     expected = [(name, number, bits) for name in names for number, bits in enumerate(slice_bits[1:], 2)]
-    if [(row.input, row.slice, row.bits) for row in rows] != expected or any("probes" not in r.gains for r in rows):
+    if [(row.input, row.slice, row.bits) for row in rows] != expected:
         return None
-    return torch.tensor([row.gains["probes"] for row in rows], dtype=torch.float64).reshape(
+    method = best_method(set.intersection(*[set(row.gains) for row in rows])) if rows else "probes"
+    if method is None:
+        return None
+    return torch.tensor([row.gains[method] for row in rows], dtype=torch.float64).reshape(
         len(names), len(slice_bits) - 1
     )

@@ -17,6 +17,7 @@ from mobiq_lightning.runs import (
     RESULTS,
     RESULTS_PLOT,
     RESULTS_TABLE,
+    GainsSummary,
     HarnessEntry,
     MeanRow,
     Measured,
@@ -78,7 +79,9 @@ def print_table(measured: Measured) -> None:
     console = table_console()
     console.print(table)
     left = len(names) - len(shown)
-    said = [f"{left} more rows are in {RESULTS_TABLE}; --all shows them here."] if left else []
+    gains = measured.layer_gains
+    said = [gains.sentence] if isinstance(gains, GainsSummary) and gains.sentence else []
+    said += [f"{left} more rows are in {RESULTS_TABLE}; --all shows them here."] if left else []
     for line in [*said, *sentences(measured.guards)]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 

@@ -21,6 +21,7 @@ from .file_names import INDEX as INDEX
 from .file_names import JOURNAL as JOURNAL
 from .file_names import LATER as LATER
 from .file_names import LAYER_GAINS as LAYER_GAINS
+from .file_names import LAYER_GAINS_SO_FAR as LAYER_GAINS_SO_FAR
 from .file_names import LOCK as LOCK
 from .file_names import OTHER_PROTOCOLS as OTHER_PROTOCOLS
 from .file_names import OUTLIERS as OUTLIERS
@@ -58,6 +59,7 @@ from .layer_gains import LayerGainsFile as LayerGainsFile
 from .layer_gains import MethodGains as MethodGains
 from .layer_gains import TokenGains as TokenGains
 from .layer_gains import TokenSpread as TokenSpread
+from .layer_gains import best_method as best_method
 from .merging import Basis as Basis
 from .merging import budgets_of as budgets_of
 from .merging import check_results as check_results

@@ -24,6 +24,8 @@ WANDB = "wandb"
 """Folder of an offline run of Weights & Biases; written by `WandbLogger`."""
 LAYER_GAINS = "layer_gains.json"
 """What slices gain the whole model; written by the callback `LayerGains`."""
+LAYER_GAINS_SO_FAR = "layer_gains.partial"
+"""Folder of what is known of that while it is measured, a file for each rank and method; written by `LayerGains`."""
 ELASTIC = "elastic"
 """Folder of the checkpoint; written by the callback `BlockExport`."""
 PARTIAL_SUFFIX = ".partial"
@@ -66,6 +68,7 @@ RUN_FILES = (
     CSV_LOG,
     WANDB,
     LAYER_GAINS,
+    LAYER_GAINS_SO_FAR,
     ELASTIC,
     PARTIAL,
     RESULTS,
@@ -78,7 +81,17 @@ RUN_FILES = (
     OUTLIERS_PLOT,
 )
 """All that a run writes into its folder, and that starting it anew removes from there."""
-RUN_FOLDERS = (CHECKPOINTS, HIDDEN_STATES, GENERATED, CSV_LOG, WANDB, ELASTIC, PARTIAL, OTHER_PROTOCOLS)
+RUN_FOLDERS = (
+    CHECKPOINTS,
+    HIDDEN_STATES,
+    GENERATED,
+    CSV_LOG,
+    WANDB,
+    LAYER_GAINS_SO_FAR,
+    ELASTIC,
+    PARTIAL,
+    OTHER_PROTOCOLS,
+)
 """Those of them that are folders; all others are files."""
 
 # ------------------------------------------------------------------ checkpoint

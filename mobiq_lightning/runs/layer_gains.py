@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -12,6 +12,12 @@ GainMethod = Literal["probes", "gradients"]
 """How it is measured what a slice gains: with forward passes in which one input reads another depth, or from gradients."""
 UNIT = "nats per token"
 """Unit of all gains."""
+
+
+def best_method(measured: Collection[GainMethod]) -> GainMethod | None:
+    """The method whose gains choose the best layers of a comparison: probes where there are some; None if nothing is there."""
+    methods: tuple[GainMethod, ...] = ("probes", "gradients")
+    return next((method for method in methods if method in measured), None)
 
 
 @dataclass(frozen=True)
@@ -119,6 +125,7 @@ class GainsSummary(Record):
             slice reaches, or none was probed.
         seconds: Time that it took.
         methods: Figures by method.
+        why: Why these methods and windows were taken; None where the recipe says, or nothing was left out.
         tokens: How gains spread over tokens; None if none was probed.
     """
 
@@ -127,4 +134,14 @@ class GainsSummary(Record):
     reference_bits: int | None = field(default=None, kw_only=True)
     seconds: float
     methods: Mapping[GainMethod, MethodGains]
+    why: str | None = field(default=None, kw_only=True)
     tokens: TokenGains | None = None
+
+    @property
+    def sentence(self) -> str:
+        """How the best layers of the comparison were chosen, in a sentence; empty if nothing was measured."""
+        method = best_method(self.methods)
+        if method is None:
+            return ""
+        how = {"probes": "probes of the whole model", "gradients": "squared gradients"}[method]
+        return f"Best layers are chosen by {how} on {self.windows} windows{f': {self.why}' if self.why else ''}."

@@ -18,7 +18,7 @@ def test_every_long_phase_says_how_far_it_is_and_what_is_left_of_the_run(
     lines = capsys.readouterr().err.splitlines()
     assert re.match(r"fit in .*run: model .*, text .* and 4 windows that the model writes", lines[0])
     assert "99.1% of those in blocks" in lines[1]
-    assert lines[2].startswith("plan: text writing, 2 stages, then layer gains, thresholds, comparison")
+    assert lines[2].startswith("plan: text writing, 2 stages, then thresholds, layer gains, comparison")
     phases = (
         "text writing",
         "block 1/2, step",

@@ -16,14 +16,18 @@ import torch
 from torch.nn import functional as F
 
 import mobiq_lightning
+from mobiq_lightning.calibration import KeptGains, gradient_gains
+from mobiq_lightning.calibration.block_caller import BlockCaller
+from mobiq_lightning.calibration.planning import gains as planned
 from mobiq_lightning.callbacks import layer_gains as callback
 from mobiq_lightning.cli import main
-from mobiq_lightning.errors import RecipeError
-from mobiq_lightning.evaluation import gradient_gains, read_probes, token_gains
+from mobiq_lightning.errors import MobiqError, RecipeError
+from mobiq_lightning.evaluation import layer_gains as evaluated
+from mobiq_lightning.evaluation import read_gains, token_gains
 from mobiq_lightning.nn import BlockLayout, CalibratedBlock, SlicedLinear, routed_inputs
 from mobiq_lightning.sources import load_source
 from mobiq_lightning.strategies import ResidualSlices, StaticRouter
-from tests.conftest import Run
+from tests.conftest import UNTIMED, Run
 
 BITS = (2, 1, 1)
 IDS = torch.randint(3, 290, (3, 24), generator=torch.Generator().manual_seed(0))
@@ -45,6 +49,18 @@ class Sliced:
     def weight(self, name: str, n_slices: int) -> torch.Tensor:
         linear: SlicedLinear = self.model.get_submodule(name)
         return linear.scheme.weight_at(linear.weight, n_slices).detach()
+
+    def gradient_gains(
+        self, kept: KeptGains | None = None, stop_after: int = 100, steps: list[int] | None = None
+    ) -> torch.Tensor:
+        def step(done: int) -> None:
+            if steps is not None:
+                steps.append(done)
+            if done >= stop_after:
+                raise KeyboardInterrupt
+
+        caller = BlockCaller(self.model, list(BlockLayout().find(self.model)), torch.device("cpu"))
+        return gradient_gains(caller, [block.readers for block in self.blocks], IDS, kept, step)
 
     def divergence_at(self, depths: list[int]) -> float:
         """KL to full precision with plain linears whose weights are those of so many slices for each input."""
@@ -87,7 +103,7 @@ def test_probes_at_one_depth_are_differences_of_the_models_divergence(sliced: Sl
 
 
 def test_gradient_gains_are_half_the_fisher_weighted_squared_errors(sliced: Sliced) -> None:
-    gains = gradient_gains(sliced.model, [block.readers for block in sliced.blocks], IDS)
+    gains = sliced.gradient_gains()
     plain = sliced.plain.requires_grad_(True)
     weights = {name: plain.get_submodule(name).weight for names in sliced.names for name in names}
     squares: dict[str, torch.Tensor] = {}
@@ -103,13 +119,30 @@ def test_gradient_gains_are_half_the_fisher_weighted_squared_errors(sliced: Slic
     assert not any(parameter.requires_grad for parameter in sliced.model.parameters())
 
 
+def test_gains_that_were_kept_are_not_measured_again_and_the_rest_is_the_same_bit_by_bit(
+    sliced: Sliced, tmp_path: Path
+) -> None:
+    whole = sliced.gradient_gains()
+    path = tmp_path / "kept.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        sliced.gradient_gains(KeptGains(path, {"windows": 3}), stop_after=2 + 3)  # both ways there, and one back
+    kept = KeptGains(path, {"windows": 3})
+    assert set(kept.tensors) == {"gains.1", "in_front_of.1"}
+    steps: list[int] = []
+    assert torch.equal(sliced.gradient_gains(kept, steps=steps), whole)
+    assert steps == [8]
+    assert KeptGains(path, {"windows": 4}).tensors == {}
+    path.write_bytes(path.read_bytes()[:-9])
+    assert KeptGains(path, {"windows": 3}).tensors == {}
+
+
 def test_an_input_whose_slices_do_nothing_gains_nothing(sliced: Sliced) -> None:
     with torch.no_grad():  # what o_proj of the first block reads is multiplied by zeros
         sliced.model.model.layers[0].self_attn.o_proj.weight.zero_()
     row = sliced.names.index(["model.layers.0.self_attn.o_proj"])
     for gains in (
         token_gains(sliced.model, sliced.inputs, IDS, 3).mean(-1),
-        gradient_gains(sliced.model, [block.readers for block in sliced.blocks], IDS),
+        sliced.gradient_gains(),
     ):
         assert gains[row].tolist() == pytest.approx([0.0, 0.0], abs=1e-6)
         assert float(gains.sum()) > 0.01
@@ -151,12 +184,12 @@ class TestOfARun:
         path, model = finished[0] / "layer_gains.json", mobiq_lightning.load(finished[0])
         names = [name for name, _ in model.named_modules() if name.endswith(".input")]
         names = [name.removesuffix(".input") for name in names]
-        gains = read_probes(path, names, (2, 1, 1, 2, 2))
+        gains = read_gains(path, names, (2, 1, 1, 2, 2))
         assert gains is not None
         assert gains.shape == (8, 4)
-        assert read_probes(path, names, (2, 2, 2, 2)) is None
-        assert read_probes(path, names[::-1], (2, 1, 1, 2, 2)) is None
-        assert read_probes(path.with_name("none.json"), names, (2, 1, 1, 2, 2)) is None
+        assert read_gains(path, names, (2, 2, 2, 2)) is None
+        assert read_gains(path, names[::-1], (2, 1, 1, 2, 2)) is None
+        assert read_gains(path.with_name("none.json"), names, (2, 1, 1, 2, 2)) is None
 
 
 @contextmanager
@@ -199,17 +232,61 @@ def test_layers_are_learned_in_a_stage_of_the_whole_model(recipe_arguments: list
     assert next(r["used_bits"] for r in rows if r["allocation"] == "router") == pytest.approx(2.5, abs=0.2)
 
 
+PROBES = "{class_path: mobiq_lightning.callbacks.LayerGains, init_args: {methods: [probes]}}"
+
+
 def test_a_model_that_does_not_fit_is_said_and_compared_without_best_layers(
     recipe_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(callback, "whole_model_on_device", too_small)
-    assert main(["fit", *recipe_arguments, *FAST]) == 0
+    assert main(["fit", *recipe_arguments, *FAST, f"--trainer.callbacks=[{UNTIMED}, {PROBES}]"]) == 0
     said = "not measured: the whole model would take about 26.0 GB on cuda:0, of which 20.0 GB are free"
     assert said in "".join(capsys.readouterr())
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["layer_gains"] == said
     assert "layers" not in {row["allocation"] for row in results["rows"]}
     assert not (tmp_path / "run" / "layer_gains.json").exists()
+
+
+def test_where_probes_cost_more_than_a_tenth_of_the_calibration_gradients_choose_and_it_is_said(
+    recipe_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(planned, "LITTLE", 0.0)
+    assert main(["fit", *recipe_arguments, *FAST]) == 0
+    kept = json.loads((tmp_path / "run" / "layer_gains.json").read_text())
+    assert set(kept["rows"][0]) == {"input", "weights", "slice", "bits", "gradients"}
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert "layers" in {row["allocation"] for row in results["rows"]}
+    why = results["layer_gains"]["why"]
+    assert why.startswith("probes would take ")
+    assert results["layer_gains"]["windows"] < 8
+    said = f"Best layers are chosen by squared gradients on {kept['windows']} windows: {why}."
+    assert said in "".join(capsys.readouterr())
+    assert not (tmp_path / "run" / "layer_gains.partial").exists()
+
+
+def test_what_stops_layer_gains_finds_the_checkpoint_written_and_the_same_command_measures_on(
+    finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [*finished[1], f"--trainer.default_root_dir={tmp_path / 'run'}"]
+    probed: list[Any] = []
+    divergences = evaluated.divergences_of_tokens
+
+    def counted(*given: Any) -> torch.Tensor:
+        probed.append(given)
+        if len(probed) == 50:
+            raise MobiqError("stopped")
+        return divergences(*given)
+
+    monkeypatch.setattr(evaluated, "divergences_of_tokens", counted)
+    assert main(["fit", *arguments]) == 1
+    assert (tmp_path / "run" / "elastic" / "config.json").is_file()
+    assert not (tmp_path / "run" / "results.json").exists()
+    assert main(["fit", *arguments]) == 0
+    # 32 probes and 4 depths for either batch; 32 of the 50 were kept, and two batches' depths were begun again.
+    assert len(probed) < 50 + 72 - 25
+    one, other = ((run / "layer_gains.json").read_bytes() for run in (tmp_path / "run", finished[0]))
+    assert one == other
 
 
 def test_a_router_that_needs_gains_is_no_other_router_without_them(

@@ -118,7 +118,7 @@ class TestSignals:
         with monkeypatch.context() as patched:
             patched.setattr(LayerGains, "measure", measured)
             assert main(["fit", *arguments]) == 143
-        kept = "terminated (SIGTERM); 3 finished epochs are kept; the same command goes on after them"
+        kept = "terminated (SIGTERM); 4 finished epochs are kept; the same command goes on after them"
         assert capsys.readouterr().err.splitlines()[-1] == kept
         assert sorted(p.name for p in (tmp_path / "run").iterdir() if p.name in ("results.json", ".lock")) == []
         monkeypatch.setattr("mobiq_lightning.calibration.module.comparison_of_run", measured)

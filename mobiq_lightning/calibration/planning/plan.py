@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 _BESIDE = ("text writing", "guards")
 """Phases that come before the stages, or between them."""
+_WORTH_MOVING = 0.02
+"""Share of a phase from which on it is said that hidden states could lie on disk."""
 _SOON = 1e9
 """Weights times tokens below which a run takes a minute or two on any machine, and no step is measured to say so."""
 
@@ -36,7 +38,7 @@ _SOON = 1e9
 class HasPhases(Protocol):
     """A callback that does work of its own after calibration or comparison."""
 
-    def phases(self, sizes: ModelSizes, text: TextWindows, times: StepTimes) -> list[Phase]:
+    def phases(self, module: ElasticCalibration, sizes: ModelSizes, text: TextWindows, times: StepTimes) -> list[Phase]:
         """The phases of its work, in their order."""
 
 
@@ -79,7 +81,7 @@ class RunPlan:
                 if free is not None and needed > free and not left_out:
                     found.append(
                         f"memory: {phase.name} will take about {needed / 1e9:.1f} GB on {where}, of which {free / 1e9:.1f} GB "
-                        f"are free; {_ADVICE[phase.name]}"
+                        f"are free; {_advice(phase, needed - free)}"
                     )
         if self.disk > self.disk_free:
             found.append(
@@ -112,11 +114,20 @@ class RunPlan:
 
 _ADVICE = {
     "text writing": "set data.n_generated to 0",
-    "block stages": "set model.hidden_states to disk, or lower data.n_samples, data.seq_len or data.batch_size",
+    "block stages": "lower data.n_samples, data.seq_len or data.batch_size",
     "model stages": "take these stages out, set model.recompute_blocks, or lower data.batch_size",
     "layer gains": "lower data.seq_len",
     "comparison": "lower data.eval_batch_size or data.eval_seq_len, or use a larger device",
 }
+
+
+def _advice(phase: PhaseMemory, missing: int) -> str:
+    """What to do about a phase that misses so many bytes."""
+    advice = _ADVICE[phase.name]
+    if phase.tables < _WORTH_MOVING * max(phase.host, phase.device):
+        return advice
+    enough = "or" if phase.tables >= missing else "and"
+    return f"{phase.tables / 1e9:.1f} GB are hidden states: set model.hidden_states to disk, {enough} {advice}"
 
 
 def plan_run(
@@ -167,10 +178,14 @@ def plan_run(
         unmeasured = "a minute or two"
     batches = math.ceil(math.ceil(windows / world_size) / text.batch_size)
     phases = [*writing_phase(sizes, text, times), *stage_phases(sizes, module, batches, times)]
-    own = [callback.phases(sizes, text, times) for callback in callbacks if isinstance(callback, HasPhases)]
-    phases += [phase for found in own for phase in found if phase.kind != FIXED]
+    with torch.random.fork_rng(devices=[]):  # a router may be built to see what it asks for
+        doing = [
+            callback.phases(module, sizes, text, times) for callback in callbacks if isinstance(callback, HasPhases)
+        ]
+    own = [phase for found in doing for phase in found]
+    phases += sorted((phase for phase in own if phase.kind != FIXED), key=lambda phase: phase.late)
     phases += comparison_phases(module, text, world_size, times)
-    phases += [phase for found in own for phase in found if phase.kind == FIXED]
+    phases += [phase for phase in own if phase.kind == FIXED]
     disk = bytes_on_disk(sizes, module, text)
     return RunPlan(sizes, memory, free, disk, _free(folder), phases, unmeasured, times)
 

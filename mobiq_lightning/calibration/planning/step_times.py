@@ -22,7 +22,7 @@ from mobiq_lightning.calibration.rates import parameter_groups
 from mobiq_lightning.calibration.schedule import Stage
 from mobiq_lightning.calibration.sliced_source import SlicedSource
 from mobiq_lightning.calibration.streams import read_full, streams_of
-from mobiq_lightning.nn import fixed_depth, full_precision
+from mobiq_lightning.nn import KEPT_BYTES, fixed_depth, full_precision, keeping_weights
 from mobiq_lightning.sources import Source
 from mobiq_lightning.strategies import TrainableCodes
 from mobiq_lightning.strategies.objectives.logit_distillation import divergences_of_tokens
@@ -62,7 +62,7 @@ class StepTimes:
     written: float = 0.0
 
 
-_PER_SECOND = 2e10
+PER_SECOND = 2e10
 """Products and sums per second that are assumed where nothing is measured; only relations between steps matter then."""
 
 
@@ -82,11 +82,11 @@ def guessed_times(sizes: ModelSizes, module: ElasticCalibration, text: TextWindo
         weights = whole if of_model else sizes.sliced_of_block
         trained = passes + n_slices * stage.trains("routers")
         others = of_model * (1 + 2 * stage.trains("routers"))
-        found.stages[number] = weights * (6 * tokens * trained + 2 * tokens * others + 40 * trained) / _PER_SECOND
-    found.read = sizes.sliced_of_block * (2 * tokens + 40) / _PER_SECOND
-    found.gains = whole * (2 * 4 * text.seq_len + 40) / _PER_SECOND
-    found.compared = whole * 2 * text.eval_batch_size * text.eval_seq_len / _PER_SECOND
-    found.written = whole * 2 * rows_at_once(sizes, text) / _PER_SECOND
+        found.stages[number] = weights * (6 * tokens * trained + 2 * tokens * others + 40 * trained) / PER_SECOND
+    found.read = sizes.sliced_of_block * (2 * tokens + 40) / PER_SECOND
+    found.gains = whole * (2 * 4 * text.seq_len + 40) / PER_SECOND
+    found.compared = whole * 2 * text.eval_batch_size * text.eval_seq_len / PER_SECOND
+    found.written = whole * 2 * rows_at_once(sizes, text) / PER_SECOND
     return found
 
 
@@ -190,8 +190,9 @@ class _Bench:
         inputs = self.sliced.all_inputs()
         with torch.no_grad():
             hidden = self.sliced.caller.embed(ids)
-            with fixed_depth(inputs, depth):
+            with fixed_depth(inputs, depth), keeping_weights(self.sliced.block_at(0).sliced_linears(), KEPT_BYTES):
                 found.read = self._seconds(lambda: self.sliced.caller.call(0, hidden))
+            with fixed_depth(inputs, depth):
                 self.sliced.caller.release()
                 self.sliced.source.model.to(self.device)
                 found.gains = self._seconds(lambda: self._compare(self._ids(4, length)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 FIXED = "fixed"
 """Kind of phases that take the time that they are given."""
@@ -19,12 +19,14 @@ class Phase:
             those of kind ``fixed`` take what they are given.
         steps: Steps that it has.
         seconds: What one step is expected to take.
+        late: Whether it comes when the checkpoint is written.
     """
 
     name: str
     kind: str
     steps: int
     seconds: float
+    late: bool = False
 
 
 @dataclass
@@ -63,7 +65,7 @@ class TimeLeft:
             self.phases[name], self._seen[name] = Phase(name, name, of or done, 0.0), _Seen()
         phase = self.phases[name]
         if of is not None and of != phase.steps:  # the same work, in steps of another size
-            self.phases[name] = Phase(name, phase.kind, of, phase.seconds * phase.steps / max(of, 1))
+            self.phases[name] = replace(phase, steps=of, seconds=phase.seconds * phase.steps / max(of, 1))
         seen = self._seen[name]
         seen.timed += max(0, done - seen.done)
         seen.seconds += seconds

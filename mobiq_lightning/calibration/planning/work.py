@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from mobiq_lightning.calibration.planning.memory import n_streams, rows_at_once
 from mobiq_lightning.calibration.planning.sizes import ModelSizes
-from mobiq_lightning.calibration.planning.step_times import StepTimes
+from mobiq_lightning.calibration.planning.step_times import PER_SECOND, StepTimes, guessed_times
 from mobiq_lightning.calibration.planning.time_left import Phase
 from mobiq_lightning.calibration.schedule import Schedule, Stage
 from mobiq_lightning.evaluation import RTN_BITS
@@ -55,6 +55,19 @@ def stage_phases(sizes: ModelSizes, module: ElasticCalibration, batches: int, ti
         if steps:
             phases.append(Phase(stage_name(number), stage.scope, steps, seconds))
     return phases
+
+
+def calibration_work(sizes: ModelSizes, module: ElasticCalibration, text: TextWindows) -> float:
+    """Products and sums that all stages of a calibration take, by weights and tokens alone: the same on every machine.
+
+    Args:
+        sizes: Sizes of the model.
+        module: Has the stages.
+        text: Has the calibration windows, read or not.
+    """
+    times = guessed_times(sizes, module, text)
+    phases = stage_phases(sizes, module, math.ceil(text.n_windows / text.batch_size), times)
+    return PER_SECOND * sum(phase.steps * phase.seconds for phase in phases)
 
 
 def stage_name(number: int) -> str:

@@ -1,0 +1,104 @@
+"""How layer gains are measured: by what it takes beside the calibration, which follows from sizes and counts of tokens alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mobiq_lightning.calibration.planning.sizes import ModelSizes
+from mobiq_lightning.calibration.planning.work import calibration_work
+from mobiq_lightning.runs import GainMethod
+
+if TYPE_CHECKING:
+    from mobiq_lightning.calibration.module import ElasticCalibration
+    from mobiq_lightning.sources import TextWindows
+
+SHARE = 0.1
+"""The part of the calibration's work that layer gains may take where the recipe does not say how they are measured."""
+LITTLE = 1e11
+"""Products and sums that nobody waits for: a few seconds on any machine. Layer gains may take so many in any case."""
+_WAY_BACK = 8
+"""Products and sums of squared gradients for each weight and token: on the way there, once more, and twice as many back."""
+_OF_A_CODE = 40
+"""Operations for each weight that is read at a depth."""
+
+
+@dataclass(frozen=True)
+class GainsPlan:
+    """How layer gains are measured.
+
+    Args:
+        methods: By which methods; none if they are not.
+        windows: On how many calibration windows, the first ones.
+        why: Why, where the recipe does not say; empty where it does, and where nothing was left out.
+    """
+
+    methods: tuple[GainMethod, ...]
+    windows: int
+    why: str = ""
+
+
+def plan_gains(
+    module: ElasticCalibration,
+    sizes: ModelSizes,
+    text: TextWindows,
+    windows: int,
+    given: Sequence[GainMethod] | None,
+    asked: GainMethod | None,
+) -> GainsPlan:
+    """Chooses methods and windows.
+
+    Probes are taken where they cost at most `SHARE` of the calibration, else squared gradients, on fewer windows if these would
+    cost more as well.
+
+    Args:
+        module: Has the stages of the calibration.
+        sizes: Sizes of the model.
+        text: Its calibration windows.
+        windows: Windows at most.
+        given: Methods that the recipe names; None if it names none.
+        asked: The method that the router needs; None if it needs none.
+    """
+    windows = min(windows, text.n_windows)
+    needed = [] if asked is None else [asked]
+    if given is not None or not windows or asked == "probes":
+        methods = list(dict.fromkeys([*(given or []), *needed])) if windows else []
+        return GainsPlan(tuple(methods), windows)
+    work = calibration_work(sizes, module, text)
+    allowed, tokens = max(SHARE * work, LITTLE), windows * text.seq_len
+    probes = 2 * probe_passes(sizes) * _whole(sizes) * tokens
+    if probes <= allowed:
+        return GainsPlan(tuple(dict.fromkeys(["probes", *needed])), windows)
+    codes = _OF_A_CODE * len(sizes.slice_bits) * sizes.sliced
+    affordable = int((allowed - codes) // (_WAY_BACK * _whole(sizes) * text.seq_len))
+    taken = windows if asked else max(1, min(windows, affordable))
+    why = f"probes would take {_figure(probes / work)} of the calibration's work"
+    if taken < windows:
+        why += f", and {windows} windows {_figure((codes + _WAY_BACK * _whole(sizes) * tokens) / work)}"
+    return GainsPlan(("gradients",), taken, why)
+
+
+def probe_passes(sizes: ModelSizes) -> int:
+    """Passes of each window through the model: one for each input and slice after the first, for each depth, and the full one."""
+    return (sizes.n_inputs + 1) * (len(sizes.slice_bits) - 1) + 1
+
+
+def gradient_steps(sizes: ModelSizes) -> int:
+    """Steps of squared gradients, each as long as a pass of the windows through a block: one there and three back."""
+    return 4 * sizes.n_blocks
+
+
+def head_steps(sizes: ModelSizes) -> int:
+    """Such steps that the embedding's other end takes, there and back."""
+    return math.ceil(3 * sizes.vocabulary * sizes.width / sizes.sliced_of_block)
+
+
+def _whole(sizes: ModelSizes) -> int:
+    return sizes.sliced + sizes.vocabulary * sizes.width
+
+
+def _figure(ratio: float) -> str:
+    """A ratio in words: a share below one, else a multiple."""
+    return f"{ratio:.0%}" if ratio < 1 else f"{ratio:.1f} times"

@@ -21,6 +21,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
         "jinja2",
     ),
     "evaluate": ("lm_eval",),
+    "gguf": ("gguf",),
     "wandb": ("wandb",),
 }
 """Extras of pyproject.toml, each with the modules that are imported where it is needed."""

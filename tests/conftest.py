@@ -114,14 +114,13 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             vocab_size=len(tokenizer) + 4,  # embeddings are often padded; Qwen2 adds a token on load
             hidden_size=32,
             intermediate_size=44,  # no multiple of any group size
-            num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=128,
             tie_word_embeddings=tied,
             bos_token_id=1,
             eos_token_id=2,
-            **extra,
+            **{"num_hidden_layers": 2, **extra},
         )
         with torch.random.fork_rng():
             torch.manual_seed(0)

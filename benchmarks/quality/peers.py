@@ -23,7 +23,7 @@ from mobiq_lightning.files import write_atomically, write_json
 
 from .figure import plot
 from .peer import Peer
-from .protocol import Protocol, measure_perplexity
+from .protocol import Protocol, measure_quality
 from .registry import PEERS
 from .rows import DONE, FAILED, FULL, MISSING, Cell, Journal, plan
 from .summary import elastic_means, means, read_elastic, verdicts
@@ -40,6 +40,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--eval_source", default=default.eval_source, help="evaluation text")
     for name in ("n_samples", "seq_len", "eval_seq_len", "n_generated"):
         parser.add_argument(f"--{name}", type=int, default=getattr(default, name))
+    parser.add_argument("--eval_protocol", choices=("documents", "packed"), default=default.eval_protocol)
     parser.add_argument("--eval_max_windows", default=str(default.eval_max_windows), help="a number, or null for all")
     for name, value in (("bits", "2,3,4"), ("group_sizes", "64"), ("seeds", "0")):
         parser.add_argument(f"--{name}", type=numbers, default=numbers(value), help=f"as in {value}")
@@ -68,7 +69,7 @@ def protocol_of(given: argparse.Namespace) -> Protocol:
     windows = None if given.eval_max_windows in ("null", "None") else int(given.eval_max_windows)
     model, source, eval_source = map(absolute, (given.model, given.source, given.eval_source))
     lengths = (given.n_samples, given.seq_len, given.eval_seq_len)
-    return Protocol(model, source, eval_source, *lengths, windows, given.n_generated)
+    return Protocol(model, source, eval_source, *lengths, windows, given.n_generated, given.eval_protocol)
 
 
 def measure_full(journal: Journal, protocol: Protocol) -> dict[str, Any]:
@@ -77,7 +78,7 @@ def measure_full(journal: Journal, protocol: Protocol) -> dict[str, Any]:
     if not path.is_file():
         source = protocol.load()
         data = protocol.read(source, 0)
-        perplexity = measure_perplexity(source.model, data)
+        perplexity, _ = measure_quality(source.model, data, source.model)
         write_json(path, {"perplexity": perplexity, "weights": source.fingerprint, "protocol": data.protocol.to_json()})
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.utils.data import DataLoader
 
-from mobiq_lightning.evaluation.metrics import Perplexity, log_probabilities
+from mobiq_lightning.evaluation.metrics import KLDivergence, Perplexity, log_probabilities
 from mobiq_lightning.runs import SharedWork
 from mobiq_lightning.sources import IGNORED, Source, SourceWriter, TextWindows, load_source, pad_windows
 
@@ -26,6 +26,7 @@ class Protocol:
         eval_seq_len: Tokens per evaluation window.
         eval_max_windows: Evaluation windows; by default all.
         n_generated: Further calibration windows, which the model writes itself.
+        eval_protocol: How the evaluation text is cut into windows: `documents` or `packed`.
     """
 
     model: str = "builtin"
@@ -36,6 +37,7 @@ class Protocol:
     eval_seq_len: int = 256
     eval_max_windows: int | None = 128
     n_generated: int = 0
+    eval_protocol: Literal["documents", "packed"] = "documents"
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -52,9 +54,9 @@ class Protocol:
             n_samples=self.n_samples,
             seq_len=self.seq_len,
             batch_size=8,
-            eval_protocol="documents",
+            eval_protocol=self.eval_protocol,
             eval_seq_len=self.eval_seq_len,
-            eval_batch_size=16,
+            eval_batch_size=16 if self.eval_protocol == "documents" else 1,
             eval_max_windows=self.eval_max_windows,
             seed=seed,
             n_generated=self.n_generated,
@@ -65,12 +67,21 @@ class Protocol:
 
 
 @torch.no_grad()
-def measure_perplexity(model: Any, data: TextWindows) -> float:
-    """Of the evaluation windows, counted as `Comparison` counts it."""
+def measure_quality(model: Any, data: TextWindows, full: Any) -> tuple[float, float]:
+    """Perplexity, and KL divergence from full precision in nats per token, of the evaluation windows, as `Comparison` counts.
+
+    Args:
+        model: What is measured.
+        data: Holds the windows.
+        full: The model in full precision.
+    """
     assert data.evaluation is not None
-    metric = Perplexity()
+    perplexity, divergence = Perplexity(), KLDivergence()
     for batch in DataLoader(data.evaluation, batch_size=data.eval_batch_size, collate_fn=pad_windows):
         scored, wanted = batch["labels"][:, 1:] != IGNORED, batch["labels"][:, 1:]
-        logits = model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1]
-        metric.update(log_probabilities(logits[scored]), wanted[scored])
-    return float(metric.compute())
+        given = {"input_ids": batch["input_ids"], "use_cache": False}
+        found = log_probabilities(model(**given).logits[:, :-1][scored])
+        perplexity.update(found, wanted[scored])
+        if full is not model:
+            divergence.update(found, log_probabilities(full(**given).logits[:, :-1][scored]))
+    return float(perplexity.compute()), 0.0 if full is model else float(divergence.compute())

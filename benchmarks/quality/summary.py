@@ -29,9 +29,16 @@ def means(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         found.append({
             "peer": peer, "bits": bits, "group_size": group_size, "ours": group[0].get("ours", False),
             "perplexity": statistics.fmean(values), "spread": statistics.stdev(values) if len(values) > 1 else 0.0,
+            "kl": mean_kl(group),
             "seeds": sorted(row["seed"] for row in group if row["seed"] is not None), "n": len(values),
         })  # fmt: skip
     return found
+
+
+def mean_kl(rows: Sequence[dict[str, Any]]) -> float | None:
+    """Mean KL divergence of rows, in nats per token; None if one was measured before it was."""
+    values = [row.get("kl") for row in rows]
+    return None if None in values else statistics.fmean(value for value in values if value is not None)
 
 
 def best_peer(averaged: Iterable[dict[str, Any]], bits: int, group_size: int) -> dict[str, Any] | None:
@@ -66,6 +73,7 @@ def read_elastic(folder: Path, data_hash: str | None) -> list[dict[str, Any]]:
             "run": folder.name,
             "group_size": group_size,
             **{key: row[key] for key in ("target_bits", "used_bits", "perplexity")},
+            "kl": row.get("kl"),
         }
         for row in results["rows"]
         if row["allocation"] == "router"
@@ -84,6 +92,7 @@ def elastic_means(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
             "group_size": group_size, "target_bits": target, "n": len(values),
             "used_bits": statistics.fmean(row["used_bits"] for row in group),
             "perplexity": statistics.fmean(values), "spread": statistics.stdev(values) if len(values) > 1 else 0.0,
+            "kl": mean_kl(group),
         })  # fmt: skip
     return found
 

@@ -20,7 +20,7 @@ import torch
 from mobiq_lightning.environment import processor_name
 
 from .peer import Peer, Task, most_levels
-from .protocol import Protocol, measure_perplexity
+from .protocol import Protocol, measure_quality
 from .registry import PEERS
 from .rows import DONE, FAILED, MISSING, Cell, Journal
 
@@ -55,9 +55,10 @@ def measure(peer: Peer, cell: Cell, protocol: Protocol) -> dict[str, Any]:
     if peer.on_grid:
         check_grid(task, model)
     start = time.perf_counter()
-    perplexity = measure_perplexity(model.eval(), data)
+    perplexity, kl = measure_quality(model.eval(), data, protocol.load().model)
     return {
         "perplexity": perplexity,
+        "kl": kl,
         "seconds": round(seconds, 2),
         "eval_seconds": round(time.perf_counter() - start, 2),
         "peak_mb": round(peak, 1),

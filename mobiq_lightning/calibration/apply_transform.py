@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from mobiq_lightning.calibration.block_batch import ROUTED
 from mobiq_lightning.calibration.hidden_states import HiddenStates
 from mobiq_lightning.console import say
 from mobiq_lightning.errors import ModelError
-from mobiq_lightning.nn import CalibratedBlock, full_precision
+from mobiq_lightning.nn import BlockLayout, CalibratedBlock, experts_of, full_precision
 from mobiq_lightning.sources import Source
 from mobiq_lightning.strategies.transform_base import Transform
 
@@ -46,6 +47,23 @@ def fold_into_source(source: Source, blocks: nn.ModuleList, transform: Transform
             f"{source.model.dtype}. The model has something that the transform does not cover; take another, or none"
         )
     say(f"{name}: the logits of {source.name} differ by {difference:.1e} of their spread; {allowed:.1e} are allowed.")
+
+
+def check_experts(layout: BlockLayout, blocks: Sequence[nn.Module], transform: Transform) -> None:
+    """Refuses transforms of inputs for blocks with experts, whose second linears read what no transform is learned for.
+
+    Raises:
+        ModelError: Naming the transform.
+    """
+    for block in blocks:
+        for names in layout.group_linears(block, "input"):
+            experts = experts_of(block, names[0])
+            if experts is not None and transform.for_input(1) is not None:
+                raise ModelError(
+                    f"model.transform: {type(transform).__name__} learns scales of inputs, which experts ({experts} in "
+                    f"{type(block).__name__}) do not have; take NoTransform, or leave experts in full precision with "
+                    "model.layout.experts false"
+                )
 
 
 @torch.no_grad()

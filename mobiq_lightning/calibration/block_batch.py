@@ -7,7 +7,8 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor
 
-from mobiq_lightning.calibration.hidden_states import BlockCaller, HiddenStates
+from mobiq_lightning.calibration.block_caller import BlockCaller
+from mobiq_lightning.calibration.hidden_states import HiddenStates
 from mobiq_lightning.nn import CalibratedBlock, fixed_depth, full_precision, meet_budget, record_gates
 from mobiq_lightning.strategies.together import n_processes, summed
 

@@ -49,6 +49,7 @@ def comparison_of_run(module: ElasticCalibration, folder: Path, device: torch.de
 
 def rounding_key(module: ElasticCalibration, group_size: int, device: torch.device) -> dict[str, Any]:
     """All that the rows of round-to-nearest depend on."""
+    layout = module.layout.to_stored(module.sliced.source.model)
     return {
         "weights": module.sliced.source.fingerprint,
         "dtype": str(module.sliced.source.model.dtype),
@@ -57,4 +58,5 @@ def rounding_key(module: ElasticCalibration, group_size: int, device: torch.devi
         "batch": module.text.eval_batch_size,
         "bits": RTN_BITS,
         "device": device.type,
+        **{key: value for key, value in layout.items() if key == "experts"},
     }

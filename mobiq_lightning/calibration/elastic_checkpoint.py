@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from mobiq_lightning.checkpoint import CheckpointWriter, ElasticFormat, describe_provenance
@@ -45,7 +44,7 @@ def elastic_format(module: ElasticCalibration) -> ElasticFormat:
         group_size=scheme.group_size,
         router=describe_factory(module.router),
         transform={**module.transform.describe(), "stored": stored},
-        layout=asdict(module.layout),
+        layout=module.layout.to_stored(module.sliced.source.model),
         share_routers=module.share_routers,
         threshold_scope=module.threshold_scope,
         default_bits=float(module.budget.final_bits),

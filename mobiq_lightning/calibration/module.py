@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from mobiq_lightning.calibration.block_check import check_blocks
 from mobiq_lightning.calibration.comparison_of_run import comparison_of_run
 from mobiq_lightning.calibration.fit_checks import check_plugins, check_strategy
 from mobiq_lightning.calibration.hidden_states import HiddenStates, Storage
@@ -21,7 +21,7 @@ from mobiq_lightning.calibration.rates import Rates, parameter_groups
 from mobiq_lightning.calibration.record import CalibrationRecord
 from mobiq_lightning.calibration.schedule import Schedule, Segment, Stage, default_stages
 from mobiq_lightning.calibration.sliced_source import SlicedSource
-from mobiq_lightning.calibration.stage_training import keep_bounds, keep_gradients, objective_on
+from mobiq_lightning.calibration.stage_training import keep_bounds, keep_gradients, objective_on, unchanged_weights
 from mobiq_lightning.calibration.streams import read_full, streams_of
 from mobiq_lightning.calibration.text_of_run import read_text, text_of
 from mobiq_lightning.errors import NonFiniteError, RunFolderError
@@ -45,8 +45,8 @@ class ElasticCalibration(LightningModule):
     `record` (what guards have seen and done).
 
     Args:
-        pretrained: Source model: a Hugging Face hub id, a local folder, or `builtin` (a small LLaMA that is trained once,
-            offline, and cached).
+        pretrained: Source model: a Hugging Face hub id, a local folder, a GGUF file, or `builtin` (a small LLaMA that is
+            trained once, offline, and cached).
         slices: How weights are cut into slices; built for every linear from (out_features, in_features).
         router: What scores tokens; built for every routed input from (in_features, n_slices).
         budget: Average bits asked for, over the progress through a block.
@@ -166,6 +166,7 @@ class ElasticCalibration(LightningModule):
             )
         read_text(self, stage)
         if stage == "fit" and len(self.blocks) == 0:
+            check_blocks(self.sliced.source.model, list(self.sliced.decoder))
             self.sliced.slice_blocks()
             self.schedule = Schedule(self.stages, self.epochs_per_block, len(self.blocks))
             # DDP's buckets cannot follow sizes that change in training; `on_after_backward` averages their gradients.
@@ -202,12 +203,18 @@ class ElasticCalibration(LightningModule):
         self.make_caller()
         stages = self.schedule.sweeps[self.segment.sweep]
         streams = streams_of(self.sliced, stages, self.objective.depths, self.budget.final_bits)
-        ids, folder = self.text.calibration_ids(), self.hidden_states_folder
-        batch_size = (
-            self.text.batch_size * self.trainer.world_size
-        )  # a step of all: routed tables meet a budget for each
-        full = read_full(self.sliced)
-        self.hidden = HiddenStates(self.sliced.caller, ids, streams, full, batch_size, self.storage, folder)
+        # As many windows at a time as a step of all processes together takes: routed tables meet the budget for each.
+        batch_size = self.text.batch_size * self.trainer.world_size
+        self.hidden = HiddenStates(
+            self.sliced.caller,
+            self.text.calibration_ids(),
+            streams,
+            read_full(self.sliced),
+            batch_size,
+            self.storage,
+            self.hidden_states_folder,
+            lambda block: unchanged_weights(self, [self.sliced.block_at(block)]),
+        )
 
     def end_hidden_states(self) -> None:
         """Drops the tables, and takes the frozen weights off the device."""
@@ -285,24 +292,23 @@ class ElasticCalibration(LightningModule):
         return torch.optim.AdamW(parameter_groups(self.sliced.calibrated_blocks(), self.rates), weight_decay=0.0)
 
     def on_train_epoch_start(self) -> None:
-        """Sets the learning rates of shares: half a cosine over the block's epochs, epoch by epoch."""
+        """Sets the learning rates of shares: they run their course over the block's epochs, epoch by epoch."""
         if self.stage.share is not None:
             span = self.segment.span
-            self._set_rates((self.current_epoch - span.start) / len(span))
+            self._set_rates((self.current_epoch - span.start) / len(span), len(span))
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Sets the learning rates of stages with epochs of their own, often few: half a cosine over them, step by step."""
+        """Sets the learning rates of stages with epochs of their own, often few: they run their course step by step."""
         if self.stage.share is None:
-            self._set_rates(self.progress(batch_idx))
+            steps = len(self.segment.span) * int(self.trainer.num_training_batches)
+            self._set_rates(self.progress(batch_idx), steps)
 
-    def _set_rates(self, position: float) -> None:
-        """Learning rates at a position in [0, 1), times what a retry has lowered them by.
+    def _set_rates(self, position: float, steps: int) -> None:
+        """Learning rates at a position in [0, 1] of so many steps, times what a retry has lowered them by.
 
         A function of epoch and step alone, so that a resumed run takes the rates of the interrupted one.
         """
-        factor = (
-            self.stage.lr_scale * self.record.rate_factor(self.block_index) * (1 + math.cos(math.pi * position)) / 2
-        )
+        factor = self.stage.lr_scale * self.record.rate_factor(self.block_index) * self.rates.share(position, steps)
         for group in self.trainer.optimizers[0].param_groups:
             group["lr"] = group["full_lr"] * factor
 

@@ -7,8 +7,8 @@ from collections.abc import Collection
 import torch
 from torch import nn
 
-from mobiq_lightning.calibration.apply_transform import fold_into_source
-from mobiq_lightning.calibration.hidden_states import BlockCaller
+from mobiq_lightning.calibration.apply_transform import check_experts, fold_into_source
+from mobiq_lightning.calibration.block_caller import BlockCaller
 from mobiq_lightning.errors import ModelError
 from mobiq_lightning.nn import BlockLayout, CalibratedBlock, RoutedInput, RouterFactory, Share, SliceFactory
 from mobiq_lightning.sources import Source
@@ -24,7 +24,7 @@ class SlicedSource:
 
     Args:
         source: The loaded source model.
-        layout: Where the decoder blocks of the model are.
+        layout: Where the decoder blocks of the model are; it prepares the model for being sliced.
         blocks: What is learned of each block, a `CalibratedBlock` each; empty until `slice_blocks`.
         slices: Makes the slice scheme of a linear from (out_features, in_features).
         router: Makes the router of an input from (in_features, n_slices).
@@ -46,6 +46,7 @@ class SlicedSource:
         self.source, self.layout, self.blocks = source, layout, blocks
         self.slices, self.router, self.transform, self.share_routers = slices, router, transform, share_routers
         self._caller: BlockCaller | None = None
+        layout.open(source.model)
 
     def slice_blocks(self) -> None:
         """Replaces the linears of the decoder blocks by sliced ones.
@@ -57,6 +58,7 @@ class SlicedSource:
         decoder = self.decoder
         self._check_names(decoder)
         groups = [self.layout.group_linears(block, self.share_routers) for block in decoder]
+        check_experts(self.layout, list(decoder), self.transform)
         fold_into_source(self.source, decoder, self.transform)
         for block, of_block in zip(decoder, groups, strict=True):
             self.blocks.append(CalibratedBlock(block, of_block, self.slices, self.router, self.transform))
@@ -132,3 +134,4 @@ class SlicedSource:
         """Takes another loaded source model in the place of the one that was sliced, which is let go."""
         self._caller = None
         self.source = source
+        self.layout.open(source.model)

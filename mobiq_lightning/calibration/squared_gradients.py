@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mobiq_lightning.calibration.hidden_states import BlockCaller
+from mobiq_lightning.calibration.block_caller import BlockCaller
 from mobiq_lightning.calibration.kept_gains import KeptGains
 from mobiq_lightning.nn import RoutedInput, SlicedLinear, full_precision
 
@@ -115,10 +115,11 @@ def _back_through(
                 window = hidden[row : row + 1].to(caller.device).requires_grad_(True)
                 output = caller.call(index, window)
                 gradient = behind[row : row + 1].to(output.device, output.dtype)
-                found = torch.autograd.grad(output, [window, *weights], gradient)
+                found = torch.autograd.grad(output, [window, *weights], gradient, allow_unused=True)
             in_front[row] = found[0][0]
             for square, of_weight in zip(squares, found[1:], strict=True):
-                square += of_weight.float().square()
+                if of_weight is not None:  # experts that no token went to
+                    square += of_weight.float().square()
     finally:
         for weight in weights:
             weight.requires_grad_(False)

@@ -98,6 +98,7 @@ class Results(CalibrationCallback):
                 overhead_bits=comparison.overhead_bits,
                 router_bits=comparison.router_bits,
                 threshold_scope=module.threshold_scope,
+                sliced_share=module.sizes.share,
             ),
             router=_describe_router(comparison.inputs[0].router),
             collapsed=module.record.collapsed or (known.collapsed if known else {}),

@@ -57,7 +57,7 @@ def card(model_type: str, elastic: ElasticFormat, origin: Mapping[str, Any], res
         f"# {name.rstrip('/').rsplit('/', 1)[-1]}, elastic from {depths[0]} to {highest} bits\n",
         f"One checkpoint that runs at any average bit-width from {depths[0]} to {highest}, chosen at run time, token by "
         f"token. Made with MoBiQ-Lightning (MoBiQuant, arXiv 2602.20191): slices of {elastic.slice_bits} bits, "
-        f"{_groups(elastic)}\n",
+        f"{_groups(elastic)}{_sliced(results.measured)}\n",
         _usage(depths[0], highest),
         _measured(results, highest, highest < depths[-1]),
         _guards(results.measured),
@@ -72,6 +72,11 @@ def _groups(elastic: ElasticFormat) -> str:
     if code == PackedSlices.code:
         return groups
     return f"{groups} The weights are in the {code} code, which runs on the reference alone, not on the Triton kernels."
+
+
+def _sliced(measured: Measured | None) -> str:
+    share = None if measured is None or measured.slices is None else measured.slices.sliced_share
+    return "" if share is None else f" {share:.1%} of the weights in decoder blocks are sliced."
 
 
 def _usage(lowest: int, highest: int) -> str:

@@ -201,6 +201,8 @@ def _is_layout(value: object) -> bool:
     if not isinstance(value, dict) or not _is_path(value.get("blocks", "model.layers")):
         return False
     groups = value.get("shared_inputs", [])
+    if not isinstance(value.get("experts", False), bool):
+        return False
     return isinstance(groups, list) and all(isinstance(group, list) and all(map(_is_text, group)) for group in groups)
 
 
@@ -241,7 +243,10 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "group_size": (_is_group_size, "a positive integer below 2^31"),
     "router": (_is_class, "a mapping with class_path, a string, and init_args, a mapping"),
     "transform": (_is_transform, "null, or a mapping with class_path, init_args and stored, a list of names"),
-    "layout": (_is_layout, "a mapping with blocks, a dotted path, and shared_inputs, a list of lists of names"),
+    "layout": (
+        _is_layout,
+        "a mapping with blocks, a dotted path, shared_inputs, a list of lists of names, and experts, true or false",
+    ),
     "share_routers": _one_of(*get_args(Share)),
     "threshold_scope": _one_of(*get_args(Scope)),
     "default_bits": (_are_bits, "a number of bits from 1 to 8"),

@@ -36,7 +36,14 @@ from mobiq_lightning.checkpoint.own_files import read_hashes
 from mobiq_lightning.checkpoint.saving import saved_with_hashes
 from mobiq_lightning.checkpoint.values import value_problems
 from mobiq_lightning.errors import CheckpointError
-from mobiq_lightning.nn import BlockLayout, ElasticLinear, make_shared_input, routed_inputs
+from mobiq_lightning.nn import (
+    ElasticLinear,
+    experts_of,
+    make_shared_input,
+    read_share,
+    routed_inputs,
+    stored_layout,
+)
 from mobiq_lightning.packing import compact, deeper_than, kind_of
 from mobiq_lightning.runs import CONFIG, HASHES
 from mobiq_lightning.runtime import make_elastic
@@ -179,7 +186,8 @@ def insert_elastic_linears(model: nn.Module, stored: ElasticFormat) -> None:
         CheckpointError: If router or transform cannot be built.
         BitsError: If `max_bits` of the format is no prefix of the slices.
     """
-    layout = BlockLayout(**stored.layout)
+    layout = stored_layout(stored.layout)
+    layout.open(model, compare=False)
     slice_bits = tuple(stored.slice_bits)
     for block in layout.find(model):
         for names in layout.group_linears(block, stored.share_routers):
@@ -194,7 +202,9 @@ def insert_elastic_linears(model: nn.Module, stored: ElasticFormat) -> None:
                     partial(build_transform, stored.stored),
                     stored.max_bits,
                     stored.budget_step,
+                    read_share(block, names[0]),
                 )
+            alone = experts_of(block, names[0]) is None
             for name, linear in zip(names, linears, strict=True):
                 elastic = ElasticLinear(
                     linear.in_features,
@@ -206,7 +216,7 @@ def insert_elastic_linears(model: nn.Module, stored: ElasticFormat) -> None:
                     linear.weight.dtype,
                     stored.code,
                 )
-                elastic.attach(routed, carries_input=name == names[0])
+                elastic.attach(routed, carries_input=name == names[0], decides=alone)
                 block.set_submodule(name, elastic)
     inputs = routed_inputs(model)
     for position, routed in enumerate(inputs):

@@ -20,7 +20,7 @@ from mobiq_lightning.checkpoint.named_classes import router_class
 from mobiq_lightning.checkpoint.provenance import read_provenance
 from mobiq_lightning.checkpoint.quantizer import expected_tensors, insert_elastic_linears
 from mobiq_lightning.errors import CheckpointError, MobiqError, UntrustedClassError
-from mobiq_lightning.nn import BlockLayout, ElasticLinear, routed_inputs
+from mobiq_lightning.nn import ElasticLinear, routed_inputs, stored_layout
 from mobiq_lightning.packing import TensorKind, depths_of, kind_of
 from mobiq_lightning.runs import CONFIG, RESULTS, Results, read_results
 from mobiq_lightning.strategies import StaticRouter
@@ -125,7 +125,7 @@ def summarize_checkpoint(source: str | Path, trust_router: str | None = None) ->
     summary.n_routers = len(inputs)
     summary.knows_router = knows
     summary.deployable = all(routed.router.deployable for routed in inputs)
-    summary.n_blocks = len(BlockLayout(**elastic.layout).find(model))
+    summary.n_blocks = len(stored_layout(elastic.layout).find(model))
     summary.provenance = read_provenance(folder)
     summary.results = read_results(folder / RESULTS)
     return summary

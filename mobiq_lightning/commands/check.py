@@ -83,6 +83,8 @@ def _model_rows(report: CheckReport) -> Iterator[tuple[str, str]]:
     yield "model", f"{sizes.kind}, {sizes.n_blocks} blocks, {sizes.model_bytes / 1e6:,.1f} MB"
     yield "sliced linears", f"{sum(sizes.shapes.values())}: {shapes}"
     yield "sliced", f"{sizes.sliced / 1e6:,.2f} M weights, {sizes.share:.1%} of those in blocks, into {slices} bits"
+    if sizes.left_out:
+        yield "in full precision", f"of the weights in blocks: {sizes.left_out}"
     if sizes.group_size is not None:
         yield "groups", f"{sizes.group_size} columns" if sizes.group_size < WHOLE_ROW else "whole rows"
 

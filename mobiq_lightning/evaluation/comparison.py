@@ -104,7 +104,7 @@ class Comparison:
         linears = [m for m in elastic.modules() if isinstance(m, ElasticLinear)]
         self.rounded, self.rounded_overhead = wrap_for_rounding(full, layout, linears[0].group_size)
         self.full_bits = 8 * next(full.parameters()).element_size()
-        self.overhead_bits, self.router_bits = stored_bits(elastic)
+        self.overhead_bits, self.router_bits, self.sliced_part = stored_bits(elastic)
         self.first = [Arm("full", self.full_bits)]
         self.rounded_rows, self.rounded_key = rounded_rows, dict[str, Any]()
         self.first += [Arm("rtn", bits) for bits in RTN_BITS] if rounded_rows is None else []
@@ -233,7 +233,7 @@ class Comparison:
             allocation=arm.allocation,
             target_bits=float(arm.target_bits),
             used_bits=used,
-            all_in_bits=used + extra,
+            all_in_bits=used * (1.0 if arm.allocation == "full" else self.sliced_part) + extra,
             perplexity=float(arm.perplexity.compute()),
             kl=float(arm.kl.compute()),
             seed=arm.seed,
@@ -252,17 +252,20 @@ def wrap_for_rounding(
         bits: Bits of the slices; they decide which depths can be read, not the codes.
 
     Returns:
-        The routed inputs, whose depth or full precision can be set; and the bits per weight spent on scales and biases.
+        The routed inputs, whose depth or full precision can be set; and the bits per weight spent on scales and biases, and on
+        matrices in blocks that are not rounded.
     """
     spent = n_weights = 0.0
     routed = RoutedInput(StaticRouter(1, len(bits)), bits, 0)
+    layout.open(model)
     for block in layout.find(model):
-        names = [n for n, m in block.named_modules() if isinstance(m, (nn.Linear, SlicedLinear))]
-        for name in names:
+        for name in [name for names in layout.group_linears(block, "input") for name in names]:
             linear: Any = block.get_submodule(name)
             columns = min(group_size, linear.in_features)  # other codes' groups may be whole rows
             scheme = ResidualSlices(linear.out_features, linear.in_features, bits, columns).to(linear.weight.device)
             spent += 32 * linear.out_features * n_groups(linear.in_features, columns)
             n_weights += linear.weight.numel()
             block.set_submodule(name, SlicedLinear(linear, scheme, routed))
+        for kept in layout.kept(block).values():
+            spent, n_weights = spent + 8 * kept.element_size() * kept.numel(), n_weights + kept.numel()
     return [routed], spent / n_weights

@@ -48,7 +48,7 @@ def token_views(
     Returns:
         One view for each input, in order, of the N * T tokens of the windows one after the other.
     """
-    readers = [(routed, linears[0]) for block in blocks for routed, linears in block.readers]
+    readers = [pair for block in blocks for pair in zip(block.routed_inputs(), block.entries, strict=True)]
     seen: list[list[TokenView]] = [[] for _ in readers]
 
     def look(row: int, routed: RoutedInput) -> Any:
@@ -59,7 +59,7 @@ def token_views(
 
         return hook
 
-    hooks = [linear.register_forward_pre_hook(look(row, routed)) for row, (routed, linear) in enumerate(readers)]
+    hooks = [entry.register_forward_pre_hook(look(row, routed)) for row, (routed, entry) in enumerate(readers)]
     try:
         with fixed_depth([routed for routed, _ in readers], reference_bits):
             for ids in input_ids.split(batch_size):

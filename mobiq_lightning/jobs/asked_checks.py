@@ -54,14 +54,14 @@ def _argument(asked: Mapping[str, Any], key: str, value: Any) -> list[str]:
 
 def _files(asked: Mapping[str, Any], files: Sequence[str]) -> Iterator[str]:
     """Text and models that are not there."""
-    from mobiq_lightning.sources import check_local_model, check_source
+    from mobiq_lightning.sources import check_gguf, check_local_model, check_source, is_gguf
 
     for key in files:
         value = asked.get(key)
         try:
             if isinstance(value, str) and value:
                 if key == "model.pretrained":
-                    check_local_model(value)
+                    check_gguf(value) if is_gguf(value) else check_local_model(value)
                 else:
                     check_source(value, key)
         except MobiqError as error:

@@ -61,6 +61,7 @@ RANGES = {
     "model.slices.init_args.group_size": Range(1, 2**31 - 1),
     "model.router.init_args.hidden_features": Range(1, 10**6),
     **{f"model.rates.{key}": _RATE for key in ("ranges", "codes", "transforms", "routers")},
+    "model.rates.warmup": Range(0, 1, whole=False),
 }
 """Ranges of the numbers of a recipe, by key. What strategies take, they check themselves."""
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from mobiq_lightning.latency.names import PARTS, SIZES, sizes_of, split
-from mobiq_lightning.nn import ElasticLinear
+from mobiq_lightning.nn import ElasticLinear, RoutedExperts, product_groups
 from mobiq_lightning.packing import PackedSlices, depths_of
 
 SLICE_BITS = (2, 1, 1, 2, 2)
@@ -92,17 +92,19 @@ def parse_shapes(text: str) -> list[Shape]:
 def groups_of(model: nn.Module, name: str) -> dict[Shape, list[list[ElasticLinear]]]:
     """The distinct shapes of an elastic model, each with the groups of linears, one per input, that have it.
 
+    Of the experts of a block so many count as a token goes to.
+
     Args:
         model: Model with elastic linears, whose weights need not be there.
         name: Name of the model that the shapes carry.
     """
-    by_input: dict[int, list[tuple[str, ElasticLinear]]] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, ElasticLinear):
-            by_input.setdefault(id(module.routed), []).append((path.rpartition(".")[2], module))
+    experts = [module for module in model.modules() if isinstance(module, RoutedExperts)]
+    left_out = {id(linear) for of_block in experts for linear in of_block.linears()[2 * of_block.top_k :]}
     groups: dict[Shape, list[list[ElasticLinear]]] = {}
-    for named in by_input.values():
-        first, linears = named[0][0], [linear for _, linear in named]
+    for named in product_groups(model):
+        first, linears = named[0][0].rpartition(".")[2], [linear for _, linear in named]
+        if id(linears[0]) in left_out:
+            continue
         shared = _PARTS.get(first, first) if len(named) > 1 else first
         shape = Shape(
             name,

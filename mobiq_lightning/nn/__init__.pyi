@@ -16,13 +16,17 @@ from .contexts import routed_by as routed_by
 from .contexts import transformed_by as transformed_by
 from .elastic_linear import ElasticLinear as ElasticLinear
 from .elastic_linear import input_names as input_names
+from .elastic_linear import product_groups as product_groups
 from .elastic_linear import routed_inputs as routed_inputs
-from .elastic_linear import stored_bits as stored_bits
+from .experts import RoutedExperts as RoutedExperts
 from .kept_weights import KEPT_BYTES as KEPT_BYTES
 from .kept_weights import KeptWeights as KeptWeights
 from .layout import BlockLayout as BlockLayout
 from .layout import Share as Share
+from .layout import stored_layout as stored_layout
 from .observers import Observer as Observer
+from .open_experts import experts_of as experts_of
+from .open_experts import read_share as read_share
 from .reading import FixedSlices as FixedSlices
 from .routed_input import BUDGET_STEP as BUDGET_STEP
 from .routed_input import ReadState as ReadState
@@ -32,3 +36,4 @@ from .routed_input import run_budgets as run_budgets
 from .shared_input import make_shared_input as make_shared_input
 from .sliced_linear import SlicedLinear as SlicedLinear
 from .sliced_linear import keeping_weights as keeping_weights
+from .stored import stored_bits as stored_bits

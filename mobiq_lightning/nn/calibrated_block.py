@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mobiq_lightning.nn.borrowed import Borrowed
+from mobiq_lightning.nn.open_experts import experts_of, read_share
 from mobiq_lightning.nn.routed_input import RoutedInput
 from mobiq_lightning.nn.shared_input import make_shared_input
 from mobiq_lightning.nn.sliced_linear import SlicedLinear
@@ -49,11 +50,13 @@ class CalibratedBlock(nn.Module):
         self.schemes = nn.ModuleDict()
         self.inputs = nn.ModuleDict()
         readers: list[tuple[RoutedInput, list[SlicedLinear]]] = []
+        entries: list[nn.Module] = []
         for names in groups:
             linears: list[Any] = [block.get_submodule(name) for name in names]
             schemes = [slices(linear.out_features, linear.in_features) for linear in linears]
             slice_bits = schemes[0].slice_bits
-            routed = make_shared_input(linears, slice_bits, router, (transform or Transform()).for_input)
+            of_input = (transform or Transform()).for_input
+            routed = make_shared_input(linears, slice_bits, router, of_input, read=read_share(block, names[0]))
             self.inputs[_key(names[0])] = routed
             sliced: list[SlicedLinear] = []
             readers.append((routed, sliced))
@@ -61,12 +64,19 @@ class CalibratedBlock(nn.Module):
                 self.schemes[_key(name)] = scheme
                 sliced.append(SlicedLinear(linear, scheme, routed))
                 block.set_submodule(name, sliced[-1])
-        self._readers = Borrowed(readers)  # the linears belong to the decoder block
+            experts = experts_of(block, names[0])
+            entries.append(sliced[0] if experts is None else block.get_submodule(f"{experts}.entry"))
+        self._readers, self._entries = Borrowed(readers), Borrowed(entries)  # they belong to the decoder block
 
     @property
     def readers(self) -> list[tuple[RoutedInput, list[SlicedLinear]]]:
         """Each input of this block, in order, with the linears that read it."""
         return self._readers.value
+
+    @property
+    def entries(self) -> list[nn.Module]:
+        """For each input of this block, in order, the module that is given all its tokens: a linear, or the entry of experts."""
+        return self._entries.value
 
     def routed_inputs(self) -> list[RoutedInput]:
         """Routed inputs of this block, in the order of its modules."""
@@ -77,8 +87,9 @@ class CalibratedBlock(nn.Module):
         """Shows each router that observes weights the full-precision weights and what their slices give at present."""
         for routed, readers in self.readers:
             if isinstance(routed.router, ObservesWeights):
-                weights = [linear.weight.float() for linear in readers]
-                prefixes = [linear.prefixes_on_input() for linear in readers]
+                reading = [linear for linear in readers if linear.in_features == readers[0].in_features]
+                weights = [linear.weight.float() for linear in reading]
+                prefixes = [linear.prefixes_on_input() for linear in reading]
                 routed.router.observe_weights(
                     torch.cat(weights), torch.cat(prefixes, dim=1), readers[0].scheme.slice_bits
                 )

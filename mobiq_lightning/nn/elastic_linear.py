@@ -17,11 +17,12 @@ from torch.nn import functional as F
 from mobiq_lightning.errors import BitsError
 from mobiq_lightning.kernels import mixed_depth_product, sliced_linear
 from mobiq_lightning.nn.borrowed import Borrowed
+from mobiq_lightning.nn.experts import RoutedExperts
 from mobiq_lightning.nn.kept_weights import KeptWeights
 from mobiq_lightning.nn.reading import FixedSlices, FullPrecision
 from mobiq_lightning.nn.routed_input import RoutedInput, held_slices, without_casts
 from mobiq_lightning.nn.sliced_linear import SlicedLinear
-from mobiq_lightning.packing import CODES, INPUT, SCALE_DTYPE, PackedSlices, PackedWeight, compact, plane_name
+from mobiq_lightning.packing import CODES, INPUT, SCALE_DTYPE, PackedSlices, PackedWeight, plane_name
 
 if TYPE_CHECKING:
     from mobiq_lightning.nn.fused_products import FusedProducts
@@ -69,6 +70,10 @@ class ElasticLinear(nn.Module):
         self.kept: KeptWeights | None = None
         self._routed: Borrowed[RoutedInput] | None = None
         self.carries_input = False
+        self.decides = True
+        """Whether it asks its input how deep tokens are read, and counts them; experts do that for their linears."""
+        self.own_kernel: FusedProducts[ElasticLinear] | None = None
+        """Holder of the weight in the kernels' order if it is multiplied alone, as the linears of experts are."""
 
     @property
     def routed(self) -> RoutedInput:
@@ -84,18 +89,21 @@ class ElasticLinear(nn.Module):
     @property
     def kernel(self) -> FusedProducts[ElasticLinear] | None:
         """Holder of the weights in the kernels' order; None if the reference multiplies them."""
+        if self.own_kernel is not None:
+            return self.own_kernel
         return None if self._routed is None else self._routed.value.kernel
 
-    def attach(self, routed: RoutedInput, carries_input: bool = False) -> None:
+    def attach(self, routed: RoutedInput, carries_input: bool = False, decides: bool = True) -> None:
         """Sets the input of this layer.
 
         Args:
             routed: The input, which other linears may read as well.
             carries_input: Whether this layer, of all that read the input, holds it as a submodule, under whose name it
                 is saved, and counts its tokens.
+            decides: Whether it asks the input how deep tokens are read, and counts them; experts do that for their linears.
         """
         self._routed = Borrowed(routed)
-        self.carries_input = carries_input
+        self.carries_input, self.decides = carries_input, decides
         if carries_input:
             self.add_module(INPUT, routed)
 
@@ -161,13 +169,13 @@ class ElasticLinear(nn.Module):
                 f"full precision was asked of {type(self).__name__}({self.extra_repr()}), which holds no full-precision "
                 f"weight; ask the source model, or read {routed.depths[-1]} bits with fixed_depth"
             )
-        if routed.kernel is not None:
-            y = routed.kernel.product(x, self)
+        if self.kernel is not None:
+            y = self.kernel.product(x, self)
         elif isinstance(reading, FixedSlices):
             y = F.linear(routed.read(x), self.weight_at(routed.depths[reading.n_slices - 1], x.dtype))
         else:
             bits = routed.bits_of(routed.gates(x)).long()
-            if self.carries_input:  # the first of the linears that share the input
+            if self.carries_input and self.decides:  # the first of the linears that share the input
                 routed.count(bits)
             product = self.multiply(routed.read(x).flatten(0, -2), bits.flatten())
             y = product.unflatten(0, x.shape[:-1])
@@ -214,38 +222,22 @@ def routed_inputs(model: nn.Module) -> list[RoutedInput]:
     return list(found.values())
 
 
+def product_groups(model: nn.Module) -> list[list[tuple[str, ElasticLinear]]]:
+    """Elastic linears of a model with their names, those together that are multiplied at once.
+
+    These are the linears that read an input; of experts, each linear is multiplied with tokens of its own.
+    """
+    experts = [module for module in model.modules() if isinstance(module, RoutedExperts)]
+    alone = {id(linear) for of_block in experts for linear in of_block.linears()}
+    groups: dict[int, list[tuple[str, ElasticLinear]]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, ElasticLinear):
+            groups.setdefault(id(module) if id(module) in alone else id(module.routed), []).append((name, module))
+    return list(groups.values())
+
+
 def input_names(model: nn.Module) -> list[str]:
     """Names of the routed inputs of a model, in the order of `routed_inputs`: the dotted path of the linear carrying each."""
     return [
         name for name, module in model.named_modules() if isinstance(module, ElasticLinear) and module.carries_input
     ]
-
-
-def stored_bits(model: nn.Module) -> tuple[float, float]:
-    """Bits per linear weight that an elastic model spends beside its codes.
-
-    Returns:
-        Bits of scales and biases, or tables, with what is stored of transformed inputs; and bits of the routers.
-    """
-    linears = [m for m in model.modules() if isinstance(m, ElasticLinear)]
-    n_weights = sum(linear.n_weights for linear in linears)
-    overhead = sum(linear.overhead_bits * linear.n_weights for linear in linears) / n_weights
-    overhead += sum(_transform_bits(linear) for linear in linears) / n_weights
-    stored = [compact(value) for routed in routed_inputs(model) for value in routed.router.state_dict().values()]
-    routers = sum(8 * value.element_size() * value.numel() for value in stored) / n_weights
-    return overhead, routers
-
-
-def _transform_bits(linear: ElasticLinear) -> int:
-    """Bits of an input's transform: scale and shift once per input, and for a shift the bias of each linear."""
-    transform = linear.routed.transform
-    if transform is None:
-        return 0
-    stored = transform.stored()
-    shared = sum(32 * value.numel() for value in stored.values()) if linear.carries_input else 0
-    own = (
-        torch.finfo(linear.bias.dtype).bits * linear.out_features
-        if "shift" in stored and linear.bias is not None
-        else 0
-    )
-    return shared + own

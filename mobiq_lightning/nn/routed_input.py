@@ -75,11 +75,13 @@ class ReadState:
         per_row: Whether every row of a batch has a threshold of its own.
         expanded: Whether a batch may hold each row several times in a row, as beam search makes them.
         mask: (B, T) which tokens of the current forward pass are no padding; None if all count.
+        shape: (B, T) of the current forward pass; blocks with experts flatten their tokens. None if it is not known.
     """
 
     per_row: bool = False
     expanded: bool = False
     mask: Tensor | None = None
+    shape: tuple[int, int] | None = None
 
 
 class RoutedInput(nn.Module):
@@ -91,7 +93,7 @@ class RoutedInput(nn.Module):
     Args:
         router: Router that scores the tokens of this input, built for all of `slice_bits`.
         slice_bits: Bits of each slice.
-        n_weights: Number of weights that read this input.
+        n_weights: Number of weights that a token of this input reads: of experts, those of the ones that it goes to.
         max_bits: Depth in bits up to which slices are held; by default all.
         transform: Transform of the tokens for the linears, while the router sees the tokens themselves; by default
             none.
@@ -163,6 +165,10 @@ class RoutedInput(nn.Module):
         """
         return self._gates.get(x, lambda: self._decide(x))
 
+    def take_gates(self, x: Tensor, gates: Tensor) -> None:
+        """Takes over gates (..., S) that were decided elsewhere for tokens `x` (..., I), until other tokens are read."""
+        self._gates.keep(x, gates)
+
     def read(self, x: Tensor) -> Tensor:
         """Transforms tokens `x` (..., I) for the linears to multiply: (..., I), or `x` itself if there is no transform.
 
@@ -210,8 +216,8 @@ class RoutedInput(nn.Module):
     def count(self, bits: Tensor) -> None:
         """Counts tokens, of which each reads `bits` (...) int64 code bits of a weight; padding is left out."""
         tokens, mask = torch.ones_like(bits), self.state.mask
-        if mask is not None and mask.shape == bits.shape:
-            tokens = mask.to(bits.dtype)
+        if mask is not None and mask.numel() == bits.numel():
+            tokens = mask.to(bits.dtype).reshape(bits.shape)
             bits = bits * tokens
         rows = len(self.bits_read)
         self.bits_read += bits.reshape(rows, -1).sum(1)
@@ -225,6 +231,7 @@ class RoutedInput(nn.Module):
                 f"tokens have no gates while they are read as {reading}; only a routed reading decides them"
             )
         router, rule = self.router if reading.router is None else reading.router, reading.rule
+        given, x = x, self._in_rows(x)
         scores = router.scores(x)[..., : len(self.slice_bits) - 1]
         trained = router.training and torch.is_grad_enabled()
         if trained and isinstance(rule, (CommonThreshold, MeetBudget)):
@@ -233,7 +240,8 @@ class RoutedInput(nn.Module):
         for observer in self.observers:
             observer.on_scores(router, x, flat)
         if isinstance(rule, CommonThreshold):
-            gates = router.gates(scores, rule.threshold, rule.opened)
+            opened = None if rule.opened is None else rule.opened.reshape(scores.shape)
+            gates = router.gates(scores, rule.threshold, opened)
         elif isinstance(rule, MeetBudget):
             pooled = gathered(flat) if rule.together else flat
             threshold = threshold_for_budget(pooled, self.slice_bits, [rule.bits])[0]
@@ -247,7 +255,14 @@ class RoutedInput(nn.Module):
             bits = self.bits_of(gates)
             for observer in self.observers:
                 observer.on_bits(bits)
-        return gates
+        return gates if given is x else gates.reshape(*given.shape[:-1], gates.shape[-1])
+
+    def _in_rows(self, x: Tensor) -> Tensor:
+        """Tokens as (B, T, I): those of all rows one after the other, (N, I), where B and T are known; and (B, ..., T, I)."""
+        shape = self.state.shape
+        if x.ndim == 2 and shape is not None and len(x) == shape[0] * shape[1]:
+            return x.view(*shape, -1)
+        return x.flatten(1, -2) if x.ndim > 3 else x
 
     def _threshold_of_rows(self, router: Router, x: Tensor) -> Tensor:
         """Thresholds that fit tokens (B, T, I), one for each row: (B, 1, 1)."""
@@ -264,6 +279,7 @@ class RoutedInput(nn.Module):
         Raises:
             BitsError: If budgets were set for another number of rows.
         """
+        x = self._in_rows(x)
         rows, batch = len(self.router.threshold), x.shape[0]
         if x.ndim != 3 or (rows != batch and not (self.state.expanded and batch % rows == 0)):
             raise BitsError(

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mobiq_lightning.nn import ElasticLinear
+from mobiq_lightning.nn import ElasticLinear, product_groups
 
 
 class InputErrors:
     """Watches a full-precision model and computes what an elastic one would make of the inputs of its linears.
+
+    Linears of experts, each of which sees some of the tokens, are left out.
 
     Args:
         full: The source model.
@@ -25,12 +27,10 @@ class InputErrors:
 
     def __init__(self, full: nn.Module, elastic: nn.Module, bits: Sequence[int]) -> None:
         self.bits = tuple(bits)
-        groups: dict[int, list[str]] = {}
-        for name, module in elastic.named_modules():
-            if isinstance(module, ElasticLinear):
-                groups.setdefault(id(module.routed), []).append(name)
         linears: dict[str, list[tuple[Any, ElasticLinear]]] = {
-            names[0]: [(full.get_submodule(n), _elastic_linear(elastic, n)) for n in names] for names in groups.values()
+            named[0][0]: [(full.get_submodule(name), linear) for name, linear in named]
+            for named in product_groups(elastic)
+            if named[0][1].decides
         }
         # Linears of a rotated model read other inputs than those of the source: there is nothing to compare them on.
         alike = all(_same_basis(*pair) for pairs in linears.values() for pair in pairs)
@@ -101,9 +101,3 @@ def _read_on_input(elastic: ElasticLinear, n_bits: int) -> Tensor:
     """The weight (O, I) float32 read to `n_bits`, as it acts on the input before a transform scales it."""
     weight, transform = elastic.weight_at(n_bits), elastic.routed.transform
     return weight if transform is None else weight / transform.channel_scale()
-
-
-def _elastic_linear(model: nn.Module, name: str) -> ElasticLinear:
-    linear = model.get_submodule(name)
-    assert isinstance(linear, ElasticLinear)
-    return linear

@@ -5,8 +5,11 @@ from .nested import SCALE_DTYPE as SCALE_DTYPE
 from .nested import WHOLE_ROW as WHOLE_ROW
 from .nested import PackedSlices as PackedSlices
 from .nested import PackedWeight as PackedWeight
+from .nested import by_group as by_group
 from .nested import depths_of as depths_of
 from .nested import dequantize as dequantize
+from .nested import in_groups as in_groups
+from .nested import middles as middles
 from .nested import n_groups as n_groups
 from .nested import pack_planes as pack_planes
 from .nested import spread as spread

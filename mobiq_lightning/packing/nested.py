@@ -96,9 +96,31 @@ def dequantize(codes: Tensor, n_bits: int, scale: Tensor, bias: Tensor, group_si
     Returns:
         (O, I) float32 weights.
     """
-    position = (codes.float() + 0.5) * 2.0**-n_bits - 0.5
     columns = codes.shape[1]
-    return spread(bias, group_size, columns) + spread(scale, group_size, columns) * position
+    read = in_groups(middles(codes, n_bits), group_size) * by_group(scale, group_size, columns)
+    return read.add_(by_group(bias, group_size, columns)).flatten(1)
+
+
+def middles(codes: Tensor, n_bits: int) -> Tensor:
+    """Middles (O, I) float32 of the cells of codes (O, I) in a range from -1/2 to 1/2, exactly."""
+    return (codes.float() * 2.0**-n_bits).add_(2.0 ** -(n_bits + 1) - 0.5)
+
+
+def in_groups(per_weight: Tensor, group_size: int) -> Tensor:
+    """A view of values of weights (O, I) that values from `by_group` fit: (O, G, I / G), or (O, 1, I) if a group is shorter."""
+    columns = per_weight.shape[1]
+    size = min(group_size, columns)
+    return per_weight.unflatten(1, (-1, size)) if columns % size == 0 else per_weight.unsqueeze(1)
+
+
+def by_group(per_group: Tensor, group_size: int, columns: int) -> Tensor:
+    """Values of groups (O, G) as float32 beside those of weights from `in_groups`: (O, G, 1), or (O, 1, I) if a group is shorter.
+
+    Repeating them for every column would write as many numbers as there are weights.
+    """
+    if columns % min(group_size, columns) == 0:
+        return per_group.float().unsqueeze(-1)
+    return spread(per_group, group_size, columns).unsqueeze(1)
 
 
 def spread(per_group: Tensor, group_size: int, columns: int) -> Tensor:

@@ -70,12 +70,14 @@ class SlicesNote(Record):
         overhead_bits: Bits per weight that scales and biases take.
         router_bits: Bits per weight that routers and their tables take.
         threshold_scope: Which table of thresholds the router used.
+        sliced_share: Part of the weights in decoder blocks that is sliced; None in results of earlier versions.
     """
 
     slice_bits: tuple[int, ...] = field(metadata=at_least(1, 8))
     overhead_bits: float = field(metadata=at_least(0))
     router_bits: float = field(metadata=at_least(0))
     threshold_scope: str
+    sliced_share: float | None = field(default=None, metadata=at_least(0, 1))
 
 
 @dataclass(frozen=True)

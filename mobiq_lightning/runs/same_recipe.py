@@ -29,13 +29,14 @@ _LIMITS = ("lightning.pytorch.callbacks.Timer", "lightning.pytorch.callbacks.Ear
 """Callbacks that end a run early and change nothing else of it, as recipes name them; a run may go on without them."""
 
 
-_ADDED = {"mixed": 0.0}
+_ADDED = {"mixed": 0.0, "warmup": 0.0, "experts": True}
 """Keys that recipes of earlier versions lack, each with the value at which all is as it was without it."""
 
 
 def differing_keys(stored: Any, given: Any, prefix: str = "") -> Iterator[str]:
     """Lines ``key: stored value -> given value`` for every key that matters and differs."""
     if isinstance(stored, dict) and isinstance(given, dict):
+        stored, given = _as_before(stored), _as_before(given)
         for key in [*stored, *(k for k in given if k not in stored)]:
             yield from differing_keys(stored.get(key), given.get(key), f"{prefix}{key}.")
     elif _as_before(stored) != _as_before(given) and not any(prefix.startswith(f"{key}.") for key in _IRRELEVANT):

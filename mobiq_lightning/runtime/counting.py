@@ -22,7 +22,8 @@ class BitsUsed:
 
     Args:
         code_bits: Bits of codes read per weight, mean over tokens, weighted by parameters over inputs.
-        all_in_bits: Code bits with those of scales and biases and of the routers, per weight.
+        all_in_bits: Code bits with those of scales and biases, of the routers, and of what of the matrices in blocks is not
+            sliced, per weight of them all.
         n_tokens: Number of tokens that were read; what an attention mask, in whatever form, marks as padding is not counted.
         per_row: Code bits of each row, if rows had budgets of their own.
         per_layer: Code bits of each input by name, if asked for.
@@ -83,12 +84,12 @@ class BitCounter:
             self._clear(rows_after())
             self._kept = counts
 
-    def used(self, overhead_bits: float, router_bits: float, names: Sequence[str] = ()) -> BitsUsed:
+    def used(self, beside_bits: float, sliced_part: float, names: Sequence[str] = ()) -> BitsUsed:
         """Reports what was read since counting began, or in the context that ended last.
 
         Args:
-            overhead_bits: Bits per weight of scales and biases, or of tables.
-            router_bits: Bits per weight of the routers.
+            beside_bits: Bits per weight of all that is stored beside codes.
+            sliced_part: Part of these weights that is sliced.
             names: Names of the inputs, in their order, if their own averages are wanted.
 
         Raises:
@@ -109,7 +110,7 @@ class BitCounter:
         per_row = (read / tokens.clamp_min(1) * sizes[:, None]).sum(0) / sizes.sum()
         return BitsUsed(
             code,
-            code + overhead_bits + router_bits,
+            code * sliced_part + beside_bits,
             int(tokens[0].sum()),
             per_row.tolist() if len(per_row) > 1 else [],
             dict(zip(names, per_input.tolist(), strict=True)) if names else {},

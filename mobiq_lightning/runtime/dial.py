@@ -54,6 +54,7 @@ class Dial:
         scope: Threshold table that is used unless another is asked for, ``layer`` or ``global``.
         overhead_bits: Bits per weight of scales and biases, or of tables.
         router_bits: Bits per weight of the routers.
+        sliced_part: Part of the weights of the matrices in blocks that is sliced; the bits above are per weight of them all.
     """
 
     def __init__(
@@ -62,10 +63,11 @@ class Dial:
         scope: Scope = "layer",
         overhead_bits: float = 0.0,
         router_bits: float = 0.0,
+        sliced_part: float = 1.0,
     ) -> None:
         self.inputs = list(inputs)
         self.scope: Scope = scope
-        self.overhead_bits, self.router_bits = overhead_bits, router_bits
+        self.overhead_bits, self.router_bits, self.sliced_part = overhead_bits, router_bits, sliced_part
         first = self.inputs[0]
         self.lowest, self.highest = float(first.depths[0]), float(first.depths[-1])
         self._step = first.budget_step
@@ -189,7 +191,7 @@ class Dial:
         Raises:
             BitsError: If no tokens were read.
         """
-        return self.counter.used(self.overhead_bits, self.router_bits, names)
+        return self.counter.used(self.overhead_bits + self.router_bits, self.sliced_part, names)
 
     def thresholds(self, budgets: Tensor, scope: Scope) -> Tensor:
         """Thresholds for R budgets (R,) in average bits: (inputs, R), on the host.

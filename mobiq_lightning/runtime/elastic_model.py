@@ -250,6 +250,7 @@ def _before_forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
                 mask, tokens, next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
             )
     model.dial.state.mask = counted
+    model.dial.state.shape = tuple(tokens.shape[:2]) if isinstance(tokens, Tensor) and tokens.ndim > 1 else None
 
 
 def _seen(mask: Tensor, tokens: Tensor, cache: Any) -> Tensor | None:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from mobiq_lightning.nn import RoutedExperts
+
 CACHE_NAMES = ("cache", "past_key_values")
 """Names that transformers gives the key-value cache: since 5.24, and before."""
 
@@ -25,7 +27,8 @@ class GraphedStep:
     the cache that it was captured with. It starts anew with another cache, with other shapes, and when the dial has
     replaced counters or thresholds.
 
-    The next step overwrites the output of the last. On a device without graphs each step is run on the copied inputs.
+    The next step overwrites the output of the last. On a device without graphs, and for a model with experts, of which each
+    token needs others, each step is run on the copied inputs.
 
     Args:
         model: A causal language model of transformers, elastic or not.
@@ -40,6 +43,7 @@ class GraphedStep:
         self._output: Any = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._captured = False
+        self._varies = any(isinstance(module, RoutedExperts) for module in model.modules())
 
     @torch.no_grad()
     def __call__(self, **inputs: Any) -> Any:
@@ -79,7 +83,7 @@ class GraphedStep:
 
     def _capture(self, inputs: dict[str, Any]) -> None:
         self._captured, self.captures = True, self.captures + 1
-        if self._device.type != "cuda":
+        if self._device.type != "cuda" or self._varies:
             return
         # Nothing runs while it is captured, so the cache and the counters stay as they are.
         self._graph = torch.cuda.CUDAGraph()

@@ -15,7 +15,7 @@ from mobiq_lightning.errors import KernelError
 from mobiq_lightning.kernels import missing_for_code, missing_for_kernels, relay, restore
 from mobiq_lightning.kernels.layout import KernelWeights
 from mobiq_lightning.kernels.routing import MAX_ROUTED, Routing, TwoLayerWeights, relay_router
-from mobiq_lightning.nn import ElasticLinear, FixedSlices, RoutedInput
+from mobiq_lightning.nn import ElasticLinear, FixedSlices, RoutedInput, product_groups
 from mobiq_lightning.packing import PackedSlices, value_name
 from mobiq_lightning.strategies.base import Router
 from mobiq_lightning.tensor_memo import TensorMemo
@@ -30,28 +30,35 @@ class KernelInput:
     Args:
         routed: Routed input that the linears share.
         linears: Linears that read the input, in the order of the model. They give up their planes.
+        decides: Whether it is asked how deep tokens are read, and counts them; a linear of an expert is multiplied alone, at
+            depths that are decided for all experts at once.
     """
 
-    def __init__(self, routed: RoutedInput, linears: list[ElasticLinear]) -> None:
-        self.routed, self.linears = routed, linears
+    def __init__(self, routed: RoutedInput, linears: list[ElasticLinear], decides: bool = True) -> None:
+        self.routed, self.linears, self.decides = routed, linears, decides
         self.weights: KernelWeights = relay([linear.packed for linear in linears])
         self.router = None
         # A router reads what is in front of the transform, so the two are run in front of the kernels.
-        if routed.transform is None and (two_layers := fusable_router(routed.router)):
+        if decides and routed.transform is None and (two_layers := fusable_router(routed.router)):
             self.router = relay_router(two_layers, self.weights)
         self.counted = torch.ones(MAX_ROUTED, dtype=torch.int64, device=self.weights.units.device)
         self._entered: TensorMemo[Prepared] = TensorMemo()
         self._product: TensorMemo[Tensor] = TensorMemo()
         self._waiting = 0
-        routed.kernel = self
+        if decides:
+            routed.kernel = self
         for linear in linears:
             linear.give_up_planes()
+            if not decides:
+                linear.own_kernel = self
 
     def release(self) -> None:
         """Gives the planes back to the linears, which then are multiplied by the reference."""
         packed = [restore(self.weights, index) for index in range(len(self.linears))]
-        self.routed.kernel = None
+        if self.decides:
+            self.routed.kernel = None
         for linear, weights in zip(self.linears, packed, strict=True):
+            linear.own_kernel = None
             linear.take_planes(weights.planes)
 
     def forget(self) -> None:
@@ -145,7 +152,8 @@ class KernelInput:
         if prepared is not None:
             return multiply(flat, self.weights, prepared.bits, prepared=prepared)
         bits = routed.bits_of(routed.gates(x)).long()
-        routed.count(bits)
+        if self.decides:
+            routed.count(bits)
         return multiply(flat, self.weights, bits.flatten())
 
     def _routing(self, x: Tensor) -> Routing:
@@ -212,24 +220,21 @@ def attach_kernels(model: nn.Module, dtype: torch.dtype) -> str | None:
     Returns:
         Reason why the kernels cannot run, in which case nothing was changed; None if they are attached.
     """
-    by_input: dict[int, list[ElasticLinear]] = {}
-    for module in model.modules():
-        if isinstance(module, ElasticLinear):
-            by_input.setdefault(id(module.routed), []).append(module)
-    for linears in by_input.values():
+    groups = [[linear for _, linear in named] for named in product_groups(model)]
+    for linears in groups:
         for linear in linears:
             if reason := _missing(linear, dtype):
                 return reason
-    for linears in by_input.values():
-        if linears[0].routed.kernel is None:
-            KernelInput(linears[0].routed, linears)
+    for linears in groups:
+        if linears[0].kernel is None:
+            KernelInput(linears[0].routed, linears, decides=linears[0].decides)
     return None
 
 
 def detach_kernels(model: nn.Module) -> None:
     """Gives all elastic linears of a model their planes back, so that the reference multiplies them."""
     for module in model.modules():
-        if isinstance(module, RoutedInput) and module.kernel is not None:
+        if isinstance(module, (RoutedInput, ElasticLinear)) and module.kernel is not None:
             module.kernel.release()
 
 

@@ -2,6 +2,8 @@
 from .generated_text import CPU_CACHE_BYTES as CPU_CACHE_BYTES
 from .generated_text import SourceWriter as SourceWriter
 from .generated_text import Tell as Tell
+from .gguf import check_gguf as check_gguf
+from .gguf import is_gguf as is_gguf
 from .model import Source as Source
 from .model import load_source as load_source
 from .model_checks import check_finite as check_finite

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mobiq_lightning.errors import ModelError
+from mobiq_lightning.sources.gguf import ensure_gguf_folder, is_gguf
 from mobiq_lightning.sources.model_checks import check_finite, check_folder, check_loaded, check_special_tokens
 from mobiq_lightning.sources.model_files import OTHER_PATTERNS, WEIGHT_PATTERNS, check_local_model, fingerprint
 
@@ -59,7 +60,7 @@ def load_source(pretrained: str, dtype: str = "auto") -> Source:
     """Loads a causal language model and its tokenizer. Code that comes with a model is never run.
 
     Args:
-        pretrained: Hub id, local folder, or ``builtin``.
+        pretrained: Hub id, local folder, GGUF file, or ``builtin``.
         dtype: dtype of the weights: ``auto`` (as saved), ``float32``, ``bfloat16`` or ``float16``.
 
     Raises:
@@ -95,7 +96,7 @@ def resolve(pretrained: str, with_weights: bool = True) -> Path:
     """Local folder of a model, downloaded if it is a hub id that is not in the cache yet.
 
     Args:
-        pretrained: Hub id, local folder, or ``builtin``.
+        pretrained: Hub id, local folder, GGUF file, or ``builtin``.
         with_weights: Whether weights are downloaded too, and not configuration and tokenizer alone.
 
     Raises:
@@ -105,6 +106,8 @@ def resolve(pretrained: str, with_weights: bool = True) -> Path:
         from mobiq_lightning.sources.builtin_model import ensure_builtin_model
 
         return ensure_builtin_model()
+    if is_gguf(pretrained):
+        return ensure_gguf_folder(pretrained)
     if (local := check_local_model(pretrained)) is not None:
         return local
     from huggingface_hub import snapshot_download

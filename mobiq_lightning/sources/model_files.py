@@ -49,6 +49,10 @@ def check_local_model(pretrained: str) -> Path | None:
         if not (path / "config.json").exists():
             raise ModelError(f"model.pretrained: {path} has no config.json; give a Hugging Face model folder")
         return path
+    if path.is_file():
+        raise ModelError(
+            f"model.pretrained: {path} is a file; give the folder of a Hugging Face model, or a .gguf file"
+        )
     if path.is_absolute() or pretrained.startswith(".") or pretrained.count("/") > 1:
         raise ModelError(f"model.pretrained: there is no folder {path.absolute()}")
     return None
@@ -120,6 +124,18 @@ def fingerprint(folder: Path, files: list[Path]) -> str:
         raise ModelError(f"model.pretrained: {error}") from error
     kept.save()
     return sha.hexdigest()[:16]
+
+
+def kept_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hex, from the cache folder if it is known there and the file has not changed since.
+
+    Raises:
+        FileError: If it cannot be read.
+    """
+    kept = _KeptHashes()
+    found = kept.sha256(path)
+    kept.save()
+    return found
 
 
 def former_fingerprint(folder: Path) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from mobiq_lightning.errors import ModelError
+from mobiq_lightning.sources.gguf import is_gguf
 from mobiq_lightning.sources.model import hash_tokenizer, resolve
 from mobiq_lightning.sources.model_checks import check_folder, check_special_tokens
 from mobiq_lightning.sources.model_files import WEIGHT_PATTERNS
@@ -41,7 +42,7 @@ def read_shape(pretrained: str, dtype: str = "auto") -> ModelShape:
     Of a model on the hub configuration and tokenizer are fetched, not the weights.
 
     Args:
-        pretrained: Hub id, local folder, or ``builtin``.
+        pretrained: Hub id, local folder, GGUF file, or ``builtin``.
         dtype: dtype of the weights: ``auto`` (as saved), ``float32``, ``bfloat16`` or ``float16``.
     """
     found = ModelShape()
@@ -50,7 +51,7 @@ def read_shape(pretrained: str, dtype: str = "auto") -> ModelShape:
     except ModelError as error:
         found.problems.append(str(error))
         return found
-    local = Path(pretrained).expanduser().is_dir() or pretrained == "builtin"
+    local = Path(pretrained).expanduser().is_dir() or pretrained == "builtin" or is_gguf(pretrained)
     if not local and not any(any(found.folder.glob(pattern)) for pattern in WEIGHT_PATTERNS.values()):
         found.notes.append(f"the weights of {pretrained} are not in the local cache yet; `fit` downloads them")
     else:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 
-from mobiq_lightning.calibration.hidden_states import BlockCaller, HiddenStates
+from mobiq_lightning.calibration.block_caller import BlockCaller
+from mobiq_lightning.calibration.hidden_states import HiddenStates
 from mobiq_lightning.errors import GuardError, ModelError
 from mobiq_lightning.sources import load_source
 
@@ -62,17 +63,39 @@ def test_logits_of_the_last_block_are_those_of_the_model_without_calling_blocks(
     assert calls == [1, 1]
 
 
-def test_tables_on_disk_hold_the_same_as_tables_in_memory(make_model: Callable[..., Path], tmp_path: Path) -> None:
-    model = load_source(str(make_model())).model
-    ids = torch.randint(3, 300, (5, 20))
-    tables = []
-    for storage in ("host", "disk"):
-        caller = BlockCaller(model, list(model.model.layers), torch.device("cpu"))
-        hidden = HiddenStates(caller, ids, {"a": reading, "b": reading}, reading, 2, storage, tmp_path)  # type: ignore[arg-type]
-        hidden.advance(1)
-        tables.append((hidden.batch("a", torch.tensor([3, 1])), hidden.target_batch(torch.tensor([3, 1]))))
-    assert torch.equal(tables[0][0], tables[1][0])
-    assert torch.equal(tables[0][1], tables[1][1])
+@pytest.mark.parametrize("storage", ["host", "disk"])
+def test_tables_that_go_through_blocks_in_place_hold_what_each_stream_gives_by_itself(
+    make_model: Callable[..., Path], tmp_path: Path, storage: Literal["host", "disk"]
+) -> None:
+    model = load_source(str(make_model(num_hidden_layers=4))).model
+    blocks = list(model.model.layers)
+    ids, index = torch.randint(3, 300, (5, 20)), torch.tensor([3, 1])
+    caller = BlockCaller(model, blocks, torch.device("cpu"))
+
+    @contextmanager
+    def negated(block: int, batch: int) -> Iterator[None]:
+        weights = [blocks[block].mlp.up_proj.weight.data, blocks[block].self_attn.v_proj.weight.data]
+        for weight in weights:
+            weight.neg_()
+        yield
+        for weight in weights:
+            weight.neg_()
+
+    readings = {"a": reading, "b": negated, "c": reading}
+    hidden = HiddenStates(caller, ids, readings, reading, 2, storage, tmp_path)
+    embedding = caller.embed_all(ids)
+    expected = {**dict.fromkeys(readings, embedding), "targets": caller.call(0, embedding)}
+    for block in (1, 2, 3):
+        hidden.advance(block)
+        for name, read in readings.items():
+            with torch.no_grad(), read(block - 1, 0):
+                expected[name] = caller.call(block - 1, expected[name])
+            torch.testing.assert_close(hidden.batch(name, index), expected[name][index])
+        with torch.no_grad():
+            expected["targets"] = caller.call(block, expected["targets"])
+        torch.testing.assert_close(hidden.target_batch(index), expected["targets"][index])
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert files == (["a.bin", "b.bin", "embedding.bin", "targets.bin"] if storage == "disk" else [])
 
 
 def test_streams_see_their_own_reading_of_the_blocks_before(make_model: Callable[..., Path]) -> None:

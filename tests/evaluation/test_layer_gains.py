@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 import mobiq_lightning
 from mobiq_lightning.calibration import KeptGains, gradient_gains
-from mobiq_lightning.calibration.hidden_states import BlockCaller
+from mobiq_lightning.calibration.block_caller import BlockCaller
 from mobiq_lightning.calibration.planning import beside
 from mobiq_lightning.callbacks import layer_gains as callback
 from mobiq_lightning.cli import main

@@ -85,8 +85,11 @@ def test_all_that_a_run_leaves_has_its_name_among_the_files_of_runs(finished: Ru
 
 
 def test_a_key_that_earlier_versions_did_not_have_differs_only_where_it_changes_something() -> None:
-    stored = {"model": {"stages": [{"train": ["codes"], "depth": 3}], "eval_bits": [2]}}
-    same = {"model": {"stages": [{"train": ["codes"], "depth": 3, "mixed": 0.0}], "eval_bits": [2]}}
-    other = {"model": {"stages": [{"train": ["codes"], "depth": 3, "mixed": 0.35}], "eval_bits": [2]}}
+    def recipe(mixed: dict[str, float], warmup: dict[str, float]) -> dict[str, Any]:
+        stages = [{"train": ["codes"], "depth": 3, **mixed}]
+        return {"model": {"stages": stages, "rates": {"codes": 1e-3, **warmup}, "eval_bits": [2]}}
+
+    stored, same = recipe({}, {}), recipe({"mixed": 0.0}, {"warmup": 0.0})
+    other = recipe({"mixed": 0.35}, {"warmup": 0.25})
     assert list(differing_keys(stored, same)) == list(differing_keys(same, stored)) == []
-    assert [line.split(":")[0] for line in differing_keys(stored, other)] == ["model.stages"]
+    assert [line.split(":")[0] for line in differing_keys(stored, other)] == ["model.stages", "model.rates.warmup"]

@@ -12,8 +12,8 @@ import torch
 
 from mobiq_lightning.cli import main
 from mobiq_lightning.strategies import ProgressiveSlices, ResidualSlices
-from mobiq_lightning.strategies.slices.progressive import refine
 from mobiq_lightning.strategies.slices.ranges import learned_range
+from mobiq_lightning.strategies.slices.trained_code import refine
 from tests.checkpoints import tensors_of
 from tests.conftest import UNTIMED, small_recipe
 

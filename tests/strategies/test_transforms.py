@@ -16,7 +16,8 @@ from torch import nn
 
 from mobiq_lightning.calibration import initialize_transforms
 from mobiq_lightning.calibration.apply_transform import fold_into_source
-from mobiq_lightning.calibration.hidden_states import BlockCaller, HiddenStates
+from mobiq_lightning.calibration.block_caller import BlockCaller
+from mobiq_lightning.calibration.hidden_states import HiddenStates
 from mobiq_lightning.checkpoint.quantizer import build_transform
 from mobiq_lightning.errors import ModelError
 from mobiq_lightning.nn import BlockLayout, CalibratedBlock, fixed_depth, full_precision, routed_inputs

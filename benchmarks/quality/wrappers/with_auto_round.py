@@ -22,10 +22,9 @@ def run(task: Task, **settings: Any) -> Any:
         seqlen=task.calibration.shape[1],
         batch_size=8,
         device_map="cpu",
-        amp=False,  # bfloat16 else
         enable_torch_compile=False,  # a minute of compiling for every row
         seed=42 + task.seed,
-        **settings,
+        **{"amp": False, **settings},  # bfloat16 else
     )
     model, _ = quantizer.quantize()
     return model
@@ -33,6 +32,9 @@ def run(task: Task, **settings: Any) -> Any:
 
 PEERS = [
     Peer("AutoRound", partial(run, iters=200), "auto-round", "200 iterations a block"),
+    Peer(
+        "AutoRound, bfloat16", partial(run, iters=200, amp=True), "auto-round", "200 iterations a block, its autocast"
+    ),
     Peer("AutoRound, 1000", partial(run, iters=1000), "auto-round", "1000 iterations a block"),
     Peer("AWQ (auto-round)", partial(run, algorithm="awq"), "auto-round", "its defaults, rounding to nearest"),
 ]

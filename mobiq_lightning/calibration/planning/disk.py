@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mobiq_lightning.calibration.planning.memory import LEARNED, n_streams, table_bytes
+from mobiq_lightning.calibration.planning.memory import LEARNED, n_streams, n_tables, table_bytes
 from mobiq_lightning.calibration.planning.sizes import ModelSizes, groups_of
 from mobiq_lightning.calibration.schedule import Schedule
 from mobiq_lightning.nn import BUDGET_STEP
@@ -47,5 +47,5 @@ def bytes_on_disk(sizes: ModelSizes, module: ElasticCalibration, text: TextWindo
     if module.storage == "disk":
         sweeps = [sweep for sweep in schedule.sweeps if sweep[0].scope == "block"]
         streams = max((n_streams(sweep, module.objective.depths) for sweep in sweeps), default=0)
-        tables = (2 * (streams + 1) + 1) * table_bytes(sizes, text)  # odd and even blocks, and the embedding
+        tables = n_tables(streams, sizes.n_blocks) * table_bytes(sizes, text)
     return elastic + kept + tables

@@ -46,11 +46,13 @@ class PhaseMemory:
         name: The phase.
         host: Bytes of the process on the host.
         device: Bytes on the device; 0 where that is the host.
+        tables: Bytes of hidden states among them, wherever they lie.
     """
 
     name: str
     host: int
     device: int
+    tables: int = 0
 
 
 @dataclass(frozen=True)
@@ -61,11 +63,13 @@ class _Need:
         host: What lies on the host in any case.
         device: What lies on the device that computes, which may be the host.
         frozen: Frozen weights on that device, if it is another than the host.
+        tables: Hidden states among these bytes.
     """
 
     host: int = 0
     device: int = 0
     frozen: int = 0
+    tables: int = 0
 
 
 def memory_of_phases(
@@ -98,7 +102,8 @@ def memory_of_phases(
         before = phases.get(name, PhaseMemory(name, 0, 0))
         host = LIBRARIES + sizes.model_bytes + need.host + (need.device if device == "cpu" else 0)
         other = 0 if device == "cpu" else need.device + need.frozen
-        phases[name] = PhaseMemory(name, max(host, before.host), max(other, before.device))
+        tables = max(need.tables, before.tables)
+        phases[name] = PhaseMemory(name, max(host, before.host), max(other, before.device), tables)
     return list(phases.values())
 
 
@@ -121,12 +126,10 @@ def n_streams(stages: Sequence[Stage], depths: Sequence[int]) -> int:
 def n_tables(streams: int, n_blocks: int) -> int:
     """Tables of hidden states that are alive at once.
 
-    All streams share the embedding in front of the first block. Moving on to the next block makes all new inputs before the
-    old ones are dropped, beside the targets: ``2 k + 1`` of k streams, and ``k + 2`` on the way to the second block.
+    All streams share the embedding in front of the first block; from the second block on each has its own, and goes on in
+    place. The targets have one too.
     """
-    if n_blocks == 1:
-        return 2
-    return streams + 2 if n_blocks == 2 else max(2 * streams + 1, streams + 2)
+    return 1 + (streams if n_blocks > 1 else 1)
 
 
 def training_need(sizes: ModelSizes, stage: Stage, depths: Sequence[int], tokens: int, n_blocks: int) -> int:
@@ -191,6 +194,7 @@ def _sweep(sizes: ModelSizes, module: ElasticCalibration, text: TextWindows, sch
         host=tables if module.storage == "host" else 0,
         device=LEARNED * learned + codes + step + waiting + on_device,
         frozen=sizes.block_bytes,
+        tables=tables if module.storage != "disk" else 0,
     )
 
 

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 
+from mobiq_lightning.calibration.block_check import check_blocks
 from mobiq_lightning.calibration.planning.disk import bytes_on_disk
 from mobiq_lightning.calibration.planning.memory import PhaseMemory, memory_of_phases
+from mobiq_lightning.calibration.planning.random_model import blocks_of_each_kind, random_model
 from mobiq_lightning.calibration.planning.sizes import ModelSizes, sizes_of
 from mobiq_lightning.calibration.planning.step_times import StepTimes, guessed_times, measure_steps
 from mobiq_lightning.calibration.planning.time_left import FIXED, Phase, TimeLeft
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
 _BESIDE = ("text writing", "guards")
 """Phases that come before the stages, or between them."""
+_WORTH_MOVING = 0.02
+"""Share of a phase from which on it is said that hidden states could lie on disk."""
 _SOON = 1e9
 """Weights times tokens below which a run takes a minute or two on any machine, and no step is measured to say so."""
 
@@ -77,7 +81,7 @@ class RunPlan:
                 if free is not None and needed > free and not left_out:
                     found.append(
                         f"memory: {phase.name} will take about {needed / 1e9:.1f} GB on {where}, of which {free / 1e9:.1f} GB "
-                        f"are free; {_ADVICE[phase.name]}"
+                        f"are free; {_advice(phase, needed - free)}"
                     )
         if self.disk > self.disk_free:
             found.append(
@@ -97,9 +101,11 @@ class RunPlan:
         names = [phase.name for phase in self.phases]
         stages = sum(1 for name in names if name.startswith("stage "))
         after = [name for name in names if not name.startswith("stage ") and name not in _BESIDE]
+        left_out = [f"in full precision stay, of the weights in blocks: {sizes.left_out}"] if sizes.left_out else []
         return [
             f"{sizes.kind}, {sizes.n_blocks} blocks: {sizes.sliced / 1e6:,.2f} M weights ({sizes.share:.1%} of those in blocks) "
             f"are sliced into {slices} bits{groups}",
+            *left_out,
             f"plan: {'text writing, ' if 'text writing' in names else ''}{stages} stage{'s' if stages != 1 else ''}, "
             f"then {', '.join(after)}; {time}; at most {highest / 1e9:.1f} GB of memory ({largest}), "
             f"{self.disk / 1e6:,.1f} MB of disk",
@@ -108,11 +114,20 @@ class RunPlan:
 
 _ADVICE = {
     "text writing": "set data.n_generated to 0",
-    "block stages": "set model.hidden_states to disk, or lower data.n_samples, data.seq_len or data.batch_size",
+    "block stages": "lower data.n_samples, data.seq_len or data.batch_size",
     "model stages": "take these stages out, set model.recompute_blocks, or lower data.batch_size",
     "layer gains": "lower data.seq_len",
     "comparison": "lower data.eval_batch_size or data.eval_seq_len, or use a larger device",
 }
+
+
+def _advice(phase: PhaseMemory, missing: int) -> str:
+    """What to do about a phase that misses so many bytes."""
+    advice = _ADVICE[phase.name]
+    if phase.tables < _WORTH_MOVING * max(phase.host, phase.device):
+        return advice
+    enough = "or" if phase.tables >= missing else "and"
+    return f"{phase.tables / 1e9:.1f} GB are hidden states: set model.hidden_states to disk, {enough} {advice}"
 
 
 def plan_run(
@@ -135,10 +150,11 @@ def plan_run(
         folder: The run folder.
         device: Where to run.
         world_size: Processes that share the windows.
-        always_measure: Take a step of each kind also where the whole run takes a minute or two.
+        always_measure: Take a step of each kind also where the whole run takes a minute or two, and try whether blocks can be
+            called one at a time.
 
     Raises:
-        ModelError: If the model cannot be sliced.
+        ModelError: If the model cannot be sliced, or its blocks cannot be called one at a time.
     """
     sizes = sizes_of(model, module)
     memory = memory_of_phases(sizes, module, text, device.type)
@@ -151,6 +167,8 @@ def plan_run(
         if RunPlan(sizes, memory, free, 0, 0).shortages(device.type):
             unmeasured = "no step was measured, as there is too little memory"
         else:
+            if always_measure:
+                _check_family(model.config, module)
             try:
                 times = measure_steps(model.config, sizes, module, text, device)
             except Exception as error:  # noqa: BLE001 - of whatever kind: a family that cannot be made small
@@ -170,6 +188,21 @@ def plan_run(
     phases += [phase for phase in own if phase.kind == FIXED]
     disk = bytes_on_disk(sizes, module, text)
     return RunPlan(sizes, memory, free, disk, _free(folder), phases, unmeasured, times)
+
+
+def _check_family(config: Any, module: ElasticCalibration) -> None:
+    """Tries whether blocks of each kind can be called one at a time, with random weights; a fit tries it with the model's own.
+
+    Raises:
+        ModelError: If they cannot.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            made = random_model(config, blocks_of_each_kind(config), torch.device("cpu"))
+        except Exception:  # noqa: BLE001 - a family that cannot be made small; measuring says so
+            return
+        check_blocks(made, list(module.layout.find(made)))
 
 
 def _free(folder: Path) -> int:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from mobiq_lightning.calibration.apply_transform import check_experts
 from mobiq_lightning.nn import Learned
 from mobiq_lightning.packing import n_groups
 
 if TYPE_CHECKING:
     from mobiq_lightning.calibration.module import ElasticCalibration
     from mobiq_lightning.strategies.base import SliceScheme
+
+_WORTH_SAYING = 0.01
+"""Part of the weights in blocks from which on matrices that are not sliced are named."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,7 @@ class ModelSizes:
         model_bytes: Bytes of all frozen weights.
         block_bytes: Bytes of the frozen weights of the largest block.
         block_weights: Numbers in the weights of all blocks, norms and biases included.
+        kept: Numbers in matrices of blocks that are not sliced, by name within a block.
         sliced: Sliced weights of all blocks.
         sliced_of_block: Sliced weights of the largest block.
         largest_linear: Weights of the largest linear.
@@ -52,6 +58,7 @@ class ModelSizes:
     model_bytes: int
     block_bytes: int
     block_weights: int
+    kept: dict[str, int]
     sliced: int
     sliced_of_block: int
     largest_linear: int
@@ -67,6 +74,13 @@ class ModelSizes:
     def share(self) -> float:
         """The part of the numbers in all blocks that is sliced."""
         return self.sliced / self.block_weights
+
+    @property
+    def left_out(self) -> str:
+        """What of the blocks stays in full precision, in words, if it is a hundredth of them or more; else nothing."""
+        shares = {name: count / self.block_weights for name, count in self.kept.items()}
+        large = [f"{name} ({share:.1%})" for name, share in shares.items() if share >= _WORTH_SAYING]
+        return ", ".join(large)
 
 
 class _Plugins:
@@ -103,15 +117,18 @@ class _Plugins:
 
 
 def sizes_of(model: Any, module: ElasticCalibration) -> ModelSizes:
-    """Measures a model; its weights may be on the meta device, and its linears may be sliced already.
+    """Measures a model; its weights may be on the meta device, and its linears may be sliced already. Experts are opened.
 
     Args:
         model: The causal language model.
         module: Says how it is sliced: layout, slices, routers, transform.
 
     Raises:
-        ModelError: If there are no decoder blocks where the layout has them, or a block holds no linear.
+        ModelError: If there are no decoder blocks where the layout has them, a block holds no linear, or experts are of a form
+            that is not known.
     """
+    module.layout.open(model, compare=False)
+    check_experts(module.layout, list(module.layout.find(model)), module.transform)
     with torch.random.fork_rng(devices=[]):  # routers draw what they begin with
         return _sizes_of(model, module)
 
@@ -121,26 +138,29 @@ def _sizes_of(model: Any, module: ElasticCalibration) -> ModelSizes:
     shapes: dict[tuple[int, int], int] = {}
     uneven: dict[str, tuple[int, int]] = {}
     learned: dict[Learned, int] = {"ranges": 0, "transforms": 0, "routers": 0}
+    kept: Counter[str] = Counter()
     inputs: list[int] = []
     of_blocks: list[int] = []
     for block in blocks:
         before = sum(inputs)
         for names in module.layout.group_linears(block, module.share_routers):
-            of_input = 0
+            of_input, width = 0, 0
             for name in names:
                 linear: Any = block.get_submodule(name)
                 shape = (linear.out_features, linear.in_features)
                 scheme = plugins.scheme(shape)
                 shapes[shape] = shapes.get(shape, 0) + 1
-                of_input += shape[0] * shape[1]
+                of_input, width = of_input + shape[0] * shape[1], width or shape[1]
                 learned["ranges"] += _numbers(scheme)
                 columns = getattr(scheme, "group_size", None)
                 if columns is not None and columns < shape[1] and shape[1] % columns:
                     uneven.setdefault(name, (shape[1], shape[1] % columns))
             inputs.append(of_input)
-            learned["routers"] += plugins.of_router(shape[1], len(scheme.slice_bits))
-            learned["transforms"] += plugins.of_transform(shape[1])
+            learned["routers"] += plugins.of_router(width, len(scheme.slice_bits))
+            learned["transforms"] += plugins.of_transform(width)
         of_blocks.append(sum(inputs) - before)
+        for name, parameter in module.layout.kept(block).items():
+            kept[name] += parameter.numel()
     frozen = [_frozen(block) for block in blocks]
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     itemsize = next(model.parameters()).element_size()
@@ -157,6 +177,7 @@ def _sizes_of(model: Any, module: ElasticCalibration) -> ModelSizes:
         model_bytes=itemsize * sum(p.numel() for p in model.parameters()),
         block_bytes=itemsize * max(frozen),
         block_weights=sum(frozen),
+        kept=dict(kept),
         sliced=sum(inputs),
         sliced_of_block=max(of_blocks),
         largest_linear=max(o * i for o, i in shapes),

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,12 +16,13 @@ from mobiq_lightning.calibration.block_batch import BlockBatch
 from mobiq_lightning.calibration.hidden_states import HiddenStates
 from mobiq_lightning.calibration.model_batch import ModelBatch
 from mobiq_lightning.calibration.planning.memory import rows_at_once
+from mobiq_lightning.calibration.planning.random_model import random_model
 from mobiq_lightning.calibration.planning.sizes import ModelSizes
 from mobiq_lightning.calibration.rates import parameter_groups
 from mobiq_lightning.calibration.schedule import Stage
 from mobiq_lightning.calibration.sliced_source import SlicedSource
 from mobiq_lightning.calibration.streams import read_full, streams_of
-from mobiq_lightning.nn import fixed_depth, full_precision
+from mobiq_lightning.nn import KEPT_BYTES, fixed_depth, full_precision, keeping_weights
 from mobiq_lightning.sources import Source
 from mobiq_lightning.strategies import TrainableCodes
 from mobiq_lightning.strategies.objectives.logit_distillation import divergences_of_tokens
@@ -148,7 +148,7 @@ class _Bench:
         device: torch.device,
     ) -> None:
         self.sizes, self.module, self.text, self.device = sizes, module, text, device
-        model = _random_model(config, n_blocks, device)
+        model = random_model(config, range(n_blocks), device)
         self.blocks = nn.ModuleList()
         source = Source(module.pretrained, model, None, "", Path())
         self.sliced = SlicedSource(
@@ -190,8 +190,9 @@ class _Bench:
         inputs = self.sliced.all_inputs()
         with torch.no_grad():
             hidden = self.sliced.caller.embed(ids)
-            with fixed_depth(inputs, depth):
+            with fixed_depth(inputs, depth), keeping_weights(self.sliced.block_at(0).sliced_linears(), KEPT_BYTES):
                 found.read = self._seconds(lambda: self.sliced.caller.call(0, hidden))
+            with fixed_depth(inputs, depth):
                 self.sliced.caller.release()
                 self.sliced.source.model.to(self.device)
                 found.gains = self._seconds(lambda: self._compare(self._ids(4, length)))
@@ -283,17 +284,3 @@ class _Bench:
             if seconds > _WORTH_REPEATING:
                 break
         return seconds
-
-
-def _random_model(config: Any, n_blocks: int, device: torch.device) -> Any:
-    """A model of the shapes of another, with random weights and so many blocks."""
-    from transformers import AutoModelForCausalLM
-
-    small = copy.deepcopy(config)
-    inner = small.get_text_config() if hasattr(small, "get_text_config") else small
-    inner.num_hidden_layers = n_blocks
-    if isinstance(kinds := getattr(inner, "layer_types", None), Sequence):
-        inner.layer_types = list(kinds[:n_blocks])
-    dtype = getattr(small, "dtype", None) or torch.float32
-    model = AutoModelForCausalLM.from_config(small, dtype=dtype, trust_remote_code=False)
-    return model.to(device).eval().requires_grad_(False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,7 +10,12 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from mobiq_lightning.packing import dequantize, spread
+from mobiq_lightning.packing import by_group, dequantize, in_groups, middles
+
+_BELOW_ONE = 1 - 2.0**-24
+"""The largest float32 below 1."""
+_ON_CPU, _ELSEWHERE = 2**17, 2**24
+"""Weights that are computed at a time."""
 
 
 class NestedCode(Function):
@@ -40,28 +46,55 @@ class NestedCode(Function):
         """
         ctx.save_for_backward(weight, scale, bias)
         ctx.group_size, ctx.depths = group_size, depths
-        unit = unit_position(weight, scale, bias, group_size)
-        return torch.stack([dequantize(cells(unit, p), p, scale, bias, group_size) for p in depths])
+        read = torch.empty(len(depths), *weight.shape, device=weight.device)
+        for rows in row_blocks(weight):
+            unit = unit_position(weight[rows], scale[rows], bias[rows], group_size)
+            for number, p in enumerate(depths):
+                read[number, rows] = dequantize(cells(unit, p), p, scale[rows], bias[rows], group_size)
+        return read
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None]:
         """Computes the gradients of weight (O, I), scale (O, G) and bias (O, G); None for a weight that needs none."""
         weight, scale, bias = ctx.saved_tensors
-        unit = unit_position(weight, scale, bias, ctx.group_size)
-        inside = ((unit >= 0) & (unit < 1)).float()
-        total = grads[0].sum(0)
-        grad_scale = -(inside * (unit - 0.5)).mul_(total)
-        for grad, depth in zip(grads[0], ctx.depths, strict=True):
-            grad_scale.addcmul_(grad, (cells(unit, depth) + 0.5) * 2.0**-depth - 0.5)
-        grad_weight = total * inside if ctx.needs_input_grad[0] else None
-        grad_bias = total * (1 - inside)
-        return grad_weight, group_sum(grad_scale, ctx.group_size), group_sum(grad_bias, ctx.group_size), None, None
+        size, of_weight = ctx.group_size, ctx.needs_input_grad[0]
+        grad_weight = torch.empty(weight.shape, device=weight.device) if of_weight else None
+        of_scale: list[Tensor] = []
+        of_bias: list[Tensor] = []
+        for rows in row_blocks(weight):
+            unit = unit_position(weight[rows], scale[rows], bias[rows], size)
+            outside, total = outside_of_range(unit), grads[0][:, rows].sum(0)
+            grad_scale = (unit - 0.5).masked_fill_(outside, 0.0).mul_(total).neg_()
+            for grad, depth in zip(grads[0], ctx.depths, strict=True):
+                grad_scale.addcmul_(grad[rows], middles(cells(unit, depth), depth))
+            inside = total.masked_fill(outside, 0.0)
+            of_scale.append(group_sum(grad_scale, size))
+            of_bias.append(group_sum(total - inside, size))
+            if grad_weight is not None:
+                grad_weight[rows] = inside
+        return grad_weight, torch.cat(of_scale), torch.cat(of_bias), None, None
+
+
+def row_blocks(weight: Tensor) -> Iterator[slice]:
+    """Parts of the rows of a weight (O, I) that are computed one after the other.
+
+    On a CPU few enough that a tensor of them stays in its cache; elsewhere as many as still leave memory for the rest.
+    """
+    rows, columns = weight.shape
+    step = max(1, (_ON_CPU if weight.device.type == "cpu" else _ELSEWHERE) // columns)
+    return (slice(first, first + step) for first in range(0, rows, step))
 
 
 def unit_position(weight: Tensor, scale: Tensor, bias: Tensor, group_size: int) -> Tensor:
     """Position (O, I) of each weight (O, I) in the range of its group: 0 at the low end, 1 at the high end."""
     columns = weight.shape[1]
-    return (weight.float() - spread(bias, group_size, columns)).div_(spread(scale, group_size, columns)).add_(0.5)
+    low, width = by_group(bias, group_size, columns), by_group(scale, group_size, columns)
+    return (in_groups(weight.float(), group_size) - low).div_(width).add_(0.5).flatten(1)
+
+
+def outside_of_range(unit: Tensor) -> Tensor:
+    """Whether positions (O, I) are outside of [0, 1), where the range ends."""
+    return unit != unit.clamp(0.0, _BELOW_ONE)
 
 
 def cells(unit: Tensor, n_bits: int) -> Tensor:
@@ -75,6 +108,8 @@ def cells(unit: Tensor, n_bits: int) -> Tensor:
 
 def group_sum(per_weight: Tensor, group_size: int) -> Tensor:
     """Sums values of weights (O, I) over the columns of each group: (O, G)."""
-    padded = F.pad(per_weight, (0, -per_weight.shape[1] % group_size))
+    group_size = min(group_size, per_weight.shape[1])
+    missing = -per_weight.shape[1] % group_size
+    padded = F.pad(per_weight, (0, missing)) if missing else per_weight
     sums: Tensor = padded.unflatten(1, (-1, group_size)).sum(-1)
     return sums

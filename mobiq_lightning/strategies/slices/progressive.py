@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
 
-from mobiq_lightning.packing import dequantize, spread
+from mobiq_lightning.packing import by_group, dequantize, in_groups
 from mobiq_lightning.strategies.abilities import TrainableCodes
 from mobiq_lightning.strategies.base import DEFAULT_SLICE_BITS
-from mobiq_lightning.strategies.slices.nested_code import cells, group_sum, unit_position
+from mobiq_lightning.strategies.slices.nested_code import unit_position
 from mobiq_lightning.strategies.slices.residual import ResidualSlices
+from mobiq_lightning.strategies.slices.trained_code import CodeOfRows, TrainedCode, ends, refine
 
 _INSIDE = 1e-4
 """Share of the range that a target keeps from the borders of its cell at first, so that rounding cannot cross one."""
@@ -94,20 +94,23 @@ class ProgressiveSlices(ResidualSlices, TrainableCodes):
         frozen, trained = self._bits()
         if trained > frozen:
             scale, _ = self._range(weight)
-            step = spread(scale, self.group_size, weight.shape[1]) * 2.0**-trained
-            start = self._start_of_target(weight)
-            self.target.copy_(self.target.clamp(start - step / 2, start + step / 2))
+            half_step = by_group(scale, self.group_size, weight.shape[1]) * 2.0 ** -(trained + 1)
+            start = in_groups(self._start_of_target(weight), self.group_size)
+            in_groups(self.target, self.group_size).clamp_(start - half_step, start + half_step)
 
     def weight_at(self, weight: Tensor, n_slices: int) -> Tensor:
         """Gives the weight (O, I) float32 read with its first `n_slices` slices, differentiable in range and target."""
-        return self._read(weight, (self.depths[n_slices - 1],))[0]
+        scale, bias = self._range(weight)
+        return self._read(weight, scale, bias, n_slices)
 
     def prefixes(self, weight: Tensor) -> Tensor:
         """Gives the weight read with 1, 2, ... S slices, (S, O, I) float32, differentiable in range and target."""
-        return self._read(weight, self.depths)
+        scale, bias = self._range(weight)
+        return torch.stack([self._read(weight, scale, bias, k + 1) for k in range(len(self.depths))])
 
     def forget(self) -> None:
         """Moves the codes of a finished block to the host, where they wait until they are read again."""
+        super().forget()
         self.codes = self.codes.cpu()
 
     # ------------------------------------------------------------------ the code
@@ -116,56 +119,48 @@ class ProgressiveSlices(ResidualSlices, TrainableCodes):
         """Bits of the frozen code, and bits that the target reaches (as many, if there is none)."""
         return self.bits_frozen, max(self.bits_frozen, self.bits_trained)
 
-    def _read(self, weight: Tensor, depths: tuple[int, ...]) -> Tensor:
-        """The weight read at each depth, (len(depths), O, I) float32."""
-        scale, bias = self._range(weight)
-        frozen, trained = self._bits()
+    def _read(self, weight: Tensor, scale: Tensor, bias: Tensor, n_slices: int) -> Tensor:
+        """The weight (O, I) float32 read with its first slices, in ranges of widths `scale` and centres `bias` (O, G)."""
+        (frozen, trained), depth = self._bits(), self.depths[n_slices - 1]
         if trained == 0 and weight.requires_grad:  # a transform is being learned, and nothing else has begun
-            return torch.stack(
-                [super(ProgressiveSlices, self).weight_at(weight, self.depths.index(p) + 1) for p in depths]
-            )
-        return torch.stack([self._read_one(weight, scale, bias, p, frozen, trained) for p in depths])
+            return super().weight_at(weight, n_slices)
 
-    def _read_one(self, weight: Tensor, scale: Tensor, bias: Tensor, depth: int, frozen: int, trained: int) -> Tensor:
-        code = self._code(weight, scale, bias, depth)
-        if depth <= frozen:  # codes are given: linear in the range
-            return dequantize(code, depth, scale, bias, self.group_size)
-        if trained == frozen:
-            source, moves = weight.float(), None
-        else:
-            source, moves = self.target, self._moves(weight, scale, bias, depth, trained)
-        read: Tensor = TrainedCode.apply(source, scale, bias, code, depth, self.group_size, frozen == 0, moves)  # type: ignore[no-untyped-call]
+        learns = torch.is_grad_enabled()
+        if learns and depth <= frozen:  # codes are given: linear in the range
+            return dequantize(self._code(weight, scale, bias, depth), depth, scale, bias, self.group_size)
+
+        def code_of(rows: slice) -> CodeOfRows:
+            return self._code_at(weight, scale, bias, depth, rows, learns)
+
+        source = self.target if trained > frozen else weight
+        read: Tensor = TrainedCode.apply(source, scale, bias, code_of, depth, self.group_size, frozen == 0, learns)  # type: ignore[no-untyped-call]
         return read
 
     @torch.no_grad()
-    def _moves(self, weight: Tensor, scale: Tensor, bias: Tensor, depth: int, trained: int) -> Tensor | None:
-        """(O, I) whether what is read at a depth depends on the target; None if all of it does.
-
-        Beyond the slice in training, finer bits code the weight itself. Where the weight lies in the cell of the
-        target, what is read therefore does not depend on the target.
-        """
-        if depth <= trained:
-            return None
-        frozen, _ = self._bits()
-        known = self._codes_on(weight).float() if frozen else None
-        home = refine(unit_position(weight, scale, bias, self.group_size), known, frozen, trained)
-        return home != self._code(weight, scale, bias, trained)
-
-    @torch.no_grad()
-    def _code(self, weight: Tensor, scale: Tensor, bias: Tensor, depth: int) -> Tensor:
-        """Codes (O, I) of `depth` bits, as floats: frozen bits, then those of the target, then of the weight itself."""
+    def _code_at(
+        self, weight: Tensor, scale: Tensor, bias: Tensor, depth: int, rows: slice, learns: bool
+    ) -> CodeOfRows:
+        """Codes of `depth` bits of some rows: frozen bits, then those of the target, then of the weight itself."""
         frozen, trained = self._bits()
-        known, bits = (self._codes_on(weight).float(), frozen) if frozen else (None, 0)
+        known = self._codes_on(weight)[rows].float() if frozen else None
         if depth <= frozen:
             assert known is not None
-            return (known * 2.0 ** (depth - frozen)).floor_()
-        if trained > frozen:
-            known = refine(unit_position(self.target, scale, bias, self.group_size), known, bits, min(depth, trained))
-            bits = min(depth, trained)
-        if depth > bits:
-            known = refine(unit_position(weight, scale, bias, self.group_size), known, bits, depth)
-        assert known is not None
-        return known
+            return CodeOfRows((known * 2.0 ** (depth - frozen)).floor_())
+        scale, bias = scale[rows], bias[rows]
+        if trained == frozen:
+            unit = unit_position(weight[rows], scale, bias, self.group_size)
+            return CodeOfRows(refine(unit, known, frozen, depth), unit)
+        unit = unit_position(self.target[rows], scale, bias, self.group_size)
+        code = refine(unit, known, frozen, min(depth, trained))
+        if depth <= trained:
+            return CodeOfRows(code, unit)
+        own = refine(unit_position(weight[rows], scale, bias, self.group_size), known, frozen, depth)
+        code = own.clamp(*ends(code, depth - trained))
+        return CodeOfRows(code, unit, stays=code == own if learns else None)
+
+    def _code(self, weight: Tensor, scale: Tensor, bias: Tensor, depth: int) -> Tensor:
+        """Codes (O, I) of `depth` bits, as floats, in ranges of widths `scale` and centres `bias` (O, G)."""
+        return self._code_at(weight, scale, bias, depth, slice(None), learns=False).code
 
     def _freeze_at(self, weight: Tensor, n_bits: int) -> None:
         scale, bias = self._range(weight)
@@ -178,11 +173,11 @@ class ProgressiveSlices(ResidualSlices, TrainableCodes):
         scale, bias = self._range(weight)
         if not frozen:
             return weight.detach().float().clone()
-        low = self._codes_on(weight).float() * 2.0**-frozen
+        low, columns = self._codes_on(weight).float() * 2.0**-frozen, weight.shape[1]
         unit = unit_position(weight, scale, bias, self.group_size)
-        unit = torch.minimum(torch.maximum(unit, low + _INSIDE), low + 2.0**-frozen - _INSIDE)
-        centre, width = (spread(values, self.group_size, weight.shape[1]) for values in (bias, scale))
-        return centre + width * (unit - 0.5)
+        unit = unit.clamp_(low + _INSIDE, low + 2.0**-frozen - _INSIDE).sub_(0.5)
+        centre, width = (by_group(values, self.group_size, columns) for values in (bias, scale))
+        return in_groups(unit, self.group_size).mul_(width).add_(centre).flatten(1)
 
     def _codes_on(self, weight: Tensor) -> Tensor:
         if self.codes.device != weight.device:
@@ -207,78 +202,3 @@ class ProgressiveSlices(ResidualSlices, TrainableCodes):
         if codes is not None:
             self.codes = self.codes.new_empty(codes.shape)
         super()._load_from_state_dict(state, prefix, *args)
-
-
-def refine(unit: Tensor, known: Tensor | None, known_bits: int, n_bits: int) -> Tensor:
-    """Extends codes whose first `known_bits` are given to `n_bits` bits: the nearest cell within the one that is known.
-
-    Args:
-        unit: (O, I) positions in the range: 0 at the low end, 1 at the high end.
-        known: (O, I) known codes, as floats; None if no bit is given.
-        known_bits: Bits of the known codes.
-        n_bits: Bits of the result.
-
-    Returns:
-        (O, I) codes of `n_bits` bits, as floats.
-    """
-    if known is None:
-        return cells(unit, n_bits)
-    below = 2.0 ** (n_bits - known_bits)
-    first = known * below
-    return torch.minimum(torch.maximum((unit * 2.0**n_bits).floor_(), first), first + (below - 1))
-
-
-class TrainedCode(Function):
-    """Weights of a given code, with straight-through gradients for the target or weight that the code was made of.
-
-    If `masked`, positions outside of the whole range have no gradient. Within it, a position that left the cell of the
-    coarser code keeps its gradient, so that it can come back.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        source: Tensor,
-        scale: Tensor,
-        bias: Tensor,
-        code: Tensor,
-        depth: int,
-        group_size: int,
-        masked: bool,
-        moves: Tensor | None,
-    ) -> Tensor:
-        """Computes the weights (O, I) float32 of a code.
-
-        Args:
-            ctx: Context of autograd, which keeps tensors for the backward pass.
-            source: (O, I) the trained target, or the weight.
-            scale: (O, G) widths of the ranges.
-            bias: (O, G) centres of the ranges.
-            code: (O, I) the code of `source`, as floats.
-            depth: Bits of the code.
-            group_size: Columns per group.
-            masked: Whether positions outside of the range have no gradient.
-            moves: (O, I) whether what is read depends on `source`; None if all of it does.
-        """
-        ctx.save_for_backward(source, scale, bias, code, moves)
-        ctx.depth, ctx.group_size, ctx.masked = depth, group_size, masked
-        return dequantize(code, depth, scale, bias, group_size)
-
-    @staticmethod
-    def backward(
-        ctx: Any, *grads: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None, None, None]:
-        """Computes the gradients of source (O, I), scale (O, G) and bias (O, G); None for those that need none."""
-        source, scale, bias, code, moves = ctx.saved_tensors
-        grad, group_size = grads[0], ctx.group_size
-        unit = unit_position(source, scale, bias, group_size)
-        inside = ((unit >= 0) & (unit < 1)).float() if ctx.masked else torch.ones_like(unit)
-        grad_scale = grad_bias = None
-        if ctx.needs_input_grad[1]:
-            position = (code + 0.5) * 2.0**-ctx.depth - 0.5
-            grad_scale = group_sum(grad * (position - inside * (unit - 0.5)), group_size)
-            grad_bias = group_sum(grad * (1 - inside), group_size)
-        grad_source = grad * inside if ctx.needs_input_grad[0] else None
-        if grad_source is not None and moves is not None:
-            grad_source *= moves
-        return grad_source, grad_scale, grad_bias, None, None, None, None, None

@@ -13,12 +13,23 @@ def learned_range(weight: Tensor, low_clip: Tensor, high_clip: Tensor, group_siz
     """Computes width and centre (O, G) of the groups' ranges, rounded to the stored dtype as they will be saved.
 
     Args:
-        weight: (O, I) float32 weight; the range follows it if a transform is learned that changes it.
+        weight: (O, I) weight; the range follows it if a transform is learned that changes it.
         low_clip: (O, G) learned; the lower end is ``2 sigmoid(low_clip)`` half-widths below the centre.
         high_clip: (O, G) learned; the upper end is ``2 sigmoid(high_clip)`` half-widths above the centre.
         group_size: Columns per group.
     """
-    low, high = extremes(weight, group_size)
+    return range_between(*extremes(weight.float(), group_size), low_clip, high_clip)
+
+
+def range_between(low: Tensor, high: Tensor, low_clip: Tensor, high_clip: Tensor) -> tuple[Tensor, Tensor]:
+    """Computes width and centre (O, G) of the groups' ranges, rounded to the stored dtype as they will be saved.
+
+    Args:
+        low: (O, G) float32 smallest weight of each group.
+        high: (O, G) float32 largest weight.
+        low_clip: (O, G) learned; the lower end is ``2 sigmoid(low_clip)`` half-widths below the centre.
+        high_clip: (O, G) learned; the upper end is ``2 sigmoid(high_clip)`` half-widths above the centre.
+    """
     centre, half_width = (low + high) / 2, (high - low) / 2
     low = centre - half_width * 2 * torch.sigmoid(low_clip)
     high = centre + half_width * 2 * torch.sigmoid(high_clip)

@@ -11,7 +11,8 @@ from mobiq_lightning.packing import SCALE_DTYPE, PackedSlices, pack_planes
 from mobiq_lightning.strategies.base import DEFAULT_SLICE_BITS
 from mobiq_lightning.strategies.slices.grouped import GroupedSlices
 from mobiq_lightning.strategies.slices.nested_code import NestedCode, cells, unit_position
-from mobiq_lightning.strategies.slices.ranges import learned_range
+from mobiq_lightning.strategies.slices.ranges import extremes, learned_range, range_between
+from mobiq_lightning.tensor_memo import TensorMemo
 
 
 class ResidualSlices(GroupedSlices):
@@ -45,6 +46,7 @@ class ResidualSlices(GroupedSlices):
         super().__init__(out_features, in_features, slice_bits, group_size)
         self.low_clip = nn.Parameter(torch.zeros(self.group_shape))
         self.high_clip = nn.Parameter(torch.zeros(self.group_shape))
+        self._extremes = TensorMemo[tuple[Tensor, Tensor]]()
 
     def weight_at(self, weight: Tensor, n_slices: int) -> Tensor:
         """Gives the weight (O, I) float32 read with its first `n_slices` slices, differentiable in the ranges."""
@@ -83,4 +85,12 @@ class ResidualSlices(GroupedSlices):
 
     def _range(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Width and centre (O, G) of the groups' ranges."""
-        return learned_range(weight.float(), self.low_clip, self.high_clip, self.group_size)
+        if weight.requires_grad or not torch.is_grad_enabled():
+            return learned_range(weight, self.low_clip, self.high_clip, self.group_size)
+        with torch.no_grad():  # in training the weight is the same in every step
+            low, high = self._extremes.get(weight, lambda: extremes(weight.float(), self.group_size))
+        return range_between(low, high, self.low_clip, self.high_clip)
+
+    def forget(self) -> None:
+        """Drops the smallest and largest weights of groups, which are kept while the block is trained."""
+        self._extremes.forget()

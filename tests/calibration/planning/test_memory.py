@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from mobiq_lightning.calibration.hidden_states import BlockCaller, HiddenStates
-from mobiq_lightning.calibration.planning.memory import n_tables
+from mobiq_lightning.calibration.block_caller import BlockCaller
+from mobiq_lightning.calibration.hidden_states import HiddenStates
+from mobiq_lightning.calibration.planning.memory import PhaseMemory, n_tables
 from mobiq_lightning.jobs import run_check
 from mobiq_lightning.sources import load_source
 
@@ -23,7 +27,8 @@ def test_so_many_tables_of_hidden_states_are_alive_at_once(
     n_blocks: int, streams: int, make_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load_source(str(make_model())).model
-    blocks = [model.model.layers[i % 2] for i in range(n_blocks)]
+    blocks = [copy.deepcopy(model.model.layers[i % 2]) for i in range(n_blocks)]
+    model.model.layers, model.config.num_hidden_layers = nn.ModuleList(blocks), n_blocks
     live: set[int] = set()
     peak, place = 0, HiddenStates._place
 
@@ -62,8 +67,9 @@ def test_tables_on_the_host_count_as_memory_and_tables_on_disk_as_disk(recipe_ar
     assert disk is not None
     table = 8 * 32 * 32 * 4  # windows, tokens, width, bytes
     streams = 4  # depths 2, 4 and 8, and routed
-    assert host.memory[0].host - disk.memory[0].host == (streams + 2) * table
-    assert disk.disk - host.disk == (2 * (streams + 1) + 1) * table
+    assert host.memory[0].host - disk.memory[0].host == (streams + 1) * table
+    assert disk.disk - host.disk == (streams + 1) * table
+    assert (host.memory[0].tables, disk.memory[0].tables) == ((streams + 1) * table, 0)
 
 
 def test_codes_that_wait_for_a_later_sweep_keep_target_and_averages(recipe_arguments: list[str]) -> None:
@@ -74,3 +80,26 @@ def test_codes_that_wait_for_a_later_sweep_keep_target_and_averages(recipe_argum
     once = needs(recipe_arguments, slices, f"--model.stages=[{codes}, {routers}]")
     twice = needs(recipe_arguments, slices, f"--model.stages=[{codes}, {routers}, {later}]")
     assert twice["block stages"] - once["block stages"] == 12 * (4 * 32 * 32 + 4 * 16 * 32 + 6 * 32 * 44)
+
+
+@pytest.mark.parametrize(
+    ("free", "said"),
+    [
+        (
+            25e9,
+            "30.0 GB on the host, of which 25.0 GB are free; 15.0 GB are hidden states: set model.hidden_states to disk, or",
+        ),
+        (
+            10e9,
+            "30.0 GB on the host, of which 10.0 GB are free; 15.0 GB are hidden states: set model.hidden_states to disk, and",
+        ),
+    ],
+)
+def test_where_hidden_states_do_not_fit_the_disk_is_named(free: float, said: str, recipe_arguments: list[str]) -> None:
+    plan = run_check(recipe_arguments).plan
+    assert plan is not None
+    phase = PhaseMemory("block stages", host=int(30e9), device=0, tables=int(15e9))
+    short = replace(plan, memory=[phase], memory_free=(int(free), None)).shortages("cpu")
+    assert short == [
+        f"memory: block stages will take about {said} lower data.n_samples, data.seq_len or data.batch_size"
+    ]

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mobiq_lightning.strategies.together import n_processes
+
 if TYPE_CHECKING:
     from mobiq_lightning.calibration.module import ElasticCalibration
 
@@ -46,3 +48,12 @@ def summed_over_ranks(module: ElasticCalibration, own: Tensor, n_windows: int) -
 def _shared(module: ElasticCalibration, n_windows: int) -> bool:
     """Whether so many windows are shared out, at least one to each process."""
     return n_windows >= module.trainer.world_size
+
+
+def same_everywhere(value: object) -> bool:
+    """Whether all processes of a run give the same plain value."""
+    if n_processes() == 1:
+        return True
+    found: list[object] = [None] * n_processes()
+    torch.distributed.all_gather_object(found, value)
+    return all(other == value for other in found)

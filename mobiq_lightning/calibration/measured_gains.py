@@ -14,7 +14,7 @@ from mobiq_lightning.calibration.device_memory import measuring_bytes, whole_mod
 from mobiq_lightning.calibration.hidden_states import eval_mode
 from mobiq_lightning.calibration.kept_gains import KeptGains
 from mobiq_lightning.calibration.planning import GainsPlan, gradient_steps
-from mobiq_lightning.calibration.ranks import gather_windows, same_everywhere, share_of_windows, summed_over_ranks
+from mobiq_lightning.calibration.ranks import everywhere, gather_windows, share_of_windows, summed_over_ranks
 from mobiq_lightning.calibration.squared_gradients import gradient_gains
 from mobiq_lightning.calibration.stage_training import unchanged_weights
 from mobiq_lightning.evaluation import TokenView, token_gains, token_views
@@ -64,8 +64,8 @@ def probe_gains(module: ElasticCalibration, found: MeasuredGains) -> None:
     model, inputs, ids = module.sliced.source.model, module.sliced.all_inputs(), found.input_ids.to(module.device)
     needed = measuring_bytes(module, ids.shape[1], found.batch_size, gradients=False)
     with whole_model_on_device(module, needed) as shortage:
-        if shortage is not None:
-            raise DoesNotFitError(shortage)
+        if shortages := [one for one in everywhere(shortage) if one is not None]:
+            raise DoesNotFitError(shortages[0])
         own, kept = share_of_windows(module, ids), _kept(module, "probes", found)
         with _counted(module, int(kept.tensors.get("probes", torch.tensor(0)))):
             with unchanged_weights(module, module.sliced.calibrated_blocks()):
@@ -79,9 +79,7 @@ def probe_gains(module: ElasticCalibration, found: MeasuredGains) -> None:
 def take_gradient_gains(module: ElasticCalibration, found: MeasuredGains) -> None:
     """Measures by squared gradients, a block at a time."""
     ids, steps, kept = found.input_ids, gradient_steps(module.sizes), _kept(module, "gradients", found)
-    if not same_everywhere(
-        sorted(kept.tensors)
-    ):  # killed between two writes: processes go back block by block together
+    if len(set(map(tuple, everywhere(sorted(kept.tensors))))) > 1:  # killed between two writes: all go back together
         kept.tensors.clear()
     module.clock.restart()
     found.gains["gradients"] = gradient_gains(

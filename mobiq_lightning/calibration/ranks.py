@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +11,8 @@ from mobiq_lightning.strategies.together import n_processes
 
 if TYPE_CHECKING:
     from mobiq_lightning.calibration.module import ElasticCalibration
+
+T = TypeVar("T")
 
 
 def share_of_windows(module: ElasticCalibration, windows: Tensor) -> Tensor:
@@ -50,10 +52,9 @@ def _shared(module: ElasticCalibration, n_windows: int) -> bool:
     return n_windows >= module.trainer.world_size
 
 
-def same_everywhere(value: object) -> bool:
-    """Whether all processes of a run give the same plain value."""
-    if n_processes() == 1:
-        return True
-    found: list[object] = [None] * n_processes()
-    torch.distributed.all_gather_object(found, value)
-    return all(other == value for other in found)
+def everywhere(value: T) -> list[T]:
+    """The plain values that all processes of a run give, in the order of their ranks."""
+    found = [value] * n_processes()
+    if len(found) > 1:
+        torch.distributed.all_gather_object(found, value)
+    return found

@@ -152,6 +152,8 @@ class LayerGains(CalibrationCallback):
             with torch.inference_mode(False), torch.no_grad():  # Lightning compares in a mode that knows no gradients
                 found = self._found(module, plan)
         except (DoesNotFitError, torch.OutOfMemoryError) as error:
+            if isinstance(error, torch.OutOfMemoryError) and module.trainer.world_size > 1:
+                raise  # the others go on measuring
             missing = f"not measured: {str(error).splitlines()[0]}"
             module.record.note_layer_gains(missing)
             if asked:

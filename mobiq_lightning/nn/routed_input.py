@@ -250,7 +250,7 @@ class RoutedInput(nn.Module):
         """Tokens as (B, T, I): those of all rows one after the other, (N, I), where B and T are known; and (B, ..., T, I)."""
         shape = self.state.shape
         if x.ndim == 2 and shape is not None and len(x) == shape[0] * shape[1]:
-            return x.unflatten(0, shape)
+            return x.view(*shape, -1)
         return x.flatten(1, -2) if x.ndim > 3 else x
 
     def _threshold_of_rows(self, router: Router, x: Tensor) -> Tensor:

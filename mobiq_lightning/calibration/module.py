@@ -161,9 +161,11 @@ class ElasticCalibration(LightningModule):
                 transform=self.transform,
                 share_routers=self.share_routers,
             )
-        read_text(self, stage)
-        if stage == "fit" and len(self.blocks) == 0:
+        begins = stage == "fit" and len(self.blocks) == 0
+        if begins:
             check_blocks(self.sliced.source.model, list(self.sliced.decoder))
+        read_text(self, stage)
+        if begins:
             self.sliced.slice_blocks()
             self.schedule = Schedule(self.stages, self.epochs_per_block, len(self.blocks))
             # DDP's buckets cannot follow sizes that change in training; `on_after_backward` averages their gradients.

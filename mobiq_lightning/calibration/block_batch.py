@@ -10,6 +10,7 @@ from torch import Tensor
 from mobiq_lightning.calibration.block_caller import BlockCaller
 from mobiq_lightning.calibration.hidden_states import HiddenStates
 from mobiq_lightning.nn import CalibratedBlock, fixed_depth, full_precision, meet_budget, record_gates
+from mobiq_lightning.strategies.together import n_processes, summed
 
 ROUTED = "routed"
 """Name of the input stream that goes through routed blocks; the others are named by their depth."""
@@ -58,16 +59,17 @@ class BlockBatch:
         Args:
             target_bits: The budget, average bits per weight.
             meet_exactly: Whether each input takes the threshold at which its average is `target_bits`; otherwise the threshold
-                is 0, and the average is whatever the scores give.
+                is 0, and the average is whatever the scores give. Tokens are those of all processes that train together.
         """
         with ExitStack() as stack:
             if meet_exactly:
-                stack.enter_context(meet_budget(self.routed_inputs, target_bits))
+                stack.enter_context(meet_budget(self.routed_inputs, target_bits, together=True))
             records = stack.enter_context(record_gates(self.routed_inputs))
             output = self.caller.call(self.block, self.inputs(ROUTED))
         sizes = torch.tensor([float(routed.n_weights) for routed in self.routed_inputs], device=output.device)
         used = torch.stack([record[-1].float().mean() for record in records])
-        return output, (used * sizes).sum() / sizes.sum()
+        average = (used * sizes).sum() / sizes.sum()
+        return output, average if meet_exactly else summed(average) / n_processes()
 
     def auxiliary_target(self, bits: int) -> Tensor:
         """(B, T, H) output of the full-precision block on the inputs of depth `bits`."""

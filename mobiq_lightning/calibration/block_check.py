@@ -63,6 +63,8 @@ def check_blocks(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
         ) from error
     finally:
         caller.release()
+    if not bool(torch.isfinite(expected).all()):
+        return  # then the numbers say nothing of how blocks are called; where they come from is found as calibration begins
     largest = float(expected.float().abs().max())
     difference = float((found.float() - expected.float()).abs().max())
     if not difference <= _ROUNDINGS * torch.finfo(expected.dtype).eps * largest:

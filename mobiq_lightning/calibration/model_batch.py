@@ -24,6 +24,7 @@ from mobiq_lightning.nn import (
 )
 from mobiq_lightning.sources import check_output
 from mobiq_lightning.strategies.thresholds import threshold_for_budget, with_budget_gradient
+from mobiq_lightning.strategies.together import gathered
 
 
 class ModelBatch:
@@ -94,7 +95,7 @@ class ModelBatch:
     def _decide(self, target_bits: float) -> tuple[Tensor, list[Tensor]]:
         """The common threshold (scalar) with its gradient, and for each input which gates (B, T, S - 1) open."""
         with torch.no_grad():
-            with meet_budget(self.inputs, target_bits):
+            with meet_budget(self.inputs, target_bits, together=True):
                 scores = self._scores()
             with common_threshold(self.inputs, self._threshold(scores, target_bits)[0]):
                 scores = self._scores()
@@ -102,7 +103,8 @@ class ModelBatch:
         threshold, pooled, weights = self._threshold(bounded, target_bits)
         opened = [(s.detach() > threshold).unflatten(0, self.input_ids.shape) for s in bounded]
         first = self.inputs[0]
-        return with_budget_gradient(threshold, pooled, first.slice_bits, first.router.temperature, weights), opened
+        arguments = (first.slice_bits, first.router.temperature, weights)
+        return with_budget_gradient(threshold, pooled, *arguments, together=True), opened
 
     def _scores(self) -> list[Tensor]:
         """For each input, the scores (B * T, S - 1) of a pass, with gradients for its router."""
@@ -111,10 +113,11 @@ class ModelBatch:
         return [record[0] for record in records]
 
     def _threshold(self, scores: Sequence[Tensor], target_bits: float) -> tuple[Tensor, Tensor, Tensor]:
-        """The threshold (scalar) at which all inputs together meet a budget; the pooled scores, and their weights."""
+        """The threshold (scalar) at which all inputs, and processes, together meet a budget; own scores, and their weights."""
         shares = [s.new_full((s.shape[0],), routed.n_weights) for s, routed in zip(scores, self.inputs, strict=True)]
         pooled, weights = torch.cat(list(scores)), torch.cat(shares)
-        return threshold_for_budget(pooled, self.inputs[0].slice_bits, [target_bits], weights)[0], pooled, weights
+        of_all = gathered(pooled), gathered(weights)
+        return threshold_for_budget(of_all[0], self.inputs[0].slice_bits, [target_bits], of_all[1])[0], pooled, weights
 
     def _logits(self, reading: Callable[[], AbstractContextManager[Any]]) -> Tensor:
         with reading(), ExitStack() as stack:

@@ -114,6 +114,7 @@ class ElasticCalibration(LightningModule):
             in_range("model.random_seeds", seed, 0, 2**32 - 1)
         objectives = (objective, self.model_objective)
         check_plugins(slices, router, budget, objectives, epochs_per_block, self.stages, self.eval_bits, self.transform)
+        self._random_state = torch.get_rng_state()
 
     # ------------------------------------------------------------------ set-up
 
@@ -151,6 +152,8 @@ class ElasticCalibration(LightningModule):
         """Loads the source model, reads the text with its tokenizer and, for a fit, slices the blocks."""
         check_strategy(self.trainer.strategy)
         text_of(self.trainer)
+        if self.trainer.world_size > 1:  # DDP has seeded anew: routers are to begin as those of one process do
+            torch.set_rng_state(self._random_state)
         if self._sliced is None:
             self._sliced = SlicedSource(
                 load_source(self.pretrained, self.dtype_name),
@@ -191,15 +194,16 @@ class ElasticCalibration(LightningModule):
         self.make_caller()
         stages = self.schedule.sweeps[self.segment.sweep]
         streams = streams_of(self.sliced, stages, self.objective.depths, self.budget.final_bits)
-        ids, batch_size, folder = self.text.calibration_ids(), self.text.batch_size, self.hidden_states_folder
+        # As many windows at a time as a step of all processes together takes: routed tables meet the budget for each.
+        batch_size = self.text.batch_size * self.trainer.world_size
         self.hidden = HiddenStates(
             self.sliced.caller,
-            ids,
+            self.text.calibration_ids(),
             streams,
             read_full(self.sliced),
             batch_size,
             self.storage,
-            folder,
+            self.hidden_states_folder,
             lambda block: unchanged_weights(self, [self.sliced.block_at(block)]),
         )
 

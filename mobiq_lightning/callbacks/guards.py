@@ -36,6 +36,10 @@ from mobiq_lightning.runs import GuardEvent, sentence
 from mobiq_lightning.sources import TextWindows
 
 PHASE = "guards"
+QUARTERS = 4
+"""How often the whole model is measured while its blocks are calibrated, one after the other."""
+WINDOWS, TOKENS = 4, 2048
+"""Calibration windows to look at, and tokens of them together at most, where the recipe does not say."""
 
 
 class Guards(CalibrationCallback):
@@ -53,7 +57,9 @@ class Guards(CalibrationCallback):
     and `worse_tolerance` of the rounded error at the lowest depth besides.
 
     *Exploding probe.* The perplexity of calibration windows with the blocks that are done at each depth and the others in full
-    precision, against the same with rounded blocks. Repair is that of a worse block.
+    precision, against the same with rounded blocks. Repair is that of a worse block. The way through all later blocks costs more
+    than all else, so it is taken at every quarter of the blocks, and at any block behind which the calibrated model is farther
+    from full precision than the rounded one.
 
     *Collapsed router.* More than 99.5 % of the tokens of an input read one depth at a budget between two depths. Repair: static
     depths for that input at such budgets. Looked at when the router's stage is done, and again by `ThresholdTuning`.
@@ -70,7 +76,7 @@ class Guards(CalibrationCallback):
         exploding_probe: Action where the perplexity is not finite or above `probe_factor` times that of the rounded model.
         probe_factor: How many times the perplexity of the rounded model is too much, above 1.
         collapsed_router: Action where a router cannot tell tokens apart.
-        windows: Calibration windows to look at, the first ones.
+        windows: Calibration windows to look at, the first ones. By default 4, or fewer with 2048 tokens together.
         outlier_weight: Action where a single weight is far larger than the others; `repair` does what `record` does.
     """
 
@@ -86,14 +92,14 @@ class Guards(CalibrationCallback):
         exploding_probe: Action = "stop",
         probe_factor: float = 2.0,
         collapsed_router: Action = "repair",
-        windows: int = 4,
+        windows: int | None = None,
         outlier_weight: Action = "record",
     ) -> None:
         if not 0 <= worse_tolerance < math.inf:  # NaN is in no range
             raise RecipeError(f"Guards: worse_tolerance ({worse_tolerance:g}) must be at least 0")
         if not 1 < probe_factor < math.inf:
             raise RecipeError(f"Guards: probe_factor ({probe_factor:g}) must be above 1")
-        if windows < 1:
+        if windows is not None and windows < 1:
             raise RecipeError(f"Guards: windows ({windows}) must be at least 1")
         self.worse_block = WorseBlock(worse_block, worse_tolerance)
         self.exploding_probe = ExplodingProbe(exploding_probe, probe_factor)
@@ -104,9 +110,16 @@ class Guards(CalibrationCallback):
         self._before: State | None = None
 
     def phases(self, module: ElasticCalibration, sizes: ModelSizes, text: TextWindows, times: StepTimes) -> list[Phase]:
-        """A look after every visit: the windows at each depth, calibrated and rounded, through a block and those behind it."""
-        passes = (2 * len(sizes.slice_bits) + 1) * (1 + sizes.n_blocks / 2)
-        return [Phase(PHASE, FORWARD, sizes.n_blocks, passes * self.windows / text.batch_size * times.read)]
+        """A look after every visit: the windows at each depth through a block, and at times through all that follow."""
+        depths, blocks = len(sizes.slice_bits), sizes.n_blocks
+        behind = sum(blocks - 1 - block for block in range(blocks) if ends_quarter(block, blocks))
+        heads = min(blocks, QUARTERS) * sizes.vocabulary * sizes.width / sizes.sliced_of_block
+        passes = blocks * (4 * depths + 1) + (behind + heads) * (2 * depths + 1)
+        seconds = passes * self._windows(text) / text.batch_size * times.read
+        return [Phase(PHASE, FORWARD, blocks, seconds / blocks)]
+
+    def _windows(self, text: TextWindows) -> int:
+        return max(1, min(WINDOWS, TOKENS // text.seq_len)) if self.windows is None else self.windows
 
     # ------------------------------------------------------------------ when
 
@@ -170,18 +183,22 @@ class Guards(CalibrationCallback):
         worse = self.worse_block.look(ProbeReading(found, compared))
         if self._act(module, self.worse_block, worse) and self._may_repair():
             found = trainer.strategy.broadcast(self._measure(module, looked_at))
-        self._log(module, found)
-        self._act(module, self.exploding_probe, self.exploding_probe.look(ProbeReading(found, looked_at)))
+        if found.perplexity:
+            self._log(module, found)
+            self._act(module, self.exploding_probe, self.exploding_probe.look(ProbeReading(found, looked_at)))
 
     def _measure(self, module: ElasticCalibration, depths: Sequence[int]) -> Measured:
         sweep, block, text = module.segment.sweep, module.block_index, module.text
         if self._probe is None or self._probe[0] != sweep or block is None:
-            self._probe = sweep, Probe(module.sliced, text.calibration_ids()[: self.windows], depths, text.batch_size)
+            windows = text.calibration_ids()[: self._windows(text)]
+            self._probe = sweep, Probe(module.sliced, windows, depths, text.batch_size)
         probe = self._probe[1]
         if block is None:
             return probe.measure_model()
         probe.advance(block)
-        return probe.measure_block(others_sliced=sweep > 0)
+        looks = self.exploding_probe.action != "off"
+        model = looks and (ends_quarter(block, len(module.blocks)) or None)
+        return probe.measure_block(sweep > 0, model)
 
     def _log(self, module: ElasticCalibration, found: Measured) -> None:
         metrics = {"probe/perplexity_full": found.full_perplexity}
@@ -196,7 +213,7 @@ class Guards(CalibrationCallback):
         inputs, routers = module.sliced.block_at(block).routed_inputs(), module.sliced.block_at(block).routers()
         if self.collapsed_router.action == "off" or not routers[0].per_token or module.hidden is None:
             return
-        hidden = module.hidden.inputs[ROUTED][: self.windows]
+        hidden = module.hidden.inputs[ROUTED][: self._windows(module.text)]
         with eval_mode(routers), meet_budget(inputs, module.budget.final_bits):
             scores = block_scores_of(module.sliced, block, hidden)
         first = next(i for i, routed in enumerate(module.sliced.all_inputs()) if routed is inputs[0])
@@ -296,6 +313,11 @@ def depths_to_look_at(module: ElasticCalibration) -> tuple[list[int], list[int]]
     mixed = segment.block is not None and any(s.block is None and not s.stage.trains_routers_alone for s in so_far)
     compared = trained([s for s in so_far if s.visit == segment.visit]) if mixed else looked_at
     return sorted(looked_at), sorted(compared)
+
+
+def ends_quarter(block: int, n_blocks: int) -> bool:
+    """Whether a quarter of the blocks is done with this one, by index; of four or fewer blocks each ends one."""
+    return QUARTERS * (block + 1) // n_blocks > QUARTERS * block // n_blocks
 
 
 def guards_of(trainer: Trainer) -> Guards | None:

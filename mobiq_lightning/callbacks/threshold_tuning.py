@@ -10,10 +10,11 @@ from torch import Tensor
 
 from mobiq_lightning.calibration import ElasticCalibration, eval_mode, scores_of, unchanged_weights
 from mobiq_lightning.calibration.guarding import StaticDepths
-from mobiq_lightning.calibration.planning import FORWARD, ModelSizes, Phase, StepTimes
+from mobiq_lightning.calibration.planning import FORWARD, ModelSizes, Phase, StepTimes, threshold_windows
 from mobiq_lightning.callbacks.base import CalibrationCallback
 from mobiq_lightning.callbacks.guards import guards_of
-from mobiq_lightning.nn import RUN_STEP, meet_budget
+from mobiq_lightning.console import say
+from mobiq_lightning.nn import meet_budget, run_budgets
 from mobiq_lightning.packing import STORED_DTYPE, depths_of
 from mobiq_lightning.runtime import Dial
 from mobiq_lightning.sources import TextWindows
@@ -22,37 +23,49 @@ from mobiq_lightning.strategies.base import Router
 from mobiq_lightning.strategies.thresholds import Scope, falling
 
 PHASE = "thresholds"
+WINDOWS = 16
+"""Calibration windows to score, where the recipe does not say."""
 
 
 class ThresholdTuning(CalibrationCallback):
     """Fills the threshold tables of all inputs, for both scopes.
 
     The first round takes the quantiles of the scores that calibration windows get at the schedule's final budget. As the
-    inputs of a layer depend on how deep the layers before it read, every further round runs the model at every quarter bit
-    with the thresholds found so far and takes the quantiles of those scores, for the budgets around it. Routers that score
-    all tokens alike need one round.
+    inputs of a layer depend on how deep the layers before it read, every further round runs the model at every depth and three
+    budgets between two of them, with the thresholds found so far, and takes the quantiles of those scores, for the budgets
+    around it. Routers that score all tokens alike need one round.
 
     Args:
-        windows: Calibration windows to score.
+        windows: Calibration windows to score, the first ones. By default 16; fewer where these would take more than a tenth of
+            the calibration, as products and sums are counted, but 4 windows and 2048 tokens at least.
         rounds: Passes over the table; at least 1.
     """
 
-    def __init__(self, windows: int = 16, rounds: int = 2) -> None:
+    def __init__(self, windows: int | None = None, rounds: int = 2) -> None:
         self.windows = windows
         self.rounds = rounds
-        self._passes = 0
+        self._done = 0
 
     def phases(self, module: ElasticCalibration, sizes: ModelSizes, text: TextWindows, times: StepTimes) -> list[Phase]:
         """Passes of the windows through all blocks: one, and in each further round one for every budget and scope."""
-        windows = min(self.windows, text.n_windows)
-        lowest, highest = sizes.slice_bits[0], sum(sizes.slice_bits)
-        steps = 1 + (self.rounds - 1) * 2 * (round((highest - lowest) / RUN_STEP) + 1)
-        return [Phase(PHASE, FORWARD, steps, sizes.n_blocks * windows / text.batch_size * times.read)]
+        windows = self._windows(module, sizes, text)
+        return [Phase(PHASE, FORWARD, self._passes(sizes), sizes.n_blocks * windows / text.batch_size * times.read)]
+
+    def _passes(self, sizes: ModelSizes) -> int:
+        return 1 + (self.rounds - 1) * 2 * len(run_budgets(sizes.slice_bits))
+
+    def _windows(self, module: ElasticCalibration, sizes: ModelSizes, text: TextWindows) -> int:
+        if self.windows is not None:
+            return min(self.windows, text.n_windows)
+        return threshold_windows(module, sizes, text, WINDOWS, self._passes(sizes))
 
     def on_train_epoch_end(self, trainer: Trainer, module: ElasticCalibration) -> None:
         """Tunes after the last epoch of the last block, before its checkpoint is written."""
         if module.current_epoch + 1 == trainer.max_epochs:
-            self.tune(module, module.text.calibration_ids()[: self.windows])
+            windows = self._windows(module, module.sizes, module.text)
+            if self.windows is None and windows < min(WINDOWS, module.text.n_windows):
+                say(f"Thresholds are tuned on {windows} windows: {WINDOWS} would take over a tenth of the calibration.")
+            self.tune(module, module.text.calibration_ids()[:windows])
 
     def tune(self, module: ElasticCalibration, input_ids: Tensor) -> None:
         """Fills the tables from windows (N, T), once the routers have the precision that they are stored in."""
@@ -63,7 +76,7 @@ class ThresholdTuning(CalibrationCallback):
         sizes, slice_bits = [routed.n_weights for routed in inputs], inputs[0].slice_bits
         kind = type(inputs[0].router)
         budgets = inputs[0].budgets.tolist()
-        self._passes = 0
+        self._done = 0
         module.clock.restart()
         blocks = module.sliced.calibrated_blocks()
         with eval_mode([routed.router for routed in inputs]), unchanged_weights(module, blocks):
@@ -88,7 +101,7 @@ class ThresholdTuning(CalibrationCallback):
     def _refine(
         self, module: ElasticCalibration, input_ids: Tensor, table: Tensor, scope: Scope, static: StaticDepths
     ) -> Tensor:
-        """The tables (inputs, S, budgets) from the scores that the model has when it runs at budgets `RUN_STEP` apart."""
+        """The tables (inputs, S, budgets) from the scores that the model has when it runs at the `run_columns` of an input."""
         inputs = module.sliced.all_inputs()
         dial, budgets = Dial(inputs), inputs[0].budgets.tolist()
 
@@ -101,8 +114,8 @@ class ThresholdTuning(CalibrationCallback):
 
     def _scores(self, module: ElasticCalibration, input_ids: Tensor) -> list[Tensor]:
         """The scores of a pass of the windows, which the clock of the run counts."""
-        scores, self._passes = scores_of(module.sliced, input_ids), self._passes + 1
-        module.clock.step(PHASE, self._passes, max(self._passes, module.clock.left.steps(PHASE)))
+        scores, self._done = scores_of(module.sliced, input_ids), self._done + 1
+        module.clock.step(PHASE, self._done, max(self._done, module.clock.left.steps(PHASE)))
         return scores
 
     def _store(self, module: ElasticCalibration, tables: dict[Scope, Tensor]) -> None:

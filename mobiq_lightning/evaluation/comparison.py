@@ -126,11 +126,19 @@ class Comparison:
                 for seed in seeds:
                     found = control_thresholds(control, self.sizes, self.slice_bits, spent, seed, self.gains)
                     other = Arm(control, arm.target_bits, seed, found)
-                    if self._nothing_to_choose(spent):
-                        other.perplexity, other.kl, other.used, other.known = arm.perplexity, arm.kl, arm.used, True
+                    same = arm if self._nothing_to_choose(spent) else self._same_layers(other)
+                    if same is not None:
+                        other.perplexity, other.kl, other.used, other.known = same.perplexity, same.kl, same.used, True
                     else:
                         self._prepare(other)
                     self.second.append(other)
+
+    def _same_layers(self, arm: Arm) -> Arm | None:
+        """An arm that gives every layer the depth that this one gives it, such as best layers at a depth of the slices."""
+        assert arm.thresholds is not None
+        kinds = ("static", "layers")
+        others = [other for other in self.second if other.allocation in kinds and arm.allocation in kinds]
+        return next((other for other in others if torch.equal(other.thresholds, arm.thresholds)), None)  # type: ignore[arg-type]
 
     def _nothing_to_choose(self, spent: Sequence[float]) -> bool:
         """Whether all tokens read the base slice alone, or all slices, so that every allocation reads the same weights."""

@@ -29,10 +29,10 @@ from .open_experts import experts_of as experts_of
 from .open_experts import read_share as read_share
 from .reading import FixedSlices as FixedSlices
 from .routed_input import BUDGET_STEP as BUDGET_STEP
-from .routed_input import RUN_STEP as RUN_STEP
 from .routed_input import ReadState as ReadState
 from .routed_input import RoutedInput as RoutedInput
 from .routed_input import held_slices as held_slices
+from .routed_input import run_budgets as run_budgets
 from .shared_input import make_shared_input as make_shared_input
 from .sliced_linear import SlicedLinear as SlicedLinear
 from .sliced_linear import keeping_weights as keeping_weights

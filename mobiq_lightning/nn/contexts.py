@@ -90,9 +90,15 @@ def fixed_depth(inputs: Sequence[RoutedInput], bits: int) -> AbstractContextMana
     return read_as(inputs, [FixedSlices(routed.depths.index(bits) + 1) for routed in inputs])
 
 
-def meet_budget(inputs: Sequence[RoutedInput], bits: float) -> AbstractContextManager[None]:
-    """Context in which each input takes a quantile of its scores as threshold, so that its average is `bits`."""
-    return read_as(inputs, [Routed(MeetBudget(bits))] * len(inputs))
+def meet_budget(inputs: Sequence[RoutedInput], bits: float, together: bool = False) -> AbstractContextManager[None]:
+    """Context in which each input takes a quantile of its scores as threshold, so that its average is `bits`.
+
+    Args:
+        inputs: Routed inputs of a model.
+        bits: Average bits per weight.
+        together: Whether scores are those of all processes that train together; each must then run the inputs.
+    """
+    return read_as(inputs, [Routed(MeetBudget(bits, together))] * len(inputs))
 
 
 def common_threshold(

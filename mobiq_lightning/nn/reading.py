@@ -41,9 +41,11 @@ class MeetBudget:
 
     Args:
         bits: Average bits per weight.
+        together: Whether the tokens at hand are those of all processes that train together, each on its part of a batch.
     """
 
     bits: float
+    together: bool = False
 
 
 @dataclass(frozen=True, eq=False)

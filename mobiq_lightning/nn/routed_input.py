@@ -15,6 +15,7 @@ from mobiq_lightning.nn.reading import CommonThreshold, MeetBudget, Reading, Rou
 from mobiq_lightning.packing import BUDGETS, THRESHOLDS, depths_of
 from mobiq_lightning.strategies.base import Router
 from mobiq_lightning.strategies.thresholds import prefix_scores, threshold_for_budget, with_budget_gradient
+from mobiq_lightning.strategies.together import gathered
 from mobiq_lightning.strategies.transform_base import InputTransform
 from mobiq_lightning.tensor_memo import TensorMemo
 
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 BUDGET_STEP = 0.0625
 """Distance in bits between the budgets whose thresholds a calibration finds."""
 RUN_STEP = 0.25
-"""Distance in bits between the budgets at which a calibration runs the model for that, and looks at routers."""
+"""Distance between the budgets at which a calibration runs the model for that, and looks at routers, in bits of a slice of one
+bit: between two depths there are as many runs however wide the slice is."""
 
 
 def held_slices(slice_bits: tuple[int, ...], max_bits: int | None) -> tuple[int, ...]:
@@ -43,6 +45,13 @@ def held_slices(slice_bits: tuple[int, ...], max_bits: int | None) -> tuple[int,
     if max_bits not in depths:
         raise BitsError(f"max_bits ({max_bits:g}) is no prefix of the slices; give one of {list(depths)}")
     return slice_bits[: depths.index(max_bits) + 1]
+
+
+def run_budgets(slice_bits: tuple[int, ...]) -> list[float]:
+    """Budgets in bits, ascending, at which a calibration runs the model to find thresholds, and looks at routers."""
+    between = [part * RUN_STEP for part in range(round(1 / RUN_STEP))]
+    below = zip(depths_of(slice_bits), slice_bits[1:], strict=False)
+    return [depth + part * bits for depth, bits in below for part in between] + [float(sum(slice_bits))]
 
 
 def without_casts(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -134,9 +143,9 @@ class RoutedInput(nn.Module):
 
     @property
     def run_columns(self) -> list[int]:
-        """Columns of the tables for budgets that are `RUN_STEP` apart, and the last one."""
-        last = len(self.budgets) - 1
-        return sorted({*range(0, last, max(1, round(RUN_STEP / self.budget_step))), last})
+        """Columns of the tables for all depths and, between two of them, for budgets `RUN_STEP` of the slice apart."""
+        budgets = run_budgets(self.slice_bits)
+        return sorted({round((bits - self.slice_bits[0]) / self.budget_step) for bits in budgets})
 
     @property
     def depths(self) -> tuple[int, ...]:
@@ -234,9 +243,11 @@ class RoutedInput(nn.Module):
             opened = None if rule.opened is None else rule.opened.reshape(scores.shape)
             gates = router.gates(scores, rule.threshold, opened)
         elif isinstance(rule, MeetBudget):
-            threshold = threshold_for_budget(flat, self.slice_bits, [rule.bits])[0]
+            pooled = gathered(flat) if rule.together else flat
+            threshold = threshold_for_budget(pooled, self.slice_bits, [rule.bits])[0]
             if trained:
-                threshold = with_budget_gradient(threshold, flat, self.slice_bits, router.temperature)
+                arguments = (self.slice_bits, router.temperature)
+                threshold = with_budget_gradient(threshold, flat, *arguments, together=rule.together)
             gates = router.gates(scores, threshold)
         else:
             gates = router.gates(scores, self._threshold_of_rows(router, x) if self.state.per_row else router.threshold)

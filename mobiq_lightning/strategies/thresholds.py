@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mobiq_lightning.strategies.together import summed
+
 Scope = Literal["layer", "global"]
 """Whether each input meets the budget by itself, or all inputs together under one threshold."""
 
@@ -88,7 +90,12 @@ def threshold_for_budget(
 
 
 def with_budget_gradient(
-    threshold: Tensor, scores: Tensor, slice_bits: Sequence[int], temperature: float, weights: Tensor | None = None
+    threshold: Tensor,
+    scores: Tensor,
+    slice_bits: Sequence[int],
+    temperature: float,
+    weights: Tensor | None = None,
+    together: bool = False,
 ) -> Tensor:
     """Gives a threshold the gradient that it has because the budget stays met when scores move.
 
@@ -103,6 +110,7 @@ def with_budget_gradient(
         slice_bits: Bits of the S slices.
         temperature: Width of the gates' sigmoid.
         weights: (N,) weight of each token in the average, by default all alike.
+        together: Whether the budget is that of the tokens of all processes that train together.
 
     Returns:
         The threshold, a scalar with that gradient.
@@ -112,7 +120,9 @@ def with_budget_gradient(
     weight = bits * soft * (1 - soft)
     if weights is not None:
         weight = weight * weights.unsqueeze(-1)
-    mean = (weight * scores).sum() / weight.sum().clamp_min(1e-12)
+    sums = torch.stack([(weight * scores).sum(), weight.sum()])
+    total, weights_of_all = (summed(sums) if together else sums).unbind()
+    mean = total / weights_of_all.clamp_min(1e-12)
     return threshold + mean - mean.detach()
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,16 +14,20 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from mobiq_lightning.calibration.guarding import CollapsedRouter, DepthShare, Measured, ProbeReading, WorseBlock
+from mobiq_lightning.calibration.guarding import CollapsedRouter, DepthShare, Measured, Probe, ProbeReading, WorseBlock
 from mobiq_lightning.calibration.guarding.outlier_weight import outlier_ratio
+from mobiq_lightning.calibration.sliced_source import SlicedSource
 from mobiq_lightning.callbacks import Guards
+from mobiq_lightning.callbacks.guards import ends_quarter
 from mobiq_lightning.cli import main
 from mobiq_lightning.comparison.results import noticed_by_guards
 from mobiq_lightning.errors import RecipeError
+from mobiq_lightning.nn import BlockLayout
 from mobiq_lightning.runs import GuardEvent, sentence
-from mobiq_lightning.strategies import ResidualSlices, Router
+from mobiq_lightning.sources import load_source
+from mobiq_lightning.strategies import MLPRouter, NoTransform, ResidualSlices, Router
 from tests.checkpoints import tensors_of
 from tests.conftest import Run
 
@@ -197,6 +203,33 @@ def test_an_exploding_probe_is_noticed_at_the_first_block(
             ("exploding_probe", block, "repair") for block in (0, 1)
         }
         assert {e["value"] for e in events} == {None}
+
+
+def test_the_way_through_all_blocks_is_taken_at_four_of_many_and_where_a_block_drifts_from_full_precision(
+    make_model: Callable[..., Path],
+) -> None:
+    ends = lambda count: [block for block in range(count) if ends_quarter(block, count)]
+    assert (ends(2), ends(4), ends(30)) == ([0, 1], [0, 1, 2, 3], [7, 14, 22, 29])
+    sliced = SlicedSource(
+        load_source(str(make_model())),
+        BlockLayout(),
+        nn.ModuleList(),
+        slices=partial(ResidualSlices, group_size=16),
+        router=MLPRouter,
+        transform=NoTransform(),
+        share_routers="input",
+    )
+    sliced.slice_blocks()
+    sliced.make_caller(torch.device("cpu"), ())
+    probe = Probe(sliced, torch.arange(3, 35)[None], (2, 8), batch_size=1)
+    alike = probe.measure_block(others_sliced=False, model=None)  # what is calibrated begins as what is rounded
+    assert (len(alike.error), alike.perplexity, alike.kl) == (4, {}, {})
+    assert len(probe.measure_block(others_sliced=False, model=True).perplexity) == 4
+    for linear in sliced.block_at(0).sliced_linears():
+        linear.scheme.low_clip.data.fill_(5.0)  # type: ignore[union-attr, operator]
+    worse = probe.measure_block(others_sliced=False, model=None)
+    assert len(worse.perplexity) == 4
+    assert probe.measure_block(others_sliced=False, model=False).perplexity == {}
 
 
 class ConstantRouter(Router):

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 import mobiq_lightning
 from mobiq_lightning.calibration import KeptGains, gradient_gains
 from mobiq_lightning.calibration.block_caller import BlockCaller
-from mobiq_lightning.calibration.planning import gains as planned
+from mobiq_lightning.calibration.planning import beside
 from mobiq_lightning.callbacks import layer_gains as callback
 from mobiq_lightning.cli import main
 from mobiq_lightning.errors import MobiqError, RecipeError
@@ -251,7 +251,7 @@ def test_a_model_that_does_not_fit_is_said_and_compared_without_best_layers(
 def test_where_probes_cost_more_than_a_tenth_of_the_calibration_gradients_choose_and_it_is_said(
     recipe_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(planned, "LITTLE", 0.0)
+    monkeypatch.setattr(beside, "LITTLE", 0.0)
     assert main(["fit", *recipe_arguments, *FAST]) == 0
     kept = json.loads((tmp_path / "run" / "layer_gains.json").read_text())
     assert set(kept["rows"][0]) == {"input", "weights", "slice", "bits", "gradients"}

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 Kind = Literal["calibrated", "rounded"]
 Streams = dict[tuple[Kind, int], Tensor]
+_DRIFT = 0.05
+"""The part of the rounded error at the lowest depth by which blocks may be farther from full precision than rounded ones."""
 
 
 @dataclass
@@ -37,9 +39,9 @@ class Measured:
 
     Args:
         error: Relative squared error of the block's output, of its spread; empty if the whole model was measured.
-        perplexity: Perplexity of the whole model.
-        kl: KL divergence of the whole model from the full-precision model, nats per token.
-        full_perplexity: Perplexity of the full-precision model.
+        perplexity: Perplexity of the whole model; empty if the block alone was measured.
+        kl: KL divergence of the whole model from the full-precision model, nats per token; empty if the block alone was.
+        full_perplexity: Perplexity of the full-precision model; NaN if the block alone was measured.
     """
 
     error: dict[tuple[Kind, int], float] = field(default_factory=dict)
@@ -80,7 +82,7 @@ class Probe:
             self.full, self.streams, self._passed = full, {**calibrated, **rounded}, None
             self.block += 1
 
-    def measure_block(self, others_sliced: bool) -> Measured:
+    def measure_block(self, others_sliced: bool, model: bool | None = True) -> Measured:
         """The block in front of which the windows are, and the model with it.
 
         The block is measured on the inputs that the calibrated blocks before it give at the same depth, against the output of
@@ -88,6 +90,8 @@ class Probe:
 
         Args:
             others_sliced: Whether the blocks behind it are calibrated already; else they are in full precision.
+            model: Whether the model is measured; by None if what comes out of the block is, at some depth, farther from full
+                precision than what comes out of the rounded blocks. The way through all later blocks is what costs.
         """
         block, found = self.block, Measured()
         target = self._target(block, self.full)
@@ -97,6 +101,12 @@ class Probe:
         for depth in self.depths:
             found.error["calibrated", depth] = float(relative_error(outputs["calibrated", depth], target))
             found.error["rounded", depth] = float(relative_error(same_inputs[depth], target))
+        if model is None:
+            rounds = {depth: float(relative_error(rounded["rounded", depth], target)) for depth in self.depths}
+            slack = _DRIFT * rounds[min(rounds)]
+            model = not all(found.error["calibrated", depth] <= rounds[depth] + slack for depth in self.depths)
+        if not model:
+            return found
         for later in range(block + 1, len(self.sliced.blocks)):
             target = self._target(later, target)
             if others_sliced:

@@ -1,10 +1,11 @@
 # What others may use of this package; `__init__.py` loads it when it is asked for.
+from .beside import GainsPlan as GainsPlan
+from .beside import gradient_steps as gradient_steps
+from .beside import head_steps as head_steps
+from .beside import plan_gains as plan_gains
+from .beside import probe_passes as probe_passes
+from .beside import threshold_windows as threshold_windows
 from .disk import bytes_on_disk as bytes_on_disk
-from .gains import GainsPlan as GainsPlan
-from .gains import gradient_steps as gradient_steps
-from .gains import head_steps as head_steps
-from .gains import plan_gains as plan_gains
-from .gains import probe_passes as probe_passes
 from .memory import PhaseMemory as PhaseMemory
 from .memory import measuring_need as measuring_need
 from .memory import memory_of_phases as memory_of_phases

@@ -184,7 +184,7 @@ def plan_run(
         ]
     own = [phase for found in doing for phase in found]
     phases += sorted((phase for phase in own if phase.kind != FIXED), key=lambda phase: phase.late)
-    phases += comparison_phases(module, text, world_size, times)
+    phases += comparison_phases(module, text, world_size, times, sizes.slice_bits)
     phases += [phase for phase in own if phase.kind == FIXED]
     disk = bytes_on_disk(sizes, module, text)
     return RunPlan(sizes, memory, free, disk, _free(folder), phases, unmeasured, times)

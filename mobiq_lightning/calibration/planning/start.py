@@ -32,6 +32,7 @@ def begin_clock(module: ElasticCalibration) -> None:
 def begin_comparison_clock(module: ElasticCalibration) -> None:
     """Starts the clock of a comparison alone."""
     if not module.clock.left.phases:
-        times = guessed_times(module.sizes, module, module.text)
-        module.clock.left = TimeLeft(comparison_phases(module, module.text, module.trainer.world_size, times))
+        sizes, world = module.sizes, module.trainer.world_size
+        times = guessed_times(sizes, module, module.text)
+        module.clock.left = TimeLeft(comparison_phases(module, module.text, world, times, sizes.slice_bits))
         module.clock.restart()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mobiq_lightning.calibration.planning.memory import n_streams, rows_at_once
@@ -75,7 +76,9 @@ def stage_name(number: int) -> str:
     return f"stage {number + 1}"
 
 
-def comparison_phases(module: ElasticCalibration, text: TextWindows, world_size: int, times: StepTimes) -> list[Phase]:
+def comparison_phases(
+    module: ElasticCalibration, text: TextWindows, world_size: int, times: StepTimes, slice_bits: Sequence[int]
+) -> list[Phase]:
     """Both passes of the comparison, a step for every batch.
 
     Args:
@@ -83,12 +86,14 @@ def comparison_phases(module: ElasticCalibration, text: TextWindows, world_size:
         text: Has the evaluation windows, read or not.
         world_size: Processes that share them.
         times: What steps take.
+        slice_bits: Bits of the slices: at the lowest and the highest depth controls read what the router reads.
     """
     batches, of_pass = text.n_eval_batches(world_size), text.eval_fill * times.compared
     budgets = len(module.eval_bits)
     once = sum(1 for control in CONTROLS if control in ("static", "layers"))
     first = 1 + len(RTN_BITS) + budgets
-    second = 1 + budgets * (once + (len(CONTROLS) - once) * len(module.random_seeds))
+    mixed = sum(1 for bits in module.eval_bits if slice_bits[0] < bits < sum(slice_bits))
+    second = 1 + mixed * (once + (len(CONTROLS) - once) * len(module.random_seeds))
     return [
         Phase(ROUTER_PASS, "comparison", batches, first * of_pass),
         Phase(CONTROL_PASS, "comparison", batches, second * of_pass),

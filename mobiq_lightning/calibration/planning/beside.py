@@ -1,4 +1,4 @@
-"""How layer gains are measured: by what it takes beside the calibration, which follows from sizes and counts of tokens alone."""
+"""What is measured beside a calibration: a small part of its work, which follows from sizes and counts of tokens alone."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from mobiq_lightning.sources import TextWindows
 
 SHARE = 0.1
-"""The part of the calibration's work that layer gains may take where the recipe does not say how they are measured."""
+"""The part of the calibration's work that layer gains, and thresholds, may take where the recipe does not say how."""
 LITTLE = 1e11
-"""Products and sums that nobody waits for: a few seconds on any machine. Layer gains may take so many in any case."""
+"""Products and sums that nobody waits for: a few seconds on any machine. Either may take so many in any case."""
+LEAST_TOKENS, LEAST_WINDOWS = 2048, 4
+"""Tokens and windows on which thresholds are tuned in any case, as far as there are so many."""
 _WAY_BACK = 8
 """Products and sums of squared gradients for each weight and token: on the way there, once more, and twice as many back."""
 _OF_A_CODE = 40
@@ -78,6 +80,24 @@ def plan_gains(
     if taken < windows:
         why += f", and {windows} windows {_figure((codes + _WAY_BACK * _whole(sizes) * tokens) / work)}"
     return GainsPlan(("gradients",), taken, why)
+
+
+def threshold_windows(
+    module: ElasticCalibration, sizes: ModelSizes, text: TextWindows, windows: int, passes: int
+) -> int:
+    """Calibration windows on which thresholds are tuned: as many as asked for, or what the calibration's work allows.
+
+    Args:
+        module: Has the stages of the calibration.
+        sizes: Sizes of the model.
+        text: Its calibration windows.
+        windows: Windows at most.
+        passes: Passes of each window through all blocks.
+    """
+    windows = min(windows, text.n_windows)
+    allowed = max(SHARE * calibration_work(sizes, module, text), LITTLE)
+    least = max(LEAST_WINDOWS, math.ceil(LEAST_TOKENS / text.seq_len))
+    return min(windows, max(least, int(allowed // (2 * passes * sizes.sliced * text.seq_len))))
 
 
 def probe_passes(sizes: ModelSizes) -> int:

@@ -1,0 +1,31 @@
+"""What processes that train together, each on its part of a batch, must know of each other."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def n_processes() -> int:
+    """Processes that train together; 1 if there is but this one."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if distributed else 1
+
+
+def gathered(values: Tensor) -> Tensor:
+    """Values (N, ...) of all processes one after the other, without gradients; every process must give as many."""
+    if n_processes() == 1:
+        return values.detach()
+    found = [torch.empty_like(values) for _ in range(n_processes())]
+    torch.distributed.all_gather(found, values.detach().contiguous())
+    return torch.cat(found)
+
+
+def summed(value: Tensor) -> Tensor:
+    """The sum of a value over all processes, each of which gets the gradient of what all of them make of it."""
+    if n_processes() == 1:
+        return value
+    from torch.distributed.nn.functional import all_reduce
+
+    total: Tensor = all_reduce(value)
+    return total

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mobiq_lightning.calibration.block_check import check_blocks
 from mobiq_lightning.calibration.comparison_of_run import comparison_of_run
-from mobiq_lightning.calibration.fit_checks import check_plugins, check_strategy
+from mobiq_lightning.calibration.fit_checks import check_plugins, check_resumed, check_strategy
 from mobiq_lightning.calibration.hidden_states import HiddenStates, Storage
 from mobiq_lightning.calibration.non_finite import describe_non_finite
 from mobiq_lightning.calibration.planning import ModelSizes, RunClock, TimeLeft, sizes_of
@@ -164,9 +164,11 @@ class ElasticCalibration(LightningModule):
                 transform=self.transform,
                 share_routers=self.share_routers,
             )
-        read_text(self, stage)
-        if stage == "fit" and len(self.blocks) == 0:
+        begins = stage == "fit" and len(self.blocks) == 0
+        if begins:
             check_blocks(self.sliced.source.model, list(self.sliced.decoder))
+        read_text(self, stage)
+        if begins:
             self.sliced.slice_blocks()
             self.schedule = Schedule(self.stages, self.epochs_per_block, len(self.blocks))
             # DDP's buckets cannot follow sizes that change in training; `on_after_backward` averages their gradients.
@@ -177,7 +179,8 @@ class ElasticCalibration(LightningModule):
         checkpoint["calibration"] = self.record.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores the record of the calibration from a training checkpoint."""
+        """Restores the record of the calibration from a training checkpoint; one without the experts of the model is refused."""
+        check_resumed(checkpoint["state_dict"], self.state_dict(), self.run_folder)
         self.record.load_state_dict(checkpoint["calibration"])
 
     # ------------------------------------------------------------------ inputs of blocks

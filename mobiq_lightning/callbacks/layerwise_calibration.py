@@ -6,7 +6,6 @@ import shutil
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -28,6 +27,7 @@ from mobiq_lightning.errors import MobiqError
 from mobiq_lightning.runs import IDENTITY, RunFolder, check_identity
 from mobiq_lightning.sources import former_fingerprint
 from mobiq_lightning.strategies.base import SliceScheme
+from mobiq_lightning.strategies.together import gathered
 
 
 class LayerwiseCalibration(CalibrationCallback):
@@ -115,7 +115,7 @@ class LayerwiseCalibration(CalibrationCallback):
         if trainer.world_size > 1:
             learned = [p for block in module.blocks_in_training() for p in block.parameters()]
             values = [p.detach().double().sum() for p in learned]
-            sums: Any = module.all_gather(torch.stack(values))
+            sums = gathered(torch.stack(values)[None])
             if not torch.equal(sums, sums[:1].expand_as(sums)):
                 place = "the whole model" if module.block_index is None else f"block {module.block_index + 1}"
                 raise MobiqError(

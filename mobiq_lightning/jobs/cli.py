@@ -254,7 +254,8 @@ class ElasticCLI(LightningCLI):
         """
         if self.trainer.world_size > 1:
             raise MobiqError(
-                f"{error}\nFinished blocks are kept: run the same command on one device to retry."
+                f"{error}\nFinished blocks are kept. One process would try again at lower rates; several cannot. Lower "
+                "model.rates (ranges, codes, routers) and start again with --overwrite, or start on one device"
             ) from error
         retry = self.run_folder.retries.note(error.block)
         place = "the whole model" if error.block is None else f"block {error.block + 1}"

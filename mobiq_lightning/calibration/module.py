@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from mobiq_lightning.calibration.checkpoint_parts import AT_REST, at_rest
 from mobiq_lightning.calibration.comparison_of_run import comparison_of_run
 from mobiq_lightning.calibration.fit_checks import check_plugins, check_strategy
 from mobiq_lightning.calibration.hidden_states import HiddenStates, Storage
@@ -169,8 +170,9 @@ class ElasticCalibration(LightningModule):
             self._ddp_params_and_buffers_to_ignore = [f"blocks.{name}" for name in self.sliced.resized_tensors()]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the record of the calibration in a training checkpoint."""
+        """Keeps the record of the calibration in a training checkpoint, and says what of it does not change at present."""
         checkpoint["calibration"] = self.record.state_dict()
+        checkpoint[AT_REST] = at_rest(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores the record of the calibration from a training checkpoint."""

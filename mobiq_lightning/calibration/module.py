@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from mobiq_lightning.calibration.block_check import check_blocks
+from mobiq_lightning.calibration.checkpoint_parts import AT_REST, at_rest
 from mobiq_lightning.calibration.comparison_of_run import comparison_of_run
 from mobiq_lightning.calibration.fit_checks import check_plugins, check_processes, check_resumed, check_strategy
 from mobiq_lightning.calibration.hidden_states import HiddenStates, Storage
@@ -175,9 +176,10 @@ class ElasticCalibration(LightningModule):
             self._ddp_params_and_buffers_to_ignore = [f"blocks.{name}" for name in self.sliced.resized_tensors()]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the record of the calibration in a training checkpoint, and how many processes share a step."""
+        """Keeps the record of the calibration and how many processes share a step; says what does not change at present."""
         checkpoint["calibration"] = self.record.state_dict()
         checkpoint["processes"] = self.trainer.world_size
+        checkpoint[AT_REST] = at_rest(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores the record of the calibration from a training checkpoint.

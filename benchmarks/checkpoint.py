@@ -8,7 +8,6 @@ does not depend on the values. Every load runs in a process of its own.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import json
 import resource
@@ -39,6 +38,7 @@ def make_checkpoint(folder: Path) -> Path:
     model = LlamaForCausalLM(config).to(torch.bfloat16)
     model.save_pretrained(folder / "source")
     layout = BlockLayout()
+    layout.open(model)
     scheme = functools.partial(ResidualSlices, slice_bits=list(SLICE_BITS), group_size=128)
     router = functools.partial(MLPRouter, hidden_features=16)
     learned = [CalibratedBlock(b, layout.group_linears(b, "input"), scheme, router) for b in layout.find(model)]
@@ -51,7 +51,7 @@ def make_checkpoint(folder: Path) -> Path:
         slice_bits=list(SLICE_BITS),
         group_size=128,
         router=describe_factory(router),
-        layout=dataclasses.asdict(layout),
+        layout=layout.to_stored(model),
         budget_step=BUDGET_STEP,
     )
     CheckpointWriter(source, layout, folder / "elastic").finish(learned, stored, {})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +46,7 @@ def generate(model: Any, ids: torch.Tensor = IDS, **settings: Any) -> torch.Tens
 def write_checkpoint(model: Path, to: Path) -> Path:
     """Slices a source model without calibration and writes the checkpoint; its tokens read different depths."""
     layout, source = BlockLayout(), load_source(str(model))
+    layout.open(source.model)
     scheme = functools.partial(ResidualSlices, slice_bits=[2, 1, 1, 2, 2], group_size=16)
     router = functools.partial(MLPRouter, hidden_features=4)
     with torch.random.fork_rng():
@@ -62,7 +62,7 @@ def write_checkpoint(model: Path, to: Path) -> Path:
         slice_bits=[2, 1, 1, 2, 2],
         group_size=16,
         router=describe_factory(router),
-        layout=asdict(layout),
+        layout=layout.to_stored(source.model),
         budget_step=BUDGET_STEP,
     )
     CheckpointWriter(source, layout, to).finish(blocks, stored, {})

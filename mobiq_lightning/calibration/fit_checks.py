@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
 
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 
 from mobiq_lightning.calibration.schedule import Stage, stage_problems
-from mobiq_lightning.errors import RecipeError
+from mobiq_lightning.errors import RecipeError, RunFolderError
 from mobiq_lightning.nn import RouterFactory, SliceFactory
 from mobiq_lightning.strategies import TrainableCodes
 from mobiq_lightning.strategies.base import BudgetSchedule, Objective
@@ -88,6 +89,47 @@ def _transform_problems(transform: Transform) -> Iterator[str]:
         yield (
             f"model.transform: {type(transform).__name__} must keep the arguments of its __init__ as attributes of the same "
             f"names, and they must be plain values, so that a checkpoint can record them ({error})"
+        )
+
+
+def check_resumed(stored: Collection[str], own: Collection[str], folder: Path) -> None:
+    """Refuses a training checkpoint from before experts were sliced.
+
+    Args:
+        stored: Names of the tensors that it holds.
+        own: Names of the tensors of this calibration.
+        folder: The run folder.
+
+    Raises:
+        RunFolderError: Saying how to begin anew.
+    """
+    experts = {name for name in own if ".schemes." in name and "experts-0-" in name}
+    blocks = {name.partition(".schemes.")[0] for name in experts}
+    lacking = [b for b in blocks if any(n.startswith(f"{b}.schemes.") for n in stored) and experts.isdisjoint(stored)]
+    if lacking:
+        raise RunFolderError(
+            f"{folder} was begun by a version that left experts in full precision, which are sliced now; begin it anew with "
+            "--overwrite, or in another trainer.default_root_dir"
+        )
+
+
+def check_processes(then: int, now: int, batch_size: int, folder: Path) -> None:
+    """Refuses to go on with another number of processes: a step would be of other windows.
+
+    Args:
+        then: Processes that shared a step when the training checkpoint was written.
+        now: Processes that share one now.
+        batch_size: Windows of a process in a step.
+        folder: The run folder.
+
+    Raises:
+        RunFolderError: Saying how to go on.
+    """
+    if then != now:
+        raise RunFolderError(
+            f"{folder} holds a run of {then} processes, and this one has {now}: a step would be of {now * batch_size} windows "
+            f"in place of {then * batch_size}. Give --trainer.devices (times trainer.num_nodes) {then}, or another "
+            "trainer.default_root_dir, or --overwrite"
         )
 
 

@@ -12,8 +12,9 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from mobiq_lightning.calibration.block_check import check_blocks
+from mobiq_lightning.calibration.checkpoint_parts import AT_REST, at_rest
 from mobiq_lightning.calibration.comparison_of_run import comparison_of_run
-from mobiq_lightning.calibration.fit_checks import check_plugins, check_strategy
+from mobiq_lightning.calibration.fit_checks import check_plugins, check_processes, check_resumed, check_strategy
 from mobiq_lightning.calibration.hidden_states import HiddenStates, Storage
 from mobiq_lightning.calibration.non_finite import describe_non_finite
 from mobiq_lightning.calibration.planning import ModelSizes, RunClock, TimeLeft, sizes_of
@@ -24,7 +25,7 @@ from mobiq_lightning.calibration.sliced_source import SlicedSource
 from mobiq_lightning.calibration.stage_training import keep_bounds, keep_gradients, objective_on, unchanged_weights
 from mobiq_lightning.calibration.streams import read_full, streams_of
 from mobiq_lightning.calibration.text_of_run import read_text, text_of
-from mobiq_lightning.errors import NonFiniteError, RunFolderError
+from mobiq_lightning.errors import NonFiniteError
 from mobiq_lightning.evaluation import Comparison
 from mobiq_lightning.nn import BlockLayout, CalibratedBlock, RouterFactory, Share, SliceFactory
 from mobiq_lightning.runs import HIDDEN_STATES, SharedWork
@@ -164,32 +165,31 @@ class ElasticCalibration(LightningModule):
                 transform=self.transform,
                 share_routers=self.share_routers,
             )
-        read_text(self, stage)
-        if stage == "fit" and len(self.blocks) == 0:
+        begins = stage == "fit" and len(self.blocks) == 0
+        if begins:
             check_blocks(self.sliced.source.model, list(self.sliced.decoder))
+        read_text(self, stage)
+        if begins:
             self.sliced.slice_blocks()
             self.schedule = Schedule(self.stages, self.epochs_per_block, len(self.blocks))
             # DDP's buckets cannot follow sizes that change in training; `on_after_backward` averages their gradients.
             self._ddp_params_and_buffers_to_ignore = [f"blocks.{name}" for name in self.sliced.resized_tensors()]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the record of the calibration in a training checkpoint, and how many processes share a step."""
+        """Keeps the record of the calibration and how many processes share a step; says what does not change at present."""
         checkpoint["calibration"] = self.record.state_dict()
         checkpoint["processes"] = self.trainer.world_size
+        checkpoint[AT_REST] = at_rest(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores the record of the calibration from a training checkpoint.
 
         Raises:
-            RunFolderError: If more or fewer processes shared a step then, so that steps were of other windows.
+            RunFolderError: If it is from before experts were sliced, or more or fewer processes shared a step then.
         """
+        check_resumed(checkpoint["state_dict"], self.state_dict(), self.run_folder)
         now = self.trainer.world_size
-        if (then := checkpoint.get("processes", now)) != now:  # earlier versions have not kept it
-            raise RunFolderError(
-                f"{self.run_folder} holds a run of {then} processes, and this one has {now}: a step would be of "
-                f"{now * self.text.batch_size} windows in place of {then * self.text.batch_size}. Give --trainer.devices (times "
-                f"trainer.num_nodes) {then}, or another trainer.default_root_dir, or --overwrite"
-            )
+        check_processes(checkpoint.get("processes", now), now, self.text.batch_size, self.run_folder)
         self.record.load_state_dict(checkpoint["calibration"])
 
     # ------------------------------------------------------------------ inputs of blocks

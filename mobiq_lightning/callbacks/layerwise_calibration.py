@@ -23,6 +23,7 @@ from mobiq_lightning.calibration import (
 from mobiq_lightning.callbacks.base import CalibrationCallback
 from mobiq_lightning.callbacks.cut_short import check_epoch_is_whole
 from mobiq_lightning.console import say
+from mobiq_lightning.environment import give_back_memory
 from mobiq_lightning.errors import MobiqError
 from mobiq_lightning.runs import IDENTITY, RunFolder, check_identity
 from mobiq_lightning.sources import former_fingerprint
@@ -92,6 +93,7 @@ class LayerwiseCalibration(CalibrationCallback):
                 say(f"Resuming: passing the calibration windows through {segment.block} finished blocks.")
             module.hidden.advance(segment.block)
             _forget(module, segment.block)
+            give_back_memory()
         module.sliced.caller.bring(segment.block)
 
     def on_exception(self, trainer: Trainer, module: ElasticCalibration, exception: BaseException) -> None:
@@ -102,6 +104,7 @@ class LayerwiseCalibration(CalibrationCallback):
         """Ends a sweep or a model stage: tables and frozen weights leave the device."""
         module.end_hidden_states()
         _forget(module, len(module.blocks))
+        give_back_memory()
 
     def on_train_epoch_end(self, trainer: Trainer, module: ElasticCalibration) -> None:
         """At the end of a block, shows routers its final weights, and makes sure that all processes learned the same."""

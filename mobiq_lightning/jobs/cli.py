@@ -240,8 +240,7 @@ class ElasticCLI(LightningCLI):
         checkpoint, damaged = self.run_folder.training.newest(can_be_read)
         for path in damaged:
             say(f"{path.name} is damaged, was not finished, or is not safe to load; it is not used.")
-            path.unlink(missing_ok=True)
-            path.with_suffix(".sha256").unlink(missing_ok=True)
+            self.run_folder.training.remove(path)
         if checkpoint is not None:
             say(f"Resuming from {checkpoint.name} in {self.run_folder.path}.")
         return checkpoint

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mobiq_lightning.calibration.apply_transform import check_experts
-from mobiq_lightning.nn import Learned
+from mobiq_lightning.nn import Learned, experts_of
 from mobiq_lightning.packing import n_groups
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def _sizes_of(model: Any, module: ElasticCalibration) -> ModelSizes:
                 learned["ranges"] += _numbers(scheme)
                 columns = getattr(scheme, "group_size", None)
                 if columns is not None and columns < shape[1] and shape[1] % columns:
-                    uneven.setdefault(name, (shape[1], shape[1] % columns))
+                    uneven.setdefault(_of_all(block, name), (shape[1], shape[1] % columns))
             inputs.append(of_input)
             learned["routers"] += plugins.of_router(width, len(scheme.slice_bits))
             learned["transforms"] += plugins.of_transform(width)
@@ -195,6 +195,12 @@ def groups_of(sizes: ModelSizes) -> int:
     """Groups of all sliced linears, each of which stores a scale and a bias."""
     columns = sizes.group_size or 2**31
     return sum(count * o * n_groups(i, min(columns, i)) for (o, i), count in sizes.shapes.items())
+
+
+def _of_all(block: nn.Module, name: str) -> str:
+    """Name of a linear; one name for those of all experts of a block."""
+    experts = experts_of(block, name)
+    return name if experts is None else f"{experts}.*.{name.rpartition('.')[2]}"
 
 
 def _numbers(module: nn.Module) -> int:

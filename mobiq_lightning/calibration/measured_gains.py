@@ -71,7 +71,7 @@ def probe_gains(module: ElasticCalibration, found: MeasuredGains) -> None:
             with unchanged_weights(module, module.sliced.calibrated_blocks()):
                 how = (found.reference_bits, found.batch_size, kept.tensors, kept.save)
                 gains = token_gains(model, inputs, own, *how).unflatten(-1, own.shape)
-                found.tokens = gather_windows(module, gains, len(ids), -2).flatten(-2)
+                found.tokens = gather_windows(module, [gains], len(ids), -2)[0].flatten(-2)
             found.views = _views(module, found, ids)
     found.gains["probes"] = found.tokens.double().mean(-1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -21,22 +22,24 @@ def share_of_windows(module: ElasticCalibration, windows: Tensor) -> Tensor:
     return windows[module.trainer.global_rank :: world] if _shared(module, len(windows)) else windows
 
 
-def gather_windows(module: ElasticCalibration, own: Tensor, n_windows: int, dim: int) -> Tensor:
-    """What the processes have made of their shares, put together in the order of all windows, on the host.
+def gather_windows(module: ElasticCalibration, own: Sequence[Tensor], n_windows: int, dim: int) -> list[Tensor]:
+    """What the processes have made of their shares, put together in the order of all windows.
 
     Args:
         module: The calibration.
-        own: What this process has made of its share, with its windows along `dim`.
+        own: What this process has made of its share: tensors with its windows along `dim`.
         n_windows: Windows of all processes.
         dim: The dimension of the windows.
+
+    Returns:
+        The same tensors with all windows along `dim`: on the host, unless there is but one process.
     """
     world = module.trainer.world_size
     if world == 1 or not _shared(module, n_windows):
-        return own.cpu()
-    found: list[Tensor] = [own] * world
-    torch.distributed.all_gather_object(found, own.cpu())
-    order = torch.cat([torch.arange(rank, n_windows, world) for rank in range(world)])
-    return torch.cat(found, dim).index_select(dim, order.argsort())
+        return list(own)
+    found = everywhere([tensor.cpu() for tensor in own])
+    order = torch.cat([torch.arange(rank, n_windows, world) for rank in range(world)]).argsort()
+    return [torch.cat(parts, dim).index_select(dim, order) for parts in zip(*found, strict=True)]
 
 
 def summed_over_ranks(module: ElasticCalibration, own: Tensor, n_windows: int) -> Tensor:

@@ -116,8 +116,8 @@ class ThresholdTuning(CalibrationCallback):
             own = share_of_windows(module, input_ids)
             for column in inputs[0].run_columns:
                 dial.set_bits(budgets[column], scope)
-                found = torch.stack(self._scores(module, own)).unflatten(1, own.shape)
-                yield list(gather_windows(module, found, len(input_ids), 1).flatten(1, 2))
+                found = [scores.unflatten(0, own.shape) for scores in self._scores(module, own)]
+                yield [scores.flatten(0, 1) for scores in gather_windows(module, found, len(input_ids), 0)]
 
         return _finish(module, _between(module, run(), scope, static))
 

@@ -72,6 +72,36 @@ def test_catching_computes_no_block_and_leaves_the_model_as_it_was(make_model: C
     assert not any("forward" in vars(layer) for layer in model.model.layers)
 
 
+def test_numbers_keep_the_dtype_that_the_model_has_them_in() -> None:
+    from transformers import Olmo2Config
+
+    sizes = {
+        "vocab_size": 50,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_attention_heads": 2,
+        "pad_token_id": None,
+    }
+    model = random_model(Olmo2Config(**sizes, dtype="bfloat16"), [0, 1], CPU)
+    model.model.layers[0].mlp.extra = nn.Parameter(
+        torch.ones(3), requires_grad=False
+    )  # as corrections of experts' scores are
+    ids = torch.randint(50, (2, 20))
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits
+    found, caller = logits_by_blocks(model, ids)
+    assert torch.equal(found, expected)
+    assert (
+        caller.caught.calls[0][1]["position_embeddings"][0].dtype == torch.float32
+    )  # a cosine rounded is another rotation
+    assert model.model.layers[0].mlp.extra.dtype == torch.float32
+    again = BlockCaller(model, list(model.model.layers), CPU, float32_blocks={0})
+    again.call(0, again.embed_all(ids))
+    again.release()
+    assert model.model.layers[0].mlp.extra.dtype == torch.float32
+    assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+
+
 def test_a_call_before_anything_was_embedded_says_so(make_model: Callable[..., Path]) -> None:
     model = load_source(str(make_model())).model
     with pytest.raises(RuntimeError, match="call embed first"):

@@ -42,6 +42,7 @@ class BlockCaller:
         self.dtype = next(model.parameters()).dtype
         self._caught: CaughtCalls | None = None
         self._moved: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._gives_tuple = False
         self._resident: int | None = None
         self._own_dtypes: dict[str, torch.dtype] = {}
 
@@ -97,7 +98,8 @@ class BlockCaller:
         output = self.blocks[index](
             hidden.to(self.device, dtype), *self._convert(args, dtype), **self._convert(keywords, dtype)
         )
-        result: Tensor = output[0] if isinstance(output, tuple) else output
+        self._gives_tuple = isinstance(output, tuple)
+        result: Tensor = output[0] if self._gives_tuple else output
         return result
 
     @property
@@ -116,7 +118,7 @@ class BlockCaller:
         """Within it, what the model makes of the output of its last block can be had without the blocks in front.
 
         The model is called with blocks that hand on what is given, and with what lies outside of the blocks (norm and head,
-        most of all) on the device of the blocks. `embed` must have been called before.
+        most of all) on the device of the blocks. `embed` must have been called before, and of a single block `call`.
 
         Yields:
             Token ids (B, T) and the output (B, T, H) of the last block to logits (B, T, V), on the device.
@@ -132,7 +134,8 @@ class BlockCaller:
             logits: Tensor = torch.func.functional_call(self.model, outside, (), keywords).logits
             return logits
 
-        with pass_through(self.blocks, lambda index, args, keywords: given[0], self.caught.gives_tuple):
+        gives_tuple = self._gives_tuple if len(self.blocks) == 1 else self.caught.gives_tuple
+        with pass_through(self.blocks, lambda index, args, keywords: given[0], gives_tuple):
             yield logits_of
 
     def bring(self, index: int) -> None:

@@ -127,13 +127,16 @@ class Toy(nn.Module):
         beside: Makes the second argument of blocks from embeddings (B, T, H).
         between: What is done to hidden states between blocks.
         shares: Whether blocks read what the first one was given.
+        n_blocks: Blocks.
     """
 
-    def __init__(self, beside: Any = torch.ones_like, between: Any = None, shares: bool = False) -> None:
+    def __init__(
+        self, beside: Any = torch.ones_like, between: Any = None, shares: bool = False, n_blocks: int = 2
+    ) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.embedding, self.head = nn.Embedding(11, 8), nn.Linear(8, 11)
-        self.layers = nn.ModuleList([Block(), Block()])
+        self.layers = nn.ModuleList([Block() for _ in range(n_blocks)])
         self.beside, self.between, self.shares = beside, between, shares
 
     def get_input_embeddings(self) -> nn.Module:
@@ -155,6 +158,8 @@ class Toy(nn.Module):
 def test_blocks_that_return_tuples_and_take_positional_arguments_are_called_as_the_model_does() -> None:
     model = Toy()
     check_blocks(model, list(model.layers))
+    single = Toy(n_blocks=1)
+    check_blocks(single, list(single.layers))
     caller = BlockCaller(model, list(model.layers), CPU)
     caller.embed(torch.tensor([[1, 2, 3]]))
     assert caller.caught.gives_tuple

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import platform
 import resource
 import sys
+from contextlib import suppress
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -79,6 +82,14 @@ def resident_memory() -> int:
         return pages * resource.getpagesize()
     except (OSError, ValueError, IndexError):
         return 0
+
+
+def give_back_memory() -> None:
+    """Gives memory that is in use no more back to the operating system; glibc keeps much of it for what is asked for next."""
+    gc.collect()
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def format_seconds(seconds: float) -> str:

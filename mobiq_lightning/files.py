@@ -22,8 +22,16 @@ _in_use: set[Path] = set()
 """What this process is writing just now: a killed process before it may have had the same id, as in a container."""
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object], named: Callable[[Path], str] | None = None) -> Path:
     """Lets `write` make a temporary file beside `path`, syncs it to disk and renames it to `path`.
+
+    Args:
+        path: The file.
+        write: Makes it, under the name that it is given.
+        named: Gives the name to take in place of that of `path`, of what was written, such as one with its hash.
+
+    Returns:
+        The file.
 
     Raises:
         OSError: If it cannot be written, naming `path`, also where the library that writes raises something else.
@@ -34,8 +42,10 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         sync(temporary)
-        os.replace(temporary, path)
+        written = path if named is None else path.with_name(named(temporary))
+        os.replace(temporary, written)
         sync(path.parent)
+        return written
     except Exception as error:
         failure = _write_failure(error, temporary, path)
         if failure is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import runpy
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -20,17 +21,35 @@ _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["mobiq_lightning.jobs.cli", "mobiq_lightning.calibration", "mobiq_lightning.callbacks"])
 
 
-def start(arguments: list[str], said: Path) -> BaseProcess:
+def start(arguments: list[str], said: Path, environment: Mapping[str, str] | None = None) -> BaseProcess:
     """Starts a command as ``python -m mobiq_lightning`` would.
 
     Args:
         arguments: The command and what follows it.
         said: File for what it prints.
+        environment: Variables that it has beside those of this process.
 
     Returns:
         A process that can be killed, and whose `exitcode` is that of the command.
     """
-    return _start(_command, arguments, str(said))
+    return _start(_command, arguments, str(said), dict(environment or {}))
+
+
+def start_together(arguments: list[str], folder: Path, count: int) -> list[BaseProcess]:
+    """Starts a command in several processes that share it, as ``torchrun`` would.
+
+    Args:
+        arguments: The command and what follows it.
+        folder: Where each leaves what it prints, in a file that its rank is the name of.
+        count: How many.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "GROUP_RANK": "0"}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "none"}
+    ranks = map(str, range(count))
+    return [start(arguments, folder / rank, {**common, "RANK": rank, "LOCAL_RANK": rank}) for rank in ranks]
 
 
 @contextmanager
@@ -70,9 +89,10 @@ def _start(target: Callable[..., None], *arguments: Any) -> BaseProcess:
     return process
 
 
-def _command(arguments: list[str], said: str) -> None:
+def _command(arguments: list[str], said: str, environment: dict[str, str]) -> None:
     from mobiq_lightning.cli import main
 
+    os.environ.update(environment)
     _print_to(said)
     sys.exit(main(arguments))
 

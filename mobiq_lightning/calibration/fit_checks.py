@@ -113,6 +113,26 @@ def check_resumed(stored: Collection[str], own: Collection[str], folder: Path) -
         )
 
 
+def check_processes(then: int, now: int, batch_size: int, folder: Path) -> None:
+    """Refuses to go on with another number of processes: a step would be of other windows.
+
+    Args:
+        then: Processes that shared a step when the training checkpoint was written.
+        now: Processes that share one now.
+        batch_size: Windows of a process in a step.
+        folder: The run folder.
+
+    Raises:
+        RunFolderError: Saying how to go on.
+    """
+    if then != now:
+        raise RunFolderError(
+            f"{folder} holds a run of {then} processes, and this one has {now}: a step would be of {now * batch_size} windows "
+            f"in place of {then * batch_size}. Give --trainer.devices (times trainer.num_nodes) {then}, or another "
+            "trainer.default_root_dir, or --overwrite"
+        )
+
+
 def check_strategy(strategy: Strategy) -> None:
     """Refuses trainer strategies under which block by block calibration would go wrong.
 

@@ -12,8 +12,9 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from mobiq_lightning.calibration.block_check import check_blocks
+from mobiq_lightning.calibration.checkpoint_parts import AT_REST, at_rest
 from mobiq_lightning.calibration.comparison_of_run import comparison_of_run
-from mobiq_lightning.calibration.fit_checks import check_plugins, check_resumed, check_strategy
+from mobiq_lightning.calibration.fit_checks import check_plugins, check_processes, check_resumed, check_strategy
 from mobiq_lightning.calibration.hidden_states import HiddenStates, Storage
 from mobiq_lightning.calibration.non_finite import describe_non_finite
 from mobiq_lightning.calibration.planning import ModelSizes, RunClock, TimeLeft, sizes_of
@@ -175,12 +176,20 @@ class ElasticCalibration(LightningModule):
             self._ddp_params_and_buffers_to_ignore = [f"blocks.{name}" for name in self.sliced.resized_tensors()]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the record of the calibration in a training checkpoint."""
+        """Keeps the record of the calibration and how many processes share a step; says what does not change at present."""
         checkpoint["calibration"] = self.record.state_dict()
+        checkpoint["processes"] = self.trainer.world_size
+        checkpoint[AT_REST] = at_rest(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores the record of the calibration from a training checkpoint; one without the experts of the model is refused."""
+        """Restores the record of the calibration from a training checkpoint.
+
+        Raises:
+            RunFolderError: If it is from before experts were sliced, or more or fewer processes shared a step then.
+        """
         check_resumed(checkpoint["state_dict"], self.state_dict(), self.run_folder)
+        now = self.trainer.world_size
+        check_processes(checkpoint.get("processes", now), now, self.text.batch_size, self.run_folder)
         self.record.load_state_dict(checkpoint["calibration"])
 
     # ------------------------------------------------------------------ inputs of blocks

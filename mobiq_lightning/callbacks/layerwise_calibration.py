@@ -6,7 +6,6 @@ import shutil
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -24,10 +23,12 @@ from mobiq_lightning.calibration import (
 from mobiq_lightning.callbacks.base import CalibrationCallback
 from mobiq_lightning.callbacks.cut_short import check_epoch_is_whole
 from mobiq_lightning.console import say
+from mobiq_lightning.environment import give_back_memory
 from mobiq_lightning.errors import MobiqError
 from mobiq_lightning.runs import IDENTITY, RunFolder, check_identity
 from mobiq_lightning.sources import former_fingerprint
 from mobiq_lightning.strategies.base import SliceScheme
+from mobiq_lightning.strategies.together import gathered
 
 
 class LayerwiseCalibration(CalibrationCallback):
@@ -92,6 +93,7 @@ class LayerwiseCalibration(CalibrationCallback):
                 say(f"Resuming: passing the calibration windows through {segment.block} finished blocks.")
             module.hidden.advance(segment.block)
             _forget(module, segment.block)
+            give_back_memory()
         module.sliced.caller.bring(segment.block)
 
     def on_exception(self, trainer: Trainer, module: ElasticCalibration, exception: BaseException) -> None:
@@ -102,6 +104,7 @@ class LayerwiseCalibration(CalibrationCallback):
         """Ends a sweep or a model stage: tables and frozen weights leave the device."""
         module.end_hidden_states()
         _forget(module, len(module.blocks))
+        give_back_memory()
 
     def on_train_epoch_end(self, trainer: Trainer, module: ElasticCalibration) -> None:
         """At the end of a block, shows routers its final weights, and makes sure that all processes learned the same."""
@@ -115,7 +118,7 @@ class LayerwiseCalibration(CalibrationCallback):
         if trainer.world_size > 1:
             learned = [p for block in module.blocks_in_training() for p in block.parameters()]
             values = [p.detach().double().sum() for p in learned]
-            sums: Any = module.all_gather(torch.stack(values))
+            sums = gathered(torch.stack(values)[None])
             if not torch.equal(sums, sums[:1].expand_as(sums)):
                 place = "the whole model" if module.block_index is None else f"block {module.block_index + 1}"
                 raise MobiqError(

@@ -8,7 +8,14 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from mobiq_lightning.calibration import ElasticCalibration, eval_mode, scores_of, unchanged_weights
+from mobiq_lightning.calibration import (
+    ElasticCalibration,
+    eval_mode,
+    gather_windows,
+    scores_of,
+    share_of_windows,
+    unchanged_weights,
+)
 from mobiq_lightning.calibration.guarding import StaticDepths
 from mobiq_lightning.calibration.planning import FORWARD, ModelSizes, Phase, StepTimes, threshold_windows
 from mobiq_lightning.callbacks.base import CalibrationCallback
@@ -106,9 +113,11 @@ class ThresholdTuning(CalibrationCallback):
         dial, budgets = Dial(inputs), inputs[0].budgets.tolist()
 
         def run() -> Iterator[list[Tensor]]:  # one after the other: they take much memory
+            own = share_of_windows(module, input_ids)
             for column in inputs[0].run_columns:
                 dial.set_bits(budgets[column], scope)
-                yield self._scores(module, input_ids)
+                found = torch.stack(self._scores(module, own)).unflatten(1, own.shape)
+                yield list(gather_windows(module, found, len(input_ids), 1).flatten(1, 2))
 
         return _finish(module, _between(module, run(), scope, static))
 

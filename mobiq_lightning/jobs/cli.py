@@ -240,8 +240,7 @@ class ElasticCLI(LightningCLI):
         checkpoint, damaged = self.run_folder.training.newest(can_be_read)
         for path in damaged:
             say(f"{path.name} is damaged, was not finished, or is not safe to load; it is not used.")
-            path.unlink(missing_ok=True)
-            path.with_suffix(".sha256").unlink(missing_ok=True)
+            self.run_folder.training.remove(path)
         if checkpoint is not None:
             say(f"Resuming from {checkpoint.name} in {self.run_folder.path}.")
         return checkpoint
@@ -254,7 +253,8 @@ class ElasticCLI(LightningCLI):
         """
         if self.trainer.world_size > 1:
             raise MobiqError(
-                f"{error}\nFinished blocks are kept: run the same command on one device to retry."
+                f"{error}\nFinished blocks are kept. One process would try again at lower rates; several cannot. Lower "
+                "model.rates (ranges, codes, routers) and start again with --overwrite, or start on one device"
             ) from error
         retry = self.run_folder.retries.note(error.block)
         place = "the whole model" if error.block is None else f"block {error.block + 1}"

@@ -103,3 +103,5 @@ from .same_recipe import differing_keys as differing_keys
 from .shared_work import SharedWork as SharedWork
 from .speed import SpeedNote as SpeedNote
 from .speed import SpeedRow as SpeedRow
+from .training_checkpoints import TrainingCheckpoints as TrainingCheckpoints
+from .training_checkpoints import part_name as part_name

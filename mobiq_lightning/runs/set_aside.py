@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mobiq_lightning.console import say
 from mobiq_lightning.files import is_leftover, remove
 from mobiq_lightning.runs.file_names import ASIDE, CHECKPOINTS
-
-_OURS = re.compile(r"(block-)?epoch-\d+(-v\d+)?\.(ckpt|sha256)")
-"""Names of training checkpoints and of their hashes."""
+from mobiq_lightning.runs.training_checkpoints import OURS
 
 
 class SetAside:
@@ -67,7 +64,7 @@ class SetAside:
         if path == self.folder:
             there = [name for name in self.names if os.path.lexists(path / name)]
             return [name for name in there if not (name == CHECKPOINTS and (path / name).is_symlink())]
-        return [inner.name for inner in path.iterdir() if _OURS.fullmatch(inner.name) or is_leftover(inner.name)]
+        return [inner.name for inner in path.iterdir() if OURS.fullmatch(inner.name) or is_leftover(inner.name)]
 
 
 def _forgotten(aside: Path) -> Path:

@@ -14,8 +14,20 @@ _PATTERN = "*epoch-[0-9]*.ckpt"
 """Pattern of the names of training checkpoints; others are somebody else's."""
 
 
+_PART = re.compile(r"block-(?P<name>\d{6}-(?:schemes|inputs))-(?P<hash>[0-9a-f]{64})\.part")
+"""Names of the files that hold what several checkpoints have in common, with the SHA-256 of their bytes."""
+OURS = re.compile(rf"(block-)?epoch-\d+(-v\d+)?\.(ckpt|sha256)|{_PART.pattern}")
+"""Names of all files of training checkpoints."""
+
+
+def part_name(file: str) -> str | None:
+    """What of a model a part of training checkpoints holds, by the name of its file; None if that is no such name."""
+    found = _PART.fullmatch(file) if isinstance(file, str) else None
+    return None if found is None else found["name"]
+
+
 class TrainingCheckpoints:
-    """What a run keeps of its epochs, each with its hash beside it, which is written last.
+    """What a run keeps of its epochs, each with its hash and the names of its parts beside it, which are written last.
 
     Args:
         folder: The folder of them; it need not exist.
@@ -45,8 +57,9 @@ class TrainingCheckpoints:
             Its path, or None; and the newer ones that are damaged.
         """
         damaged: list[Path] = []
+        hashes: dict[str, str] = {}  # most parts belong to several
         for path in sorted(self.folder.glob(_PATTERN), key=_epoch, reverse=True):
-            if _has_its_hash(path) and can_be_read(path):
+            if _has_its_hash(path, hashes) and can_be_read(path):
                 return path, damaged
             damaged.append(path)
         return None, damaged
@@ -55,15 +68,45 @@ class TrainingCheckpoints:
         """Removes those written after `epochs_done` epochs."""
         for path in self.folder.glob(_PATTERN):
             if _epoch(path) >= epochs_done:
-                path.unlink()
-                path.with_suffix(".sha256").unlink(missing_ok=True)
+                self.remove(path)
+
+    def remove(self, path: Path) -> None:
+        """Removes one with its hash, and parts that no other one names."""
+        path.unlink(missing_ok=True)
+        path.with_suffix(".sha256").unlink(missing_ok=True)
+        named = {name for other in self.folder.glob(_PATTERN) for name in _lines(other)[1:]}
+        for part in self.folder.glob("*.part"):
+            if _PART.fullmatch(part.name) and part.name not in named:
+                part.unlink(missing_ok=True)
 
 
-def _has_its_hash(path: Path) -> bool:
-    """Whether the hash beside a file is that of its bytes."""
+def _lines(path: Path) -> list[str]:
+    """What stands beside a checkpoint: its hash, then names of its parts; nothing if it was not finished."""
     try:
-        return read_text(path.with_suffix(".sha256")).strip() == sha256(path)
+        return read_text(path.with_suffix(".sha256")).split()
     except (FileError, OSError):
+        return []
+
+
+def _has_its_hash(path: Path, hashes: dict[str, str]) -> bool:
+    """Whether a checkpoint and its parts hold the bytes that were written.
+
+    Args:
+        path: The checkpoint.
+        hashes: Hashes of the parts that were looked at before, by name; those of others are added.
+    """
+    try:
+        known, *parts = _lines(path) or [""]
+        for name in parts:
+            found = _PART.fullmatch(name)
+            if found is None:
+                return False
+            if name not in hashes:
+                hashes[name] = sha256(path.with_name(name))
+            if hashes[name] != found["hash"]:
+                return False
+        return known == sha256(path)
+    except OSError:
         return False
 
 

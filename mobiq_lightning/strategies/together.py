@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,21 @@ def summed(value: Tensor) -> Tensor:
     """The sum of a value over all processes, each of which gets the gradient of what all of them make of it."""
     if n_processes() == 1:
         return value
-    from torch.distributed.nn.functional import all_reduce
-
-    total: Tensor = all_reduce(value)
+    total: Tensor = _Sum.apply(value)  # type: ignore[no-untyped-call]
     return total
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over processes; its gradient is the sum of the gradients that they have for it."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        total = value.clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].clone()
+        torch.distributed.all_reduce(total)
+        return total

@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+from mobiq_lightning.calibration import SafeCheckpointIO
 from mobiq_lightning.checkpoint import load
 from mobiq_lightning.cli import main
 from mobiq_lightning.evaluation import RTN_BITS
@@ -152,7 +153,7 @@ class TestCheckpoint:
         run, _ = finished
         config = yaml.safe_load((run / "config.yaml").read_text())
         source = load_source(config["model"]["pretrained"])
-        state = torch.load(max((run / "checkpoints").glob("epoch-*.ckpt")), weights_only=True)["state_dict"]
+        state = SafeCheckpointIO().load_checkpoint(max((run / "checkpoints").glob("epoch-*.ckpt")))["state_dict"]
         layers = source.model.model.layers
         scheme = functools.partial(ResidualSlices, **config["model"]["slices"]["init_args"])
         router = functools.partial(MLPRouter, **config["model"]["router"]["init_args"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mobiq_lightning.calibration import SafeCheckpointIO
 from mobiq_lightning.cli import main
 from mobiq_lightning.strategies import ResidualSlices, Router
 from tests import processes
@@ -93,6 +95,21 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(
     error = capsys.readouterr().err
     assert f"{newest.name} is damaged" in error
     assert "Resuming from epoch-000006.ckpt" in error
+    assert_same(whole[0], run)
+
+
+def test_a_run_of_which_every_checkpoint_is_one_file_goes_on(whole: Run, tmp_path: Path) -> None:
+    run = shutil.copytree(whole[0], tmp_path / "run")
+    checkpoints = run / "checkpoints"
+    for path in checkpoints.glob("*.ckpt"):
+        data = SafeCheckpointIO().load_checkpoint(path)
+        torch.save(data, path)
+        path.with_suffix(".sha256").write_text(hashlib.sha256(path.read_bytes()).hexdigest())
+    for path in (*checkpoints.glob("*.part"), *checkpoints.glob("*epoch-000007.*")):
+        path.unlink()
+    shutil.rmtree(run / "elastic")
+    (run / "results.json").unlink()
+    assert main(["fit", *arguments_for(whole[1], run)]) == 0
     assert_same(whole[0], run)
 
 

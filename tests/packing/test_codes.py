@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import mobiq_lightning
+from mobiq_lightning.calibration import SafeCheckpointIO
 from mobiq_lightning.checkpoint import CheckpointWriter, verify
 from mobiq_lightning.checkpoint.write import block_tensors
 from mobiq_lightning.cli import main
@@ -110,7 +111,7 @@ def test_a_checkpoint_says_its_code_and_what_it_spends(
 
 
 def test_learning_moved_the_values(calibrated: Calibrated) -> None:
-    newest = torch.load(max((calibrated[0] / "checkpoints").glob("epoch-*.ckpt")), weights_only=False)["state_dict"]
+    newest = SafeCheckpointIO().load_checkpoint(max((calibrated[0] / "checkpoints").glob("epoch-*.ckpt")))["state_dict"]
     # Tables of 3 and 6 bits learn only if tokens happen to be routed to those depths.
     spared = (".shifts.1", ".shifts.3")
     learned = {name: value for name, value in newest.items() if ".schemes." in name and not name.endswith(spared)}

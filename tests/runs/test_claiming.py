@@ -155,6 +155,7 @@ def test_overwriting_follows_no_link_but_to_training_checkpoints(
     (disk / "checkpoints" / "epoch-000000.ckpt").write_text("")
     (disk / "checkpoints" / "epoch-000000.sha256").write_text("")
     (run / "notes.txt").write_text("mine")
+    (disk / "checkpoints" / f"block-000000-schemes-{64 * 'a'}.part").write_text("")
     (disk / "checkpoints" / "another-run.ckpt").write_text("mine")
     assert RunFolder(run).claim(recipe(), overwrite=True) is False
     RunFolder(run).begin()

@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from mobiq_lightning import load
+from mobiq_lightning.calibration import SafeCheckpointIO
 from mobiq_lightning.checkpoint import verify
 from mobiq_lightning.checkpoint.format import needed_version
 from mobiq_lightning.cli import main
@@ -120,7 +121,7 @@ def test_the_loaded_model_is_the_calibrated_one_bit_by_bit(equivalent: Run) -> N
     run, _ = equivalent
     config = yaml.safe_load((run / "config.yaml").read_text())["model"]
     source = load_source(config["pretrained"])
-    state = torch.load(max((run / "checkpoints").glob("epoch-*.ckpt")), weights_only=True)["state_dict"]
+    state = SafeCheckpointIO().load_checkpoint(max((run / "checkpoints").glob("epoch-*.ckpt")))["state_dict"]
     scheme = functools.partial(ResidualSlices, **config["slices"]["init_args"])
     router = functools.partial(MLPRouter, **config["router"]["init_args"])
     for index, block in enumerate(source.model.model.layers):
@@ -157,7 +158,7 @@ def test_a_resumed_run_takes_its_transforms_from_its_checkpoint(equivalent: Run,
 
 def test_scales_are_learned(equivalent: Run) -> None:
     states = [
-        torch.load(equivalent[0] / "checkpoints" / f"epoch-{epoch:06d}.ckpt", weights_only=True)["state_dict"]
+        SafeCheckpointIO().load_checkpoint(equivalent[0] / "checkpoints" / f"epoch-{epoch:06d}.ckpt")["state_dict"]
         for epoch in (2, 3)
     ]
     learned = [name for name in states[0] if name.startswith("blocks.1.") and ".transform." in name]

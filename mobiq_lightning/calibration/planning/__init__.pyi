@@ -1,4 +1,6 @@
 # What others may use of this package; `__init__.py` loads it when it is asked for.
+from .bench import Bench as Bench
+from .bench import StepTimes as StepTimes
 from .beside import GainsPlan as GainsPlan
 from .beside import gradient_steps as gradient_steps
 from .beside import head_steps as head_steps
@@ -17,7 +19,6 @@ from .sizes import ModelSizes as ModelSizes
 from .sizes import sizes_of as sizes_of
 from .start import begin_clock as begin_clock
 from .start import begin_comparison_clock as begin_comparison_clock
-from .step_times import StepTimes as StepTimes
 from .step_times import guessed_times as guessed_times
 from .time_left import FIXED as FIXED
 from .time_left import Phase as Phase

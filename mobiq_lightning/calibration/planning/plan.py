@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import torch
 
 from mobiq_lightning.calibration.block_check import check_blocks
+from mobiq_lightning.calibration.planning.bench import StepTimes
 from mobiq_lightning.calibration.planning.disk import bytes_on_disk
 from mobiq_lightning.calibration.planning.memory import PhaseMemory, memory_of_phases
 from mobiq_lightning.calibration.planning.random_model import blocks_of_each_kind, random_model
 from mobiq_lightning.calibration.planning.sizes import ModelSizes, sizes_of
-from mobiq_lightning.calibration.planning.step_times import StepTimes, guessed_times, measure_steps
+from mobiq_lightning.calibration.planning.step_times import guessed_times, measure_steps
 from mobiq_lightning.calibration.planning.time_left import FIXED, Phase, TimeLeft
 from mobiq_lightning.calibration.planning.work import comparison_phases, stage_phases, writing_phase
 from mobiq_lightning.environment import available_memory, format_seconds, resident_memory

@@ -9,6 +9,7 @@ from mobiq_lightning.calibration.planning.step_times import guessed_times
 from mobiq_lightning.calibration.planning.time_left import TimeLeft
 from mobiq_lightning.calibration.planning.work import comparison_phases
 from mobiq_lightning.console import say
+from mobiq_lightning.environment import give_back_memory
 
 if TYPE_CHECKING:
     from mobiq_lightning.calibration.module import ElasticCalibration
@@ -21,6 +22,7 @@ def begin_clock(module: ElasticCalibration) -> None:
     trainer, text = module.trainer, module.text
     device, callbacks = trainer.strategy.root_device, trainer.callbacks  # type: ignore[attr-defined]
     plan = plan_run(module.sliced.source.model, module, text, callbacks, module.run_folder, device, trainer.world_size)
+    give_back_memory()  # of the models that steps were measured on
     module.clock.left = TimeLeft(plan.phases)
     module.clock.restart()
     if trainer.is_global_zero:

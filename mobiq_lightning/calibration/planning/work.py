@@ -6,9 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from mobiq_lightning.calibration.planning.bench import StepTimes
 from mobiq_lightning.calibration.planning.memory import n_streams, rows_at_once
 from mobiq_lightning.calibration.planning.sizes import ModelSizes
-from mobiq_lightning.calibration.planning.step_times import PER_SECOND, StepTimes, guessed_times
+from mobiq_lightning.calibration.planning.step_times import PER_SECOND, guessed_times
 from mobiq_lightning.calibration.planning.time_left import Phase
 from mobiq_lightning.calibration.schedule import Schedule, Stage
 from mobiq_lightning.evaluation import RTN_BITS

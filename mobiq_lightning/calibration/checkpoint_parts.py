@@ -1,0 +1,147 @@
+"""Parts of training checkpoints that do not change while other blocks are trained: written once, then named."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mobiq_lightning.files import sha256, write_atomically
+from mobiq_lightning.runs import part_name
+
+if TYPE_CHECKING:
+    from mobiq_lightning.calibration.module import ElasticCalibration
+
+AT_REST, PARTS = "at_rest", "parts"
+"""Keys of a checkpoint: what the calibration says does not change at present, and the files that hold it."""
+_State = tuple[tuple[str, int, int, tuple[int, ...]], ...]
+
+
+def at_rest(module: ElasticCalibration) -> dict[str, Any]:
+    """What the current epoch does not change: by name, the beginning of its tensors' names and its numbers in the optimizer.
+
+    Schemes of blocks that are not in training, and their inputs, except in the last epoch: it ends with thresholds of all.
+    """
+    optimizers = module.trainer.optimizers
+    numbers: dict[int, int] = {}
+    for group in optimizers[0].param_groups if optimizers else ():
+        numbers |= {id(parameter): len(numbers) + n for n, parameter in enumerate(group["params"])}
+    training, last = module.blocks_in_training(), module.current_epoch >= module.schedule.n_epochs - 1
+    found: dict[str, Any] = {}
+    for index, block in enumerate(module.sliced.calibrated_blocks()):
+        parts = {"schemes": block.schemes} | ({} if last else {"inputs": block.inputs})
+        for name, part in parts.items() if block not in training else ():
+            of_optimizer = [numbers[id(p)] for p in part.parameters() if id(p) in numbers]
+            found[f"{index:06d}-{name}"] = {"prefix": f"blocks.{index}.{name}.", "optimizer": of_optimizer}
+    return found
+
+
+class CheckpointParts:
+    """Knows which files hold what is at rest, so that it is written when that changes, and not in every epoch.
+
+    A file is named after its bytes, and never changed. It is used again as long as its tensors are the same objects that nothing
+    has written to since; after a resume, if it holds the values that they have.
+    """
+
+    def __init__(self) -> None:
+        self._files: dict[str, tuple[str, _State | None]] = {}
+
+    def take_out(self, checkpoint: dict[str, Any], folder: Path) -> tuple[dict[str, Any], list[str]]:
+        """Splits a checkpoint.
+
+        Args:
+            checkpoint: As the trainer made it; its tensors are not copied.
+            folder: Where the files are.
+
+        Returns:
+            The checkpoint without what is at rest, and names of the files, written now or before, that hold that.
+
+        Raises:
+            OSError: If a file cannot be written.
+        """
+        rest: dict[str, Any] = {k: v for k, v in checkpoint.items() if k != AT_REST}
+        described: dict[str, Any] = checkpoint.get(AT_REST, {})
+        self._files = {name: known for name, known in self._files.items() if name in described}
+        if not described:
+            return rest, []
+        rest["state_dict"] = dict(checkpoint["state_dict"])
+        optimizers = [{**state, "state": dict(state["state"])} for state in checkpoint.get("optimizer_states", [])]
+        rest["optimizer_states"] = optimizers
+        for name, what in described.items():
+            names = [key for key in rest["state_dict"] if key.startswith(what["prefix"])]
+            learned = optimizers[0]["state"] if optimizers else {}
+            part = {
+                "state_dict": {key: rest["state_dict"].pop(key) for key in names},
+                "optimizer": {number: learned.pop(number) for number in what["optimizer"] if number in learned},
+            }
+            self._files[name] = self._file_of(name, part, folder)
+        files = [file for file, _ in self._files.values()]
+        return {**rest, PARTS: files}, files
+
+    def put_back(self, checkpoint: dict[str, Any], folder: Path, load: Any) -> dict[str, Any]:
+        """Makes a checkpoint whole again.
+
+        Args:
+            checkpoint: What `take_out` left.
+            folder: Where the files are.
+            load: Reads a file, as tensors and plain values alone.
+
+        Raises:
+            ValueError: If it names files that no run writes.
+        """
+        self._files = {}
+        for file in checkpoint.pop(PARTS, []):
+            name = part_name(file)
+            if name is None:
+                raise ValueError(f"{file!r} is no part of a training checkpoint")
+            part = load(folder / file)
+            checkpoint["state_dict"].update(part["state_dict"])
+            if part["optimizer"]:
+                checkpoint["optimizer_states"][0]["state"].update(part["optimizer"])
+            self._files[name] = (file, None)
+        return checkpoint
+
+    def _file_of(self, name: str, part: dict[str, Any], folder: Path) -> tuple[str, _State]:
+        """The file that holds a part, written if there is none; and the state of its tensors."""
+        state = tuple(_states(part, ""))
+        file, known = self._files.get(name, ("", None))
+        if file and (folder / file).is_file() and (known == state or (known is None and _holds(folder / file, part))):
+            return file, state
+        return _write(name, part, folder), state
+
+
+def _write(name: str, part: dict[str, Any], folder: Path) -> str:
+    """Writes a part to a file that is named after its bytes."""
+    return write_atomically(
+        folder / f"block-{name}.part",
+        lambda temporary: torch.save(part, temporary),
+        lambda temporary: f"block-{name}-{sha256(temporary)}.part",
+    ).name
+
+
+def _states(value: Any, name: str) -> Iterator[tuple[str, int, int, tuple[int, ...]]]:
+    """Of all tensors in nested dicts: name, address, how often they were written to, and shape."""
+    if isinstance(value, Tensor):
+        yield name, value.data_ptr(), value._version, tuple(value.shape)
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _states(inner, f"{name}/{key}")
+
+
+def _holds(path: Path, part: dict[str, Any]) -> bool:
+    """Whether a file holds the values of a part."""
+    try:
+        return _equal(torch.load(path, map_location="cpu", weights_only=True, mmap=True), part)
+    except Exception:  # noqa: BLE001 - whatever is wrong with it: it is written again
+        return False
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other.detach().cpu())
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
+    return type(one) is type(other) and bool(one == other)

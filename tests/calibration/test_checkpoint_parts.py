@@ -1,0 +1,135 @@
+"""Training checkpoints whose parts at rest are written once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mobiq_lightning.calibration import SafeCheckpointIO, can_be_read
+from mobiq_lightning.runs import TrainingCheckpoints
+
+
+class Training:
+    """Two blocks, one of which is at rest, and the optimizer's averages of both."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.io = folder, SafeCheckpointIO()
+        self.weights = [torch.arange(6.0), torch.zeros(3)]
+        self.averages = [torch.ones(6), torch.ones(3)]
+        self.at_rest: dict[str, Any] = {"000000-schemes": {"prefix": "blocks.0.schemes.", "optimizer": [0]}}
+
+    def save(self, epoch: int) -> Path:
+        path = self.folder / f"epoch-{epoch:06d}.ckpt"
+        checkpoint = {
+            "epoch": epoch,
+            "state_dict": {f"blocks.{n}.schemes.weight": weight for n, weight in enumerate(self.weights)},
+            "optimizer_states": [
+                {
+                    "state": {n: {"average": a} for n, a in enumerate(self.averages)},
+                    "param_groups": [{"params": [0, 1]}],
+                }
+            ],
+            "at_rest": self.at_rest,
+        }
+        self.io.save_checkpoint(checkpoint, path)
+        assert [len(checkpoint[key]) for key in ("state_dict", "at_rest")] == [2, len(self.at_rest)]
+        return path
+
+    def parts(self) -> dict[str, int]:
+        return {path.name: path.stat().st_mtime_ns for path in self.folder.glob("*.part")}
+
+    def check(self, path: Path) -> None:
+        found = SafeCheckpointIO().load_checkpoint(path)
+        assert found.keys() == {"epoch", "state_dict", "optimizer_states"}
+        for n, (weight, average) in enumerate(zip(self.weights, self.averages, strict=True)):
+            assert torch.equal(found["state_dict"][f"blocks.{n}.schemes.weight"], weight)
+            assert torch.equal(found["optimizer_states"][0]["state"][n]["average"], average)
+
+
+@pytest.fixture
+def training(tmp_path: Path) -> Training:
+    return Training(tmp_path)
+
+
+def test_what_is_at_rest_is_written_once_and_every_checkpoint_is_whole_with_it(training: Training) -> None:
+    first = training.save(0)
+    written = training.parts()
+    assert len(written) == 1
+    training.check(first)
+    training.weights[1] += 1
+    second = training.save(1)
+    assert training.parts() == written
+    training.check(second)
+    names = [path.with_suffix(".sha256").read_text().split()[1:] for path in (first, second)]
+    assert names == [[*written], [*written]]
+
+
+def test_a_resumed_run_goes_on_with_the_files_that_hold_what_it_was_given(training: Training) -> None:
+    path = training.save(0)
+    written = training.parts()
+    training.io = SafeCheckpointIO()
+    training.io.load_checkpoint(path)
+    training.weights[0] = training.weights[0].clone()
+    training.save(1)
+    assert training.parts() == written
+    training.io = SafeCheckpointIO()
+    training.io.load_checkpoint(path)
+    training.weights[0] = training.weights[0] + 1
+    training.check(training.save(2))
+    assert len(training.parts()) == 2
+
+
+@pytest.mark.parametrize("kind", ["weights", "averages"])
+def test_what_was_written_to_is_saved_again_and_its_former_file_goes_with_the_last_that_names_it(
+    training: Training, kind: str
+) -> None:
+    first, second = training.save(0), training.save(1)
+    former = set(training.parts())
+    getattr(training, kind)[0].add_(1)
+    third = training.save(2)
+    assert len(training.parts()) == 2
+    training.check(third)
+    training.io.remove_checkpoint(first)
+    assert former < set(training.parts())
+    training.io.remove_checkpoint(second)
+    assert len(training.parts()) == 1
+    assert not former & set(training.parts())
+    training.check(third)
+
+
+def test_what_was_in_training_meanwhile_is_saved_again_even_if_nobody_counts_the_writing(training: Training) -> None:
+    training.save(0)
+    resting, training.at_rest = training.at_rest, {}
+    training.weights[0].data.copy_(torch.zeros(6))
+    training.save(1)
+    training.at_rest = resting
+    training.check(training.save(2))
+
+
+def test_a_damaged_or_missing_part_leads_to_the_checkpoint_before(training: Training, tmp_path: Path) -> None:
+    before = training.save(0)
+    training.weights[0].add_(1)
+    last = training.save(1)
+    kept = TrainingCheckpoints(tmp_path)
+    assert kept.newest(can_be_read) == (last, [])
+    part = tmp_path / last.with_suffix(".sha256").read_text().split()[1]
+    data = bytearray(part.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    part.write_bytes(data)
+    assert kept.newest(can_be_read) == (before, [last])
+    part.unlink()
+    assert kept.newest(can_be_read) == (before, [last])
+    kept.drop_after(1)
+    assert list(tmp_path.glob("epoch-*.ckpt")) == [before]
+    training.weights[0].sub_(1)
+    training.check(before)
+
+
+def test_a_checkpoint_that_names_another_file_as_its_part_is_not_read(training: Training, tmp_path: Path) -> None:
+    path = training.save(0)
+    for name in ("../mine.part", "mine.ckpt", 3):
+        torch.save({"state_dict": {}, "parts": [name]}, path)
+        assert not can_be_read(path)

@@ -14,8 +14,10 @@ from mobiq_lightning.calibration.fit_checks import check_resumed
 from mobiq_lightning.checkpoint import load
 from mobiq_lightning.errors import RunFolderError
 from mobiq_lightning.latency.shapes import groups_of
-from mobiq_lightning.nn import ElasticLinear, RoutedExperts, product_groups, stored_bits
+from mobiq_lightning.nn import BlockLayout, ElasticLinear, RoutedExperts, product_groups, stored_bits
+from mobiq_lightning.outliers import InputErrors
 from mobiq_lightning.runtime import GraphedStep
+from mobiq_lightning.sources import load_source
 from tests.checkpoints import generate, logits, write_checkpoint
 from tests.conftest import make_tokenizer
 
@@ -76,6 +78,21 @@ def test_linears_of_experts_are_multiplied_alone_and_so_many_are_timed_as_a_toke
     assert all(len(named) == 1 for named in alone)
     timed = [linears[0] for groups in groups_of(model, "model").values() for linears in groups]
     assert sum(not linear.decides for linear in timed) == sum(2 * of_block.top_k for of_block in experts)
+
+
+def test_errors_of_shared_experts_are_watched_token_by_token(model: Any, written: Path) -> None:
+    source = load_source(str(written.parent / "model")).model
+    BlockLayout().open(source)
+    watched = InputErrors(source, model, [2, 8])
+    counted = torch.ones(2, 11, dtype=torch.bool)
+    counted[0, :4] = False
+    with watched.watch(counted), torch.no_grad():
+        source(input_ids=IDS, use_cache=False)
+    errors = watched.errors()
+    assert not any(".experts." in name for name in errors)
+    assert any("shared_expert" in name for name in errors) == (model.config.model_type in ("qwen2_moe", "llama4_text"))
+    assert all(error.shape == (2, 18) for error in errors.values())
+    assert all(bool((error[1] < error[0]).all()) for error in errors.values())
 
 
 def test_gates_in_full_precision_count_in_all_in_bits(model: Any) -> None:

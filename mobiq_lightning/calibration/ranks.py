@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 
+from mobiq_lightning.strategies.together import n_processes
+
 if TYPE_CHECKING:
     from mobiq_lightning.calibration.module import ElasticCalibration
+
+T = TypeVar("T")
 
 
 def share_of_windows(module: ElasticCalibration, windows: Tensor) -> Tensor:
@@ -46,3 +50,11 @@ def summed_over_ranks(module: ElasticCalibration, own: Tensor, n_windows: int) -
 def _shared(module: ElasticCalibration, n_windows: int) -> bool:
     """Whether so many windows are shared out, at least one to each process."""
     return n_windows >= module.trainer.world_size
+
+
+def everywhere(value: T) -> list[T]:
+    """The plain values that all processes of a run give, in the order of their ranks."""
+    found = [value] * n_processes()
+    if len(found) > 1:
+        torch.distributed.all_gather_object(found, value)
+    return found

@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer
 
 from mobiq_lightning.calibration import ROUTED, ElasticCalibration, block_scores_of, eval_mode
 from mobiq_lightning.calibration.guarding import (
+    QUARTERS,
     Action,
     CollapsedRouter,
     DepthShare,
@@ -24,6 +25,8 @@ from mobiq_lightning.calibration.guarding import (
     Sighting,
     State,
     WorseBlock,
+    depths_to_look_at,
+    ends_quarter,
     state_of,
     worst_share,
 )
@@ -36,8 +39,6 @@ from mobiq_lightning.runs import GuardEvent, sentence
 from mobiq_lightning.sources import TextWindows
 
 PHASE = "guards"
-QUARTERS = 4
-"""How often the whole model is measured while its blocks are calibrated, one after the other."""
 WINDOWS, TOKENS = 4, 2048
 """Calibration windows to look at, and tokens of them together at most, where the recipe does not say."""
 
@@ -284,40 +285,6 @@ class Guards(CalibrationCallback):
 
     def _may_repair(self) -> bool:
         return "repair" in (self.worse_block.action, self.exploding_probe.action)
-
-
-def depths_to_look_at(module: ElasticCalibration) -> tuple[list[int], list[int]]:
-    """Depths, in bits, that are calibrated at the end of the current visit, and those of them to compare with rounding.
-
-    When nothing moves the codes any more, these are all depths. Before that, those that were trained; and of a block that was
-    trained as a part of the whole model before, only those that this visit has trained, since the others owe the block nothing.
-    """
-    schedule, segment, all_depths = module.schedule, module.segment, module.sliced.block_at(0).routed_inputs()[0].depths
-    objective = module.objective.depths if segment.block is not None else module.model_objective.depths
-
-    def trained(segments: Sequence[Any]) -> set[int]:
-        return {
-            depth
-            for s in segments
-            if not s.stage.trains_routers_alone
-            for depth in ((s.stage.depth,) if s.stage.depth else objective)
-        }
-
-    so_far = [
-        s for s in schedule.segments if s.epochs.start <= module.current_epoch and s.block in (segment.block, None)
-    ]
-    looked_at = trained(so_far)
-    block = 0 if segment.block is None else segment.block
-    if schedule.final_epoch(block) == module.current_epoch:
-        looked_at = set(all_depths)
-    mixed = segment.block is not None and any(s.block is None and not s.stage.trains_routers_alone for s in so_far)
-    compared = trained([s for s in so_far if s.visit == segment.visit]) if mixed else looked_at
-    return sorted(looked_at), sorted(compared)
-
-
-def ends_quarter(block: int, n_blocks: int) -> bool:
-    """Whether a quarter of the blocks is done with this one, by index; of four or fewer blocks each ends one."""
-    return QUARTERS * (block + 1) // n_blocks > QUARTERS * block // n_blocks
 
 
 def guards_of(trainer: Trainer) -> Guards | None:

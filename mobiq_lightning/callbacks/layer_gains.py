@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from lightning.pytorch import Trainer
-from torch import Tensor
 
 from mobiq_lightning.calibration import (
+    GAINS_PHASE,
+    DoesNotFitError,
     ElasticCalibration,
-    KeptGains,
-    eval_mode,
-    gather_windows,
-    gradient_gains,
-    measuring_bytes,
-    share_of_windows,
-    summed_over_ranks,
-    unchanged_weights,
-    whole_model_on_device,
+    MeasuredGains,
+    probe_gains,
+    take_gradient_gains,
 )
 from mobiq_lightning.calibration.planning import (
     FORWARD,
@@ -39,12 +33,9 @@ from mobiq_lightning.callbacks.base import CalibrationCallback
 from mobiq_lightning.console import say
 from mobiq_lightning.errors import ModelError, RecipeError
 from mobiq_lightning.evaluation import (
-    TokenView,
     rows_of,
-    token_gains,
     token_rows,
     token_summary,
-    token_views,
 )
 from mobiq_lightning.files import write_json
 from mobiq_lightning.runs import (
@@ -59,8 +50,6 @@ from mobiq_lightning.runs import (
 )
 from mobiq_lightning.sources import TextWindows
 from mobiq_lightning.strategies import ObservesGains
-
-PHASE = "layer gains"
 
 
 class LayerGains(CalibrationCallback):
@@ -107,7 +96,7 @@ class LayerGains(CalibrationCallback):
             found.append((gradient_steps(sizes) + head_steps(sizes), seconds))
         steps = sum(count for count, _ in found)
         seconds = sum(count * each for count, each in found) / max(steps, 1)
-        return [Phase(PHASE, FORWARD, steps, seconds, late=asked is None)] if steps else []
+        return [Phase(GAINS_PHASE, FORWARD, steps, seconds, late=asked is None)] if steps else []
 
     # ------------------------------------------------------------------ when
 
@@ -162,7 +151,9 @@ class LayerGains(CalibrationCallback):
         try:
             with torch.inference_mode(False), torch.no_grad():  # Lightning compares in a mode that knows no gradients
                 found = self._found(module, plan)
-        except (_DoesNotFitError, torch.OutOfMemoryError) as error:
+        except (DoesNotFitError, torch.OutOfMemoryError) as error:
+            if isinstance(error, torch.OutOfMemoryError) and module.trainer.world_size > 1:
+                raise  # the others go on measuring
             missing = f"not measured: {str(error).splitlines()[0]}"
             module.record.note_layer_gains(missing)
             if asked:
@@ -171,83 +162,30 @@ class LayerGains(CalibrationCallback):
             say(f"Layer gains are {missing}; the comparison goes without best layers.")
             return
         finally:
-            module.clock.end(PHASE)
+            module.clock.end(GAINS_PHASE)
         if asked:
             for routed, gains in zip(module.sliced.all_inputs(), found.gains[asked], strict=True):
                 assert isinstance(routed.router, ObservesGains)
                 routed.router.observe_gains(gains, routed.slice_bits, routed.n_weights)
         self._write(module, found, time.monotonic() - started)
 
-    def _found(self, module: ElasticCalibration, plan: GainsPlan) -> _Found:
+    def _found(self, module: ElasticCalibration, plan: GainsPlan) -> MeasuredGains:
         """Measures by each method; where probes do not fit and nobody asked for them, by gradients."""
         module.make_caller()
-        found = _Found(plan, module.text.calibration_ids()[: plan.windows])
+        windows = module.text.calibration_ids()[: plan.windows]
+        found = MeasuredGains(plan, windows, self.reference_bits, self.batch_size)
         if "probes" in plan.methods:
             try:
-                self._probe(module, found)
-            except _DoesNotFitError as error:
+                probe_gains(module, found)
+            except DoesNotFitError as error:
                 if self.methods is not None or _asked(module.sliced.all_inputs()[0].router):
                     raise
                 found.plan = replace(plan, methods=("gradients",), why=f"for probes {error}")
         if "gradients" in found.plan.methods:
-            self._take_gradients(module, found)
+            take_gradient_gains(module, found)
         return found
 
-    def _probe(self, module: ElasticCalibration, found: _Found) -> None:
-        model, inputs, ids = module.sliced.source.model, module.sliced.all_inputs(), found.input_ids.to(module.device)
-        kept = self._kept(module, "probes", found)
-        needed = measuring_bytes(module, ids.shape[1], self.batch_size, gradients=False)
-        with whole_model_on_device(module, needed) as shortage:
-            if shortage is not None:
-                raise _DoesNotFitError(shortage)
-            own = share_of_windows(module, ids)
-            with _counted(module, int(kept.tensors.get("probes", torch.tensor(0)))):
-                with unchanged_weights(module, module.sliced.calibrated_blocks()):
-                    arguments = (self.reference_bits, self.batch_size, kept.tensors, kept.save)
-                    gains = token_gains(model, inputs, own, *arguments)
-                    found.tokens = gather_windows(module, gains.unflatten(-1, own.shape), len(ids), -2).flatten(-2)
-                found.views = self._views(module, ids)
-        found.gains["probes"] = found.tokens.double().mean(-1)
-
-    def _take_gradients(self, module: ElasticCalibration, found: _Found) -> None:
-        ids, blocks = found.input_ids, module.sliced.calibrated_blocks()
-        steps = gradient_steps(module.sizes)
-        module.clock.restart()
-        found.gains["gradients"] = gradient_gains(
-            module.sliced.caller,
-            [block.readers for block in blocks],
-            share_of_windows(module, ids),
-            self._kept(module, "gradients", found),
-            lambda done: module.clock.step(PHASE, done, steps),
-            ids.shape[0] * (ids.shape[1] - 1),
-            lambda squares: summed_over_ranks(module, squares, len(ids)),
-        )
-        module.end_hidden_states()
-
-    def _kept(self, module: ElasticCalibration, method: GainMethod, found: _Found) -> KeptGains:
-        """What an earlier process of this run has measured by a method."""
-        trainer = module.trainer
-        key = {
-            "method": method,
-            "windows": found.plan.windows,
-            "reference_bits": self.reference_bits,
-            "batch_size": self.batch_size,
-            "text": module.text.calibration_digest,
-            "inputs": module.sliced.input_names(),
-            "ranks": trainer.world_size,
-        }
-        name = f"{method}-{trainer.global_rank}.safetensors"
-        return KeptGains(module.run_folder / LAYER_GAINS_SO_FAR / name, key)
-
-    def _views(self, module: ElasticCalibration, input_ids: Tensor) -> list[TokenView]:
-        """What routers see of the tokens that were probed, at the middle depth unless there is one for all probes."""
-        blocks = module.sliced.calibrated_blocks()
-        depths = module.sliced.all_inputs()[0].depths
-        bits = self.reference_bits or depths[len(depths) // 2]
-        with eval_mode([router for block in blocks for router in block.routers()]):
-            return token_views(module.sliced.source.model, blocks, input_ids, bits, self.batch_size)
-
-    def _write(self, module: ElasticCalibration, found: _Found, seconds: float) -> None:
+    def _write(self, module: ElasticCalibration, found: MeasuredGains, seconds: float) -> None:
         inputs, names, (windows, seq_len) = (
             module.sliced.all_inputs(),
             module.sliced.input_names(),
@@ -282,50 +220,9 @@ class LayerGains(CalibrationCallback):
         module.trainer.strategy.barrier()  # the comparison of every rank reads the file
 
 
-class _DoesNotFitError(Exception):
-    """The whole model does not fit on the device; the text is a clause that says so."""
-
-
-@dataclass
-class _Found:
-    """What was measured.
-
-    Args:
-        plan: How, as it was done.
-        input_ids: (N, T) windows of all ranks.
-        gains: By method, (I, S - 1) in nats per token.
-        tokens: (I, S - 1, N * T) of each token, if there were probes.
-        views: What routers see of these tokens.
-    """
-
-    plan: GainsPlan
-    input_ids: Tensor
-    gains: dict[GainMethod, Tensor] = field(default_factory=dict)
-    tokens: Tensor | None = None
-    views: Sequence[TokenView] = ()
-
-
 def _asked(router: object) -> GainMethod | None:
     """The method by which a router asks for gains; None if it does not."""
     return router.gains_from if isinstance(router, ObservesGains) else None
-
-
-@contextmanager
-def _counted(module: ElasticCalibration, done: int) -> Iterator[None]:
-    """Within it, the clock of the run counts passes through the model, after those that were done before."""
-    clock = module.clock
-    clock.skip(PHASE, done, max(done, clock.left.steps(PHASE)))
-
-    def count(*_: object) -> None:
-        nonlocal done
-        done += 1
-        clock.step(PHASE, done, max(done, clock.left.steps(PHASE)))
-
-    handle = module.sliced.source.model.register_forward_hook(count)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _summary(rows: Sequence[LayerGainRow], method: GainMethod) -> MethodGains:

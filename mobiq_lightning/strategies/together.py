@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
 
+_ALONE = ContextVar("alone", default=False)
+
 
 def n_processes() -> int:
-    """Processes that train together; 1 if there is but this one."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    """Processes that train together; 1 if there is but this one, and within `alone`."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized() and not _ALONE.get()
     return torch.distributed.get_world_size() if distributed else 1
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within it this process asks the others for nothing, as for steps that each takes as often as it likes."""
+    token = _ALONE.set(True)
+    try:
+        yield
+    finally:
+        _ALONE.reset(token)
 
 
 def gathered(values: Tensor) -> Tensor:

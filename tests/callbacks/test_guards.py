@@ -16,11 +16,18 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mobiq_lightning.calibration.guarding import CollapsedRouter, DepthShare, Measured, Probe, ProbeReading, WorseBlock
+from mobiq_lightning.calibration.guarding import (
+    CollapsedRouter,
+    DepthShare,
+    Measured,
+    Probe,
+    ProbeReading,
+    WorseBlock,
+    ends_quarter,
+)
 from mobiq_lightning.calibration.guarding.outlier_weight import outlier_ratio
 from mobiq_lightning.calibration.sliced_source import SlicedSource
 from mobiq_lightning.callbacks import Guards
-from mobiq_lightning.callbacks.guards import ends_quarter
 from mobiq_lightning.cli import main
 from mobiq_lightning.comparison.results import noticed_by_guards
 from mobiq_lightning.errors import RecipeError

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from mobiq_lightning.cli import main
+from mobiq_lightning.jobs import run_check
 
 
 def test_a_recipe_that_can_run_is_described_and_its_run_folder_left_alone(
@@ -97,3 +98,14 @@ def test_what_does_not_fit_is_a_problem_with_the_figures(
 def test_a_recipe_that_is_not_there_is_an_error_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "tini"]) == 2
     assert "Did you mean 'tiny'" in capsys.readouterr().err
+
+
+def test_steps_that_are_measured_wait_for_no_other_process(
+    recipe_arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages = "--model.stages=[{epochs: 1, train: [ranges, routers]}, {epochs: 1, train: [routers], scope: model}]"
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)  # there is no group to gather in
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    report = run_check([*recipe_arguments, stages])
+    assert report.plan is not None
+    assert report.plan.unmeasured == ""

@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 
 import mobiq_lightning
-from mobiq_lightning.calibration import KeptGains, gradient_gains
+from mobiq_lightning.calibration import KeptGains, gradient_gains, measured_gains
 from mobiq_lightning.calibration.block_caller import BlockCaller
 from mobiq_lightning.calibration.planning import beside
 from mobiq_lightning.callbacks import layer_gains as callback
@@ -238,7 +238,7 @@ PROBES = "{class_path: mobiq_lightning.callbacks.LayerGains, init_args: {methods
 def test_a_model_that_does_not_fit_is_said_and_compared_without_best_layers(
     recipe_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(callback, "whole_model_on_device", too_small)
+    monkeypatch.setattr(measured_gains, "whole_model_on_device", too_small)
     assert main(["fit", *recipe_arguments, *FAST, f"--trainer.callbacks=[{UNTIMED}, {PROBES}]"]) == 0
     said = "not measured: the whole model would take about 26.0 GB on cuda:0, of which 20.0 GB are free"
     assert said in "".join(capsys.readouterr())
@@ -292,7 +292,7 @@ def test_what_stops_layer_gains_finds_the_checkpoint_written_and_the_same_comman
 def test_a_router_that_needs_gains_is_no_other_router_without_them(
     recipe_arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(callback, "whole_model_on_device", too_small)
+    monkeypatch.setattr(measured_gains, "whole_model_on_device", too_small)
     assert main(["fit", *recipe_arguments, *FAST, "--model.router=ProbedLayerRouter"]) != 0
     assert "ProbedLayerRouter needs layer gains, not measured: the whole model would take" in capsys.readouterr().err
 

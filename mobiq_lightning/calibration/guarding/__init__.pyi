@@ -21,3 +21,6 @@ from .probe import Measured as Measured
 from .probe import Probe as Probe
 from .static_depths import StaticDepths as StaticDepths
 from .static_depths import nested_allocation as nested_allocation
+from .when import QUARTERS as QUARTERS
+from .when import depths_to_look_at as depths_to_look_at
+from .when import ends_quarter as ends_quarter

@@ -68,7 +68,7 @@ def plan_gains(
     if given is not None or not windows or asked == "probes":
         methods = list(dict.fromkeys([*(given or []), *needed])) if windows else []
         return GainsPlan(tuple(methods), windows)
-    work = calibration_work(sizes, module, text)
+    work = max(calibration_work(sizes, module, text), 1.0)
     allowed, tokens = max(SHARE * work, LITTLE), windows * text.seq_len
     probes = 2 * probe_passes(sizes) * _whole(sizes) * tokens
     if probes <= allowed:

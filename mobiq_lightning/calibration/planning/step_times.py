@@ -9,6 +9,7 @@ import torch
 from mobiq_lightning.calibration.planning.bench import Bench, StepTimes
 from mobiq_lightning.calibration.planning.memory import rows_at_once
 from mobiq_lightning.calibration.planning.sizes import ModelSizes
+from mobiq_lightning.strategies.together import alone
 
 if TYPE_CHECKING:
     from mobiq_lightning.calibration.module import ElasticCalibration
@@ -62,7 +63,8 @@ def measure_steps(
         RuntimeError: Or another error, if no such model can be made or run; nothing is known then.
     """
     counts = (sizes.n_blocks,) if sizes.n_blocks <= _WHOLE else (1, 2)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    # Each process takes a step as often as it thinks fit, so none may wait for another within one.
+    with alone(), torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         benches = [
             Bench(config, count, sizes, module, text, device).times(blocks=number == 0)

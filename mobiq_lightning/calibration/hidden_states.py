@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from mobiq_lightning.nn import HostTensors
 from mobiq_lightning.sources import check_output
 
 TARGETS = "targets"
@@ -53,6 +54,7 @@ class BlockCaller:
         self.dtype = next(model.parameters()).dtype
         self.keywords: dict[str, Any] = {}
         self._resident: int | None = None
+        self._host: HostTensors | None = None
         self._gives_tuple = False
 
     @torch.no_grad()
@@ -137,14 +139,15 @@ class BlockCaller:
         if self._resident == index:
             return
         self.release()
+        self._host = HostTensors(self.blocks[index])
         self.blocks[index].to(self.device, torch.float32 if index in self.float32_blocks else self.dtype)
         self._resident = index
 
     def release(self) -> None:
-        """Moves the frozen weights of the resident block back to the host, in the dtype of the model."""
-        if self._resident is not None:
-            self.blocks[self._resident].to("cpu" if self.device.type != "cpu" else self.device, self.dtype)
-        self._resident = None
+        """Gives the resident block its frozen weights on the host again, in the dtype of the model; nothing is copied."""
+        if self._host is not None:
+            self._host.put_back()
+        self._resident = self._host = None
 
 
 class HiddenStates:

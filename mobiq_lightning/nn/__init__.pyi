@@ -18,6 +18,7 @@ from .elastic_linear import ElasticLinear as ElasticLinear
 from .elastic_linear import input_names as input_names
 from .elastic_linear import routed_inputs as routed_inputs
 from .elastic_linear import stored_bits as stored_bits
+from .host_tensors import HostTensors as HostTensors
 from .kept_weights import KEPT_BYTES as KEPT_BYTES
 from .kept_weights import KeptWeights as KeptWeights
 from .layout import BlockLayout as BlockLayout

@@ -3,6 +3,7 @@ from .apply_transform import initialize_transforms as initialize_transforms
 from .block_batch import ROUTED as ROUTED
 from .checkpoint_io import SafeCheckpointIO as SafeCheckpointIO
 from .checkpoint_io import can_be_read as can_be_read
+from .comparison_of_run import drop_learned as drop_learned
 from .device_memory import measuring_bytes as measuring_bytes
 from .device_memory import move_model as move_model
 from .device_memory import whole_model_on_device as whole_model_on_device

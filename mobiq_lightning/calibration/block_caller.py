@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mobiq_lightning.calibration.caught_calls import CaughtCalls, catch_calls, pass_through
+from mobiq_lightning.nn import HostTensors
 
 
 class _CaughtInput(Exception):  # noqa: N818 - a signal, not an error
@@ -44,7 +45,7 @@ class BlockCaller:
         self._moved: dict[tuple[int, torch.dtype], Tensor] = {}
         self._gives_tuple = False
         self._resident: int | None = None
-        self._own_dtypes: dict[str, torch.dtype] = {}
+        self._host: HostTensors | None = None
 
     @torch.no_grad()
     def embed(self, input_ids: Tensor) -> Tensor:
@@ -144,22 +145,18 @@ class BlockCaller:
             return
         self.release()
         block = self.blocks[index]
+        self._host = HostTensors(block)
         if index in self.float32_blocks:
-            self._own_dtypes = {name: t.dtype for name, t in _tensors(block) if t.is_floating_point()}
             block.to(self.device, torch.float32)
         else:
             block.to(self.device)  # each tensor in its own dtype, which need not be that of the others
         self._resident = index
 
     def release(self) -> None:
-        """Moves the frozen weights of the resident block back to the host, in the dtypes that they had."""
-        if self._resident is not None:
-            block = self.blocks[self._resident]
-            block.to("cpu" if self.device.type != "cpu" else self.device)
-            for name, tensor in _tensors(block):
-                if name in self._own_dtypes:
-                    tensor.data = tensor.data.to(self._own_dtypes[name])
-        self._resident, self._own_dtypes = None, {}
+        """Gives the resident block its frozen weights on the host again, in the dtypes that they had; nothing is copied."""
+        if self._host is not None:
+            self._host.put_back()
+        self._resident = self._host = None
 
     def _convert(self, value: Any, dtype: torch.dtype) -> Any:
         """Tensors anywhere in tuples, lists and dicts, on the device, each moved once; those in the model's dtype in another."""
@@ -175,8 +172,3 @@ class BlockCaller:
         if isinstance(value, dict):
             return {k: self._convert(v, dtype) for k, v in value.items()}
         return value
-
-
-def _tensors(block: nn.Module) -> list[tuple[str, Tensor]]:
-    """Parameters and buffers of a block, by name."""
-    return [*block.named_parameters(), *block.named_buffers()]

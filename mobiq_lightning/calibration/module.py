@@ -219,8 +219,6 @@ class ElasticCalibration(LightningModule):
     def end_hidden_states(self) -> None:
         """Drops the tables, and takes the frozen weights off the device."""
         self.hidden = None
-        if self.device.type != "cpu":
-            self.sliced.source.model.to("cpu")
         self.make_caller()
 
     # ------------------------------------------------------------------ training

@@ -187,7 +187,7 @@ class ElasticCalibration(LightningModule):
         Raises:
             RunFolderError: If it is from before experts were sliced, or more or fewer processes shared a step then.
         """
-        check_resumed(checkpoint["state_dict"], self.state_dict(), self.run_folder)
+        check_resumed(checkpoint["state_dict"], dict(self.named_modules()), self.run_folder)
         now = self.trainer.world_size
         check_processes(checkpoint.get("processes", now), now, self.text.batch_size, self.run_folder)
         self.record.load_state_dict(checkpoint["calibration"])

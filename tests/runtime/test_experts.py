@@ -133,8 +133,10 @@ def test_the_kernels_give_what_the_reference_gives(model: Any) -> None:
 
 
 def test_a_run_from_before_experts_were_sliced_is_refused(tmp_path: Path) -> None:
-    own = ["blocks.0.schemes.self_attn-q_proj.clip", "blocks.0.schemes.mlp-experts-0-down_proj.clip"]
+    dense = ["blocks.0.schemes.mlp-up_proj"]
+    own = [*dense, "blocks.1.schemes.self_attn-q_proj", "blocks.1.schemes.mlp-experts-0-down_proj"]
+    stored = [f"{name}.clip" for name in own]
     with pytest.raises(RunFolderError, match="left experts in full precision"):
-        check_resumed(own[:1], own, tmp_path)
-    check_resumed(own, own, tmp_path)
-    check_resumed([], own, tmp_path)
+        check_resumed(stored[:2], own, tmp_path)
+    for held in (stored, stored[:1], []):  # all blocks, those in training alone, none
+        check_resumed(held, own, tmp_path)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mobiq_lightning.calibration.block_check import check_blocks
 from mobiq_lightning.calibration.checkpoint_parts import AT_REST, at_rest
-from mobiq_lightning.calibration.comparison_of_run import comparison_of_run
+from mobiq_lightning.calibration.comparison_of_run import comparison_of_run, drop_learned
 from mobiq_lightning.calibration.fit_checks import check_plugins, check_processes, check_resumed, check_strategy
 from mobiq_lightning.calibration.hidden_states import HiddenStates, Storage
 from mobiq_lightning.calibration.non_finite import describe_non_finite
@@ -313,7 +313,8 @@ class ElasticCalibration(LightningModule):
     # ------------------------------------------------------------------ comparison
 
     def on_validation_start(self) -> None:
-        """Loads the saved elastic checkpoint beside the source model, as it was before any transform was folded into it."""
+        """Loads the saved checkpoint, in place of what was learned, and the source model as it was before any transform."""
+        drop_learned(self)
         if self.sliced.source.config_changes is not None:
             self.sliced.replace_source(load_source(self.pretrained, self.dtype_name))
         self.comparison = comparison_of_run(self, self.run_folder, self.device)

@@ -18,7 +18,6 @@ from mobiq_lightning.calibration import (
     SafeCheckpointIO,
     can_be_read,
     check_strategy,
-    drop_learned,
     finish_checkpoint,
 )
 from mobiq_lightning.callbacks.cut_short import check_fit_is_whole
@@ -219,7 +218,6 @@ class ElasticCLI(LightningCLI):
         if finished and results_fit(self.run_folder):
             self._show_results()
         else:
-            drop_learned(self.model)
             with self.run_folder.comparing():
                 self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
 

@@ -22,6 +22,7 @@ from mobiq_lightning.files import write_atomically, write_json
 from .fetch import NAME, fetch
 from .figure import plot
 from .samples import samples
+from .table import print_table
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "smollm2-135m.yaml"
@@ -96,6 +97,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_json(given.to / "real-model.json", found)
     if {"run", "peers"} <= set(found):
         write_atomically(given.to / "real-model.png", lambda path: plot(found, NAME, path))
+    if "run" in found:
+        print_table(found, NAME)
     say(f"real-model.json{' and real-model.png are' if 'peers' in found else ' is'} in {given.to}.")
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mobiq_lightning.calibration.caught_calls import CaughtCalls, catch_calls, pass_through
+from mobiq_lightning.nn import HostTensors
 
 
 class _CaughtInput(Exception):  # noqa: N818 - a signal, not an error
@@ -42,7 +43,9 @@ class BlockCaller:
         self.dtype = next(model.parameters()).dtype
         self._caught: CaughtCalls | None = None
         self._moved: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._gives_tuple = False
         self._resident: int | None = None
+        self._host: HostTensors | None = None
 
     @torch.no_grad()
     def embed(self, input_ids: Tensor) -> Tensor:
@@ -96,7 +99,8 @@ class BlockCaller:
         output = self.blocks[index](
             hidden.to(self.device, dtype), *self._convert(args, dtype), **self._convert(keywords, dtype)
         )
-        result: Tensor = output[0] if isinstance(output, tuple) else output
+        self._gives_tuple = isinstance(output, tuple)
+        result: Tensor = output[0] if self._gives_tuple else output
         return result
 
     @property
@@ -115,7 +119,7 @@ class BlockCaller:
         """Within it, what the model makes of the output of its last block can be had without the blocks in front.
 
         The model is called with blocks that hand on what is given, and with what lies outside of the blocks (norm and head,
-        most of all) on the device of the blocks. `embed` must have been called before.
+        most of all) on the device of the blocks. `embed` must have been called before, and of a single block `call`.
 
         Yields:
             Token ids (B, T) and the output (B, T, H) of the last block to logits (B, T, V), on the device.
@@ -131,7 +135,8 @@ class BlockCaller:
             logits: Tensor = torch.func.functional_call(self.model, outside, (), keywords).logits
             return logits
 
-        with pass_through(self.blocks, lambda index, args, keywords: given[0], self.caught.gives_tuple):
+        gives_tuple = self._gives_tuple if len(self.blocks) == 1 else self.caught.gives_tuple
+        with pass_through(self.blocks, lambda index, args, keywords: given[0], gives_tuple):
             yield logits_of
 
     def bring(self, index: int) -> None:
@@ -139,21 +144,27 @@ class BlockCaller:
         if self._resident == index:
             return
         self.release()
-        self.blocks[index].to(self.device, torch.float32 if index in self.float32_blocks else self.dtype)
+        block = self.blocks[index]
+        self._host = HostTensors(block)
+        if index in self.float32_blocks:
+            block.to(self.device, torch.float32)
+        else:
+            block.to(self.device)  # each tensor in its own dtype, which need not be that of the others
         self._resident = index
 
     def release(self) -> None:
-        """Moves the frozen weights of the resident block back to the host, in the dtype of the model."""
-        if self._resident is not None:
-            self.blocks[self._resident].to("cpu" if self.device.type != "cpu" else self.device, self.dtype)
-        self._resident = None
+        """Gives the resident block its frozen weights on the host again, in the dtypes that they had; nothing is copied."""
+        if self._host is not None:
+            self._host.put_back()
+        self._resident = self._host = None
 
     def _convert(self, value: Any, dtype: torch.dtype) -> Any:
-        """Tensors anywhere in tuples, lists and dicts, on the device; floating ones in a dtype. Each is moved once."""
+        """Tensors anywhere in tuples, lists and dicts, on the device, each moved once; those in the model's dtype in another."""
         if isinstance(value, Tensor):
             key = (id(value), dtype)  # `caught` holds it, so that no other tensor can have its id
             if key not in self._moved:
-                kind = dtype if value.is_floating_point() else value.dtype
+                # Some models hand on rotary embeddings in float32 whatever their own dtype is.
+                kind = dtype if value.dtype == self.dtype else value.dtype
                 self._moved[key] = value.to(self.device, kind)
             return self._moved[key]
         if isinstance(value, (tuple, list)):

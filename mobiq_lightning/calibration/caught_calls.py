@@ -25,7 +25,7 @@ class CaughtCalls:
     Args:
         calls: For each block, positional arguments after the hidden states, and keywords; tensors of the same values are one.
         n_tokens: Tokens T of a row, which masks and rotary embeddings are made for.
-        gives_tuple: Whether the model takes the first element of what a block returns.
+        gives_tuple: Whether the model takes the first element of what a block returns; not known of a single block.
     """
 
     calls: list[Call]
@@ -86,9 +86,9 @@ def catch_calls(model: nn.Module, blocks: Sequence[nn.Module], input_ids: Tensor
     gives_tuple = False
     try:
         calls = _passed(model, blocks, input_ids, gives_tuple)
-    except Exception:  # noqa: BLE001 - of whatever kind: a model that expects a tuple fails in ways of its own
+    except Exception as error:  # noqa: BLE001 - of whatever kind: a model that expects a tuple fails in ways of its own
         gives_tuple = True
-        calls = _passed_or_refused(model, blocks, input_ids)
+        calls = _passed_or_refused(model, blocks, input_ids, error)
     others = (input_ids + 1) % model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     again = _passed(model, blocks, others, gives_tuple)
     kind = type(model).__name__
@@ -102,12 +102,17 @@ def catch_calls(model: nn.Module, blocks: Sequence[nn.Module], input_ids: Tensor
     return CaughtCalls([_shared(call, known) for call in calls], input_ids.shape[1], gives_tuple)
 
 
-def _passed_or_refused(model: nn.Module, blocks: Sequence[nn.Module], input_ids: Tensor) -> list[Call]:
+def _passed_or_refused(
+    model: nn.Module, blocks: Sequence[nn.Module], input_ids: Tensor, without_tuple: Exception
+) -> list[Call]:
+    """What the model passes to each block, where a block returns a tuple; else why that is not known either way."""
     try:
         return _passed(model, blocks, input_ids, gives_tuple=True)
     except ModelError:
         raise
     except Exception as error:
+        if isinstance(without_tuple, ModelError):
+            raise without_tuple from error
         reason = (str(error).strip().splitlines() or [""])[0][:200]
         raise ModelError(
             f"model.pretrained: {type(model).__name__} does not run with blocks that hand on their input "

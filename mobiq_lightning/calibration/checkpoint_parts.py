@@ -123,8 +123,13 @@ def _write(name: str, part: dict[str, Any], folder: Path) -> str:
 
 
 def _states(value: Any, name: str) -> Iterator[tuple[str, int, int, tuple[int, ...]]]:
-    """Of all tensors in nested dicts: name, address, how often they were written to, and shape."""
-    if isinstance(value, Tensor):
+    """Of all tensors in nested dicts: name, address, how often they were written to, and shape.
+
+    Of extra state, which modules make anew whenever they are asked for it, the few numbers that it holds.
+    """
+    if isinstance(value, Tensor) and name.endswith("_extra_state"):
+        yield name, 0, 0, tuple(value.flatten().tolist())
+    elif isinstance(value, Tensor):
         yield name, value.data_ptr(), value._version, tuple(value.shape)
     elif isinstance(value, dict):
         for key, inner in value.items():

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mobiq_lightning.checkpoint import load
+from mobiq_lightning.environment import give_back_memory
 from mobiq_lightning.evaluation import RTN_BITS, Comparison, read_gains
 from mobiq_lightning.nn import ElasticLinear
 from mobiq_lightning.runs import LAYER_GAINS
@@ -45,6 +46,16 @@ def comparison_of_run(module: ElasticCalibration, folder: Path, device: torch.de
     comparison.rounded_key = key
     comparison.gains = read_gains(folder / LAYER_GAINS, comparison.names, comparison.slice_bits)
     return comparison
+
+
+def drop_learned(module: ElasticCalibration) -> None:
+    """Lets go of what was learned, with its averages, once all of it is in the checkpoint: the comparison reads that."""
+    for optimizer in module.trainer.optimizers:
+        optimizer.state.clear()
+    for block in module.sliced.calibrated_blocks():
+        for tensor in (*block.schemes.parameters(), *block.schemes.buffers()):
+            tensor.data = tensor.new_empty(0)
+    give_back_memory()
 
 
 def rounding_key(module: ElasticCalibration, group_size: int, device: torch.device) -> dict[str, Any]:

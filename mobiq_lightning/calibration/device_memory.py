@@ -26,7 +26,7 @@ def move_model(module: ElasticCalibration) -> None:
         needed, (free, _) = needed_bytes(module), torch.cuda.mem_get_info(device)
         if needed > free:
             raise ModelError(too_large(module, needed, free))
-    module.sliced.source.model.to(device)
+    module.sliced.enter_device(device)
 
 
 @contextmanager
@@ -40,21 +40,23 @@ def whole_model_on_device(module: ElasticCalibration, needed: int) -> Iterator[s
     Yields:
         None; or, if they are not there, a clause that says so, with the figures, and the model stays where it is.
     """
-    model, device = module.sliced.source.model, module.device
-    module.sliced.caller.release()
-    before = next(model.parameters()).device
-    if device.type == "cuda" and before.type != "cuda":
+    sliced, device = module.sliced, module.device
+    sliced.caller.release()
+    there = next(sliced.source.model.parameters()).device == device
+    if device.type == "cuda" and not there:
         free, _ = torch.cuda.mem_get_info(device)
         if needed > free:
             yield (
                 f"the whole model would take about {needed / 1e9:.1f} GB on {device}, of which {free / 1e9:.1f} GB are free"
             )
             return
-    model.to(device)
+    if not there:
+        sliced.enter_device(device)
     try:
         yield None
     finally:
-        model.to(before)
+        if not there:
+            sliced.leave_device()
 
 
 def measuring_bytes(module: ElasticCalibration, seq_len: int, batch_size: int, gradients: bool) -> int:

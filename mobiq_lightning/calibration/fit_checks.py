@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
@@ -14,6 +14,9 @@ from mobiq_lightning.nn import RouterFactory, SliceFactory
 from mobiq_lightning.strategies import TrainableCodes
 from mobiq_lightning.strategies.base import BudgetSchedule, Objective
 from mobiq_lightning.strategies.transform_base import Transform
+
+_SCHEMES, _EXPERTS = ".schemes.", "experts-0-"
+"""What names of slice schemes in a calibration hold, and those of the first expert of a block."""
 
 
 def check_plugins(
@@ -92,20 +95,20 @@ def _transform_problems(transform: Transform) -> Iterator[str]:
         )
 
 
-def check_resumed(stored: Collection[str], own: Collection[str], folder: Path) -> None:
+def check_resumed(stored: Collection[str], own: Iterable[str], folder: Path) -> None:
     """Refuses a training checkpoint from before experts were sliced.
 
     Args:
-        stored: Names of the tensors that it holds.
-        own: Names of the tensors of this calibration.
+        stored: Names of the tensors that it holds, of some or all blocks.
+        own: Names of the modules of this calibration.
         folder: The run folder.
 
     Raises:
         RunFolderError: Saying how to begin anew.
     """
-    experts = {name for name in own if ".schemes." in name and "experts-0-" in name}
-    blocks = {name.partition(".schemes.")[0] for name in experts}
-    lacking = [b for b in blocks if any(n.startswith(f"{b}.schemes.") for n in stored) and experts.isdisjoint(stored)]
+    blocks = {name.partition(_SCHEMES)[0] for name in own if _SCHEMES in name and _EXPERTS in name}
+    of_blocks = [[name for name in stored if name.startswith(f"{block}{_SCHEMES}")] for block in blocks]
+    lacking = any(names and not any(_EXPERTS in name for name in names) for names in of_blocks)
     if lacking:
         raise RunFolderError(
             f"{folder} was begun by a version that left experts in full precision, which are sliced now; begin it anew with "

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mobiq_lightning.calibration.block_check import check_blocks
 from mobiq_lightning.calibration.checkpoint_parts import AT_REST, at_rest
-from mobiq_lightning.calibration.comparison_of_run import comparison_of_run
+from mobiq_lightning.calibration.comparison_of_run import comparison_of_run, drop_learned
 from mobiq_lightning.calibration.fit_checks import check_plugins, check_processes, check_resumed, check_strategy
 from mobiq_lightning.calibration.hidden_states import HiddenStates, Storage
 from mobiq_lightning.calibration.non_finite import describe_non_finite
@@ -187,7 +187,7 @@ class ElasticCalibration(LightningModule):
         Raises:
             RunFolderError: If it is from before experts were sliced, or more or fewer processes shared a step then.
         """
-        check_resumed(checkpoint["state_dict"], self.state_dict(), self.run_folder)
+        check_resumed(checkpoint["state_dict"], dict(self.named_modules()), self.run_folder)
         now = self.trainer.world_size
         check_processes(checkpoint.get("processes", now), now, self.text.batch_size, self.run_folder)
         self.record.load_state_dict(checkpoint["calibration"])
@@ -219,8 +219,6 @@ class ElasticCalibration(LightningModule):
     def end_hidden_states(self) -> None:
         """Drops the tables, and takes the frozen weights off the device."""
         self.hidden = None
-        if self.device.type != "cpu":
-            self.sliced.source.model.to("cpu")
         self.make_caller()
 
     # ------------------------------------------------------------------ training
@@ -315,7 +313,8 @@ class ElasticCalibration(LightningModule):
     # ------------------------------------------------------------------ comparison
 
     def on_validation_start(self) -> None:
-        """Loads the saved elastic checkpoint beside the source model, as it was before any transform was folded into it."""
+        """Loads the saved checkpoint, in place of what was learned, and the source model as it was before any transform."""
+        drop_learned(self)
         if self.sliced.source.config_changes is not None:
             self.sliced.replace_source(load_source(self.pretrained, self.dtype_name))
         self.comparison = comparison_of_run(self, self.run_folder, self.device)

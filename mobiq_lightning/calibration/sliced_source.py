@@ -10,7 +10,15 @@ from torch import nn
 from mobiq_lightning.calibration.apply_transform import check_experts, fold_into_source
 from mobiq_lightning.calibration.block_caller import BlockCaller
 from mobiq_lightning.errors import ModelError
-from mobiq_lightning.nn import BlockLayout, CalibratedBlock, RoutedInput, RouterFactory, Share, SliceFactory
+from mobiq_lightning.nn import (
+    BlockLayout,
+    CalibratedBlock,
+    HostTensors,
+    RoutedInput,
+    RouterFactory,
+    Share,
+    SliceFactory,
+)
 from mobiq_lightning.sources import Source
 from mobiq_lightning.strategies.base import SliceScheme
 from mobiq_lightning.strategies.transform_base import Transform
@@ -46,6 +54,7 @@ class SlicedSource:
         self.source, self.layout, self.blocks = source, layout, blocks
         self.slices, self.router, self.transform, self.share_routers = slices, router, transform, share_routers
         self._caller: BlockCaller | None = None
+        self._host: HostTensors | None = None
         layout.open(source.model)
 
     def slice_blocks(self) -> None:
@@ -126,12 +135,26 @@ class SlicedSource:
             device: Where blocks run.
             float32_blocks: Indices of the blocks that run in float32, whatever the dtype of the model.
         """
+        self.leave_device()
+        self._caller = BlockCaller(self.source.model, list(self.decoder), device, float32_blocks)
+
+    def enter_device(self, device: torch.device) -> None:
+        """Moves the whole source model to a device, until `leave_device`; no block is there alone any more."""
+        self.leave_device()
+        if next(self.source.model.parameters()).device != device:
+            self._host = HostTensors(self.source.model)
+            self.source.model.to(device)
+
+    def leave_device(self) -> None:
+        """Gives the source model, or the block that is on a device alone, its weights on the host again."""
         if self._caller is not None:
             self._caller.release()
-        self._caller = BlockCaller(self.source.model, list(self.decoder), device, float32_blocks)
+        if self._host is not None:
+            self._host.put_back()
+        self._host = None
 
     def replace_source(self, source: Source) -> None:
         """Takes another loaded source model in the place of the one that was sliced, which is let go."""
-        self._caller = None
+        self._caller = self._host = None
         self.source = source
         self.layout.open(source.model)

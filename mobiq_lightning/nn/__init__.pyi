@@ -19,6 +19,7 @@ from .elastic_linear import input_names as input_names
 from .elastic_linear import product_groups as product_groups
 from .elastic_linear import routed_inputs as routed_inputs
 from .experts import RoutedExperts as RoutedExperts
+from .host_tensors import HostTensors as HostTensors
 from .kept_weights import KEPT_BYTES as KEPT_BYTES
 from .kept_weights import KeptWeights as KeptWeights
 from .layout import BlockLayout as BlockLayout

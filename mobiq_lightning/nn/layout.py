@@ -48,7 +48,7 @@ class BlockLayout:
         """
         self.blocks = self._path(model)
         for number, block in enumerate(self.find(model) if self.experts else []):
-            open_block(block, compare and number == 0)
+            compare &= not open_block(block, compare)  # one block that has some stands for all
             total = sum(p.numel() for p in block.parameters())
             unknown = {name: p for name, p in unknown_stacks(block) if p.numel() > _UNKNOWN_SHARE * total}
             if unknown:

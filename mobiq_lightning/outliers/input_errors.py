@@ -62,7 +62,8 @@ class InputErrors:
         return {name: torch.cat(found, dim=1) for name, found in self._found.items()}
 
     def _note(self, name: str, counted: Tensor, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x = args[0][:, :-1][counted].float()
+        rows, after = counted.shape
+        x = args[0].reshape(rows, after + 1, -1)[:, :-1][counted].float()  # blocks with experts flatten their tokens
         weight = torch.cat([source.weight for source, _ in self.linears[name]]).float()
         read = (torch.cat([_read_on_input(elastic, b) for _, elastic in self.linears[name]]) for b in self.bits)
         transform = self.linears[name][0][1].routed.transform

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from mobiq_lightning.errors import DataError, ModelError
+from mobiq_lightning.nn import HostTensors
 from mobiq_lightning.runs import SharedWork
 from mobiq_lightning.sources.model import Source
 
@@ -72,7 +73,7 @@ class SourceWriter:
             "dtype": str(model.dtype),
         }
         key |= {"length": length, "seed": seed}
-        before = next(model.parameters()).device
+        host = HostTensors(model)
         progress = _Progress(n_tokens, self.tell)
         written: list[int] = []
         n_documents = 0
@@ -91,7 +92,7 @@ class SourceWriter:
                 written += [token for document in self.kept.tokens(batch_key, make) for token in document]
                 n_documents += rows
         finally:
-            model.to(before)
+            host.put_back()
         return written
 
     @torch.no_grad()

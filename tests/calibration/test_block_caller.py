@@ -72,6 +72,36 @@ def test_catching_computes_no_block_and_leaves_the_model_as_it_was(make_model: C
     assert not any("forward" in vars(layer) for layer in model.model.layers)
 
 
+def test_numbers_keep_the_dtype_that_the_model_has_them_in() -> None:
+    from transformers import Olmo2Config
+
+    sizes = {
+        "vocab_size": 50,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_attention_heads": 2,
+        "pad_token_id": None,
+    }
+    model = random_model(Olmo2Config(**sizes, dtype="bfloat16"), [0, 1], CPU)
+    model.model.layers[0].mlp.extra = nn.Parameter(
+        torch.ones(3), requires_grad=False
+    )  # as corrections of experts' scores are
+    ids = torch.randint(50, (2, 20))
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits
+    found, caller = logits_by_blocks(model, ids)
+    assert torch.equal(found, expected)
+    assert (
+        caller.caught.calls[0][1]["position_embeddings"][0].dtype == torch.float32
+    )  # a cosine rounded is another rotation
+    assert model.model.layers[0].mlp.extra.dtype == torch.float32
+    again = BlockCaller(model, list(model.model.layers), CPU, float32_blocks={0})
+    again.call(0, again.embed_all(ids))
+    again.release()
+    assert model.model.layers[0].mlp.extra.dtype == torch.float32
+    assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+
+
 def test_a_call_before_anything_was_embedded_says_so(make_model: Callable[..., Path]) -> None:
     model = load_source(str(make_model())).model
     with pytest.raises(RuntimeError, match="call embed first"):
@@ -97,13 +127,16 @@ class Toy(nn.Module):
         beside: Makes the second argument of blocks from embeddings (B, T, H).
         between: What is done to hidden states between blocks.
         shares: Whether blocks read what the first one was given.
+        n_blocks: Blocks.
     """
 
-    def __init__(self, beside: Any = torch.ones_like, between: Any = None, shares: bool = False) -> None:
+    def __init__(
+        self, beside: Any = torch.ones_like, between: Any = None, shares: bool = False, n_blocks: int = 2
+    ) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.embedding, self.head = nn.Embedding(11, 8), nn.Linear(8, 11)
-        self.layers = nn.ModuleList([Block(), Block()])
+        self.layers = nn.ModuleList([Block() for _ in range(n_blocks)])
         self.beside, self.between, self.shares = beside, between, shares
 
     def get_input_embeddings(self) -> nn.Module:
@@ -125,6 +158,8 @@ class Toy(nn.Module):
 def test_blocks_that_return_tuples_and_take_positional_arguments_are_called_as_the_model_does() -> None:
     model = Toy()
     check_blocks(model, list(model.layers))
+    single = Toy(n_blocks=1)
+    check_blocks(single, list(single.layers))
     caller = BlockCaller(model, list(model.layers), CPU)
     caller.embed(torch.tensor([[1, 2, 3]]))
     assert caller.caught.gives_tuple

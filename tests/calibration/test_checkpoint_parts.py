@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from mobiq_lightning.calibration import SafeCheckpointIO, can_be_read
+from mobiq_lightning.calibration import SafeCheckpointIO, can_be_read, checkpoint_parts
 from mobiq_lightning.runs import TrainingCheckpoints
 
 
@@ -19,13 +19,17 @@ class Training:
         self.folder, self.io = folder, SafeCheckpointIO()
         self.weights = [torch.arange(6.0), torch.zeros(3)]
         self.averages = [torch.ones(6), torch.ones(3)]
+        self.bits = [2, 3]
         self.at_rest: dict[str, Any] = {"000000-schemes": {"prefix": "blocks.0.schemes.", "optimizer": [0]}}
 
     def save(self, epoch: int) -> Path:
         path = self.folder / f"epoch-{epoch:06d}.ckpt"
         checkpoint = {
             "epoch": epoch,
-            "state_dict": {f"blocks.{n}.schemes.weight": weight for n, weight in enumerate(self.weights)},
+            "state_dict": {
+                "blocks.0.schemes._extra_state": torch.tensor(self.bits),  # made anew for each, as modules do
+                **{f"blocks.{n}.schemes.weight": weight for n, weight in enumerate(self.weights)},
+            },
             "optimizer_states": [
                 {
                     "state": {n: {"average": a} for n, a in enumerate(self.averages)},
@@ -35,7 +39,7 @@ class Training:
             "at_rest": self.at_rest,
         }
         self.io.save_checkpoint(checkpoint, path)
-        assert [len(checkpoint[key]) for key in ("state_dict", "at_rest")] == [2, len(self.at_rest)]
+        assert [len(checkpoint[key]) for key in ("state_dict", "at_rest")] == [3, len(self.at_rest)]
         return path
 
     def parts(self) -> dict[str, int]:
@@ -44,6 +48,7 @@ class Training:
     def check(self, path: Path) -> None:
         found = SafeCheckpointIO().load_checkpoint(path)
         assert found.keys() == {"epoch", "state_dict", "optimizer_states"}
+        assert found["state_dict"]["blocks.0.schemes._extra_state"].tolist() == self.bits
         for n, (weight, average) in enumerate(zip(self.weights, self.averages, strict=True)):
             assert torch.equal(found["state_dict"][f"blocks.{n}.schemes.weight"], weight)
             assert torch.equal(found["optimizer_states"][0]["state"][n]["average"], average)
@@ -80,6 +85,19 @@ def test_a_resumed_run_goes_on_with_the_files_that_hold_what_it_was_given(traini
     training.weights[0] = training.weights[0] + 1
     training.check(training.save(2))
     assert len(training.parts()) == 2
+
+
+def test_extra_state_is_compared_by_its_numbers_as_modules_make_it_anew(
+    training: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[str] = []
+    write = checkpoint_parts._write
+    monkeypatch.setattr(checkpoint_parts, "_write", lambda name, *rest: written.append(name) or write(name, *rest))
+    kept = [training.save(epoch) for epoch in range(3)]
+    assert written == ["000000-schemes"]
+    training.bits = [3, 4]
+    training.check(training.save(len(kept)))
+    assert written == ["000000-schemes"] * 2
 
 
 @pytest.mark.parametrize("kind", ["weights", "averages"])

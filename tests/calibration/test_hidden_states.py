@@ -164,3 +164,24 @@ def test_inputs_that_calibrated_blocks_make_infinite_are_no_matter_of_the_model(
     hidden = HiddenStates(caller, torch.randint(3, 300, (4, 8)), {"2": ruined}, reading, batch_size=2)
     with pytest.raises(GuardError, match=r"block 1/2 read at 2 bits gives .* mlp\.up_proj was given .*Set worse_block"):
         hidden.advance(1)
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("meta", torch.bfloat16), ("cpu", torch.float32)])
+def test_a_block_that_was_on_a_device_has_the_very_tensors_of_the_host_again(
+    make_model: Callable[..., Path], device: str, dtype: torch.dtype
+) -> None:
+    model = load_source(str(make_model(dtype=torch.bfloat16))).model
+    block = model.model.layers[1]
+    before = {name: (tensor, tensor.data_ptr()) for name, tensor in block.state_dict(keep_vars=True).items()}
+    values = {name: tensor.detach().clone() for name, (tensor, _) in before.items()}
+    caller = BlockCaller(model, list(model.model.layers), torch.device(device), {1} if dtype == torch.float32 else ())
+    for after in (caller.release, lambda: caller.bring(0)):
+        caller.bring(1)
+        assert {(t.device.type, t.dtype) for t in block.parameters()} == {(device, dtype)}
+        after()
+        now = block.state_dict(keep_vars=True)
+        assert now.keys() == before.keys()
+        for name, (tensor, address) in before.items():
+            assert now[name] is tensor
+            assert (tensor.data_ptr(), tensor.dtype) == (address, torch.bfloat16)
+            assert torch.equal(tensor, values[name])

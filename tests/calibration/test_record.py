@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
-from typing import Any
+from pathlib import Path
 
 import pytest
 
-from mobiq_lightning.calibration import ElasticCalibration
+from mobiq_lightning.calibration.fit_checks import check_processes
 from mobiq_lightning.calibration.record import CalibrationRecord
 from mobiq_lightning.errors import RunFolderError
 from mobiq_lightning.runs import GainsSummary, GuardEvent, GuardName
@@ -65,15 +64,7 @@ def test_an_input_that_keeps_its_router_was_not_repaired() -> None:
 
 
 def test_a_run_of_another_number_of_processes_is_not_gone_on_with() -> None:
-    def module(processes: int) -> Any:
-        parts = {"trainer": SimpleNamespace(world_size=processes), "text": SimpleNamespace(batch_size=4)}
-        return SimpleNamespace(**parts, run_folder="runs/a", record=filled())
-
-    kept: dict[str, Any] = {}
-    ElasticCalibration.on_save_checkpoint(module(1), kept)
-    ElasticCalibration.on_load_checkpoint(module(1), kept)
     said = "runs/a holds a run of 1 processes, and this one has 2: a step would be of 8 windows in place of 4"
     with pytest.raises(RunFolderError, match=said):
-        ElasticCalibration.on_load_checkpoint(module(2), kept)
-    del kept["processes"]  # as an earlier version kept it
-    ElasticCalibration.on_load_checkpoint(module(2), kept)
+        check_processes(1, 2, 4, Path("runs/a"))
+    check_processes(2, 2, 4, Path("runs/a"))

@@ -54,6 +54,20 @@ class Holder(nn.Module):
         self.sliced.make_caller(torch.device("cpu"), ())
 
 
+def test_a_whole_model_that_was_on_a_device_has_the_very_tensors_of_the_host_again(
+    make_model: Callable[..., Path],
+) -> None:
+    holder = Holder(make_model(), ResidualSlices)
+    model, cpu = holder.sliced.source.model, torch.device("cpu")
+    before = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+    for leave in (holder.sliced.leave_device, lambda: holder.sliced.make_caller(cpu, ())):
+        holder.sliced.caller.bring(1)
+        holder.sliced.enter_device(torch.device("meta"))
+        assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+        leave()
+        assert {name: tensor.data_ptr() for name, tensor in model.state_dict().items()} == before
+
+
 def test_a_module_registers_what_is_learned_and_never_the_source_model(make_model: Callable[..., Path]) -> None:
     holder = Holder(make_model(), ResidualSlices)
     assert {name.split(".")[0] for name, _ in holder.named_modules() if name} == {"blocks"}

@@ -75,7 +75,7 @@ def resume_after(run: Path, epoch: int, folder: Path) -> Path:
     killed = shutil.copytree(run, folder)
     shutil.rmtree(killed / "elastic")
     (killed / "results.json").unlink()
-    for path in (killed / "checkpoints").iterdir():
+    for path in (killed / "checkpoints").glob("*epoch-*"):
         if int(path.stem.rpartition("-")[2]) > epoch:
             path.unlink()
     assert list((killed / "checkpoints").glob("*.ckpt"))

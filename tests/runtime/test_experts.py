@@ -14,8 +14,10 @@ from mobiq_lightning.calibration.fit_checks import check_resumed
 from mobiq_lightning.checkpoint import load
 from mobiq_lightning.errors import RunFolderError
 from mobiq_lightning.latency.shapes import groups_of
-from mobiq_lightning.nn import ElasticLinear, RoutedExperts, product_groups, stored_bits
+from mobiq_lightning.nn import BlockLayout, ElasticLinear, RoutedExperts, product_groups, stored_bits
+from mobiq_lightning.outliers import InputErrors
 from mobiq_lightning.runtime import GraphedStep
+from mobiq_lightning.sources import load_source
 from tests.checkpoints import generate, logits, write_checkpoint
 from tests.conftest import make_tokenizer
 
@@ -78,6 +80,21 @@ def test_linears_of_experts_are_multiplied_alone_and_so_many_are_timed_as_a_toke
     assert sum(not linear.decides for linear in timed) == sum(2 * of_block.top_k for of_block in experts)
 
 
+def test_errors_of_shared_experts_are_watched_token_by_token(model: Any, written: Path) -> None:
+    source = load_source(str(written.parent / "model")).model
+    BlockLayout().open(source)
+    watched = InputErrors(source, model, [2, 8])
+    counted = torch.ones(2, 11, dtype=torch.bool)
+    counted[0, :4] = False
+    with watched.watch(counted), torch.no_grad():
+        source(input_ids=IDS, use_cache=False)
+    errors = watched.errors()
+    assert not any(".experts." in name for name in errors)
+    assert any("shared_expert" in name for name in errors) == (model.config.model_type in ("qwen2_moe", "llama4_text"))
+    assert all(error.shape == (2, 18) for error in errors.values())
+    assert all(bool((error[1] < error[0]).all()) for error in errors.values())
+
+
 def test_gates_in_full_precision_count_in_all_in_bits(model: Any) -> None:
     beside = stored_bits(model)
     sliced = sum(module.n_weights for module in model.modules() if isinstance(module, ElasticLinear))
@@ -116,8 +133,10 @@ def test_the_kernels_give_what_the_reference_gives(model: Any) -> None:
 
 
 def test_a_run_from_before_experts_were_sliced_is_refused(tmp_path: Path) -> None:
-    own = ["blocks.0.schemes.self_attn-q_proj.clip", "blocks.0.schemes.mlp-experts-0-down_proj.clip"]
+    dense = ["blocks.0.schemes.mlp-up_proj"]
+    own = [*dense, "blocks.1.schemes.self_attn-q_proj", "blocks.1.schemes.mlp-experts-0-down_proj"]
+    stored = [f"{name}.clip" for name in own]
     with pytest.raises(RunFolderError, match="left experts in full precision"):
-        check_resumed(own[:1], own, tmp_path)
-    check_resumed(own, own, tmp_path)
-    check_resumed([], own, tmp_path)
+        check_resumed(stored[:2], own, tmp_path)
+    for held in (stored, stored[:1], []):  # all blocks, those in training alone, none
+        check_resumed(held, own, tmp_path)

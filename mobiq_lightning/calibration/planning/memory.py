@@ -16,18 +16,21 @@ if TYPE_CHECKING:
     from mobiq_lightning.calibration.module import ElasticCalibration
     from mobiq_lightning.sources import TextWindows
 
-LIBRARIES = 600_000_000
-"""Bytes of the process with all libraries loaded, before a model is: measured on Linux without a GPU."""
+LIBRARIES = 690_000_000
+"""Bytes of the process with all libraries loaded and at work, without a model: measured on Linux without a GPU."""
 LEARNED = 12
 """Bytes for each number that is learned: itself and the two averages of AdamW."""
 IN_TRAINING = 17
 """Bytes for each weight whose codes are trained: target, gradient, the two averages, and the codes that are frozen."""
 WAITING = 13
 """Bytes for each weight that waits for a later sweep to go on with its codes: the same without gradient."""
-OF_A_PASS = 8
-"""Bytes that a training pass keeps for each weight until its backward pass: code and weight as float32."""
-OF_A_LINEAR = 48
-"""Bytes for each weight of the largest linear while its code is computed or goes backward: twelve tensors of float32."""
+OF_RANGES, OF_CODES = 6, 2
+"""Bytes that a training pass keeps for each weight until its backward pass, beside the weight itself, where ranges are trained
+(a slope and two masks), and where codes alone are (the masks)."""
+OF_A_LINEAR = 16
+"""Bytes for each weight of the largest linear while it is read or goes backward: four tensors of float32."""
+OF_A_ROUTED_LINEAR = 12
+"""The same for each slice where tokens are routed, since all slices are made at once."""
 ACTIVATIONS = 30
 """Tensors as wide as the model that a training pass keeps of each token in a block."""
 ROUTED_ACTIVATIONS = 6
@@ -96,7 +99,7 @@ def memory_of_phases(
     gains += min(KEPT_BYTES, 4 * len(sizes.slice_bits) * sizes.sliced)
     needs.append(("layer gains", _Need(device=gains + learned, frozen=sizes.model_bytes)))
     compared = _comparison(sizes, text, device)
-    needs.append(("comparison", _Need(device=compared + learned, frozen=sizes.model_bytes)))
+    needs.append(("comparison", _Need(device=compared, frozen=sizes.model_bytes)))
     phases: dict[str, PhaseMemory] = {}
     for name, need in needs:  # the largest of the phases of one name
         before = phases.get(name, PhaseMemory(name, 0, 0))
@@ -145,10 +148,12 @@ def training_need(sizes: ModelSizes, stage: Stage, depths: Sequence[int], tokens
     read = depths if stage.depths is None else tuple(stage.depths)
     n_slices, routed = len(sizes.slice_bits), stage.trains("routers")
     passes = len(read) + n_slices * routed
-    cast = sizes.itemsize if sizes.itemsize < 4 else 0
-    weights = (OF_A_PASS + cast) * passes * _weights(sizes, n_blocks)
+    kept = OF_RANGES if stage.trains("ranges") else OF_CODES if stage.trains("codes") else 0
+    weights = (kept + sizes.itemsize) * passes * _weights(sizes, n_blocks)
+    if stage.trains_routers_alone:  # made once, and kept for all steps
+        weights = min(KEPT_BYTES, weights)
     of_token = ACTIVATIONS * len(read) + routed * (ACTIVATIONS + ROUTED_ACTIVATIONS * n_slices)
-    transient = OF_A_LINEAR * sizes.largest_linear * (n_slices // 2 if routed else 1)
+    transient = (OF_A_ROUTED_LINEAR * n_slices if routed else OF_A_LINEAR) * sizes.largest_linear
     return weights + of_token * sizes.width * sizes.itemsize * tokens * n_blocks + transient
 
 
@@ -185,6 +190,7 @@ def _sweep(sizes: ModelSizes, module: ElasticCalibration, text: TextWindows, sch
         return _Need(host=before, device=needed, frozen=sizes.model_bytes)
     depths = module.objective.depths
     step = max(training_need(sizes, stage, depths, tokens, 1) for stage in sweep)
+    step = max(step, 4 * COMPARED * sizes.vocabulary * text.seq_len)  # guards look at the logits of a window
     tables = n_tables(n_streams(sweep, depths), sizes.n_blocks) * table_bytes(sizes, text)
     codes = IN_TRAINING * sizes.sliced_of_block * _trains_codes(sweep)
     later = [stage for following in schedule.sweeps[number + 1 :] for stage in following]
@@ -216,7 +222,7 @@ def _comparison(sizes: ModelSizes, text: TextWindows, device: str) -> int:
     kept = min(KEPT_BYTES, sizes.sliced * sizes.itemsize * len(sizes.slice_bits)) if device == "cpu" else 0
     reading = 4 * (len(sizes.slice_bits) + 4) * sizes.largest_linear
     activations = 4 * tokens * (COMPARED * sizes.vocabulary + ACTIVATIONS // 2 * sizes.width)
-    return outside + planes + 16 * groups_of(sizes) + kept + reading + activations
+    return outside + planes + 24 * groups_of(sizes) + kept + reading + activations
 
 
 def _weights(sizes: ModelSizes, n_blocks: int) -> int:

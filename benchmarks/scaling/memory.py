@@ -1,0 +1,205 @@
+# python -m benchmarks.scaling.memory --to benchmarks/results/memory.json --models 16M,64M,256M,1.1B
+"""Memory and time of a calibration against the size of the model, beside what `check` predicts.
+
+Random LLaMAs in bfloat16 are made in a scratch folder, and removed; each goes through a whole `fit` of a short recipe.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+SHAPES = {
+    "16M": {"width": 256, "mlp": 704, "blocks": 11, "heads": 4, "key_heads": 1, "tied": True},
+    "64M": {"width": 512, "mlp": 1408, "blocks": 17, "heads": 8, "key_heads": 2, "tied": True},
+    "256M": {"width": 1024, "mlp": 2816, "blocks": 20, "heads": 16, "key_heads": 4, "tied": True},
+    "1.1B": {"width": 2048, "mlp": 5632, "blocks": 22, "heads": 32, "key_heads": 4, "tied": False},
+}
+"""Random models, by name."""
+VOCABULARY = 32000
+PHASES = ("text writing", "block stages", "comparison")
+"""Phases of which `check` says what they take."""
+STAGES = [
+    {"depth": 2, "train": ["codes", "ranges"], "epochs": 1, "other_depths": {8: 1.0}},
+    {"depth": 8, "train": ["codes"], "epochs": 1},
+    {"train": ["routers"], "epochs": 1},
+]
+
+
+def config_of(shape: dict[str, Any]) -> Any:
+    """The configuration of a LLaMA of a shape."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=shape.get("vocabulary", VOCABULARY),
+        hidden_size=shape["width"],
+        intermediate_size=shape["mlp"],
+        num_hidden_layers=shape["blocks"],
+        num_attention_heads=shape["heads"],
+        num_key_value_heads=shape["key_heads"],
+        tie_word_embeddings=shape["tied"],
+        max_position_embeddings=2048,
+        dtype=shape.get("dtype", "bfloat16"),
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+
+
+def make_model(name: str, folder: Path) -> None:
+    """Writes a random model, with a small tokenizer."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    from tests.conftest import make_tokenizer
+
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    LlamaForCausalLM(config_of(SHAPES[name])).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+
+
+def shape_of(folder: Path) -> dict[str, Any]:
+    """The shape of a LLaMA in a folder."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    names = {
+        "width": "hidden_size",
+        "mlp": "intermediate_size",
+        "blocks": "num_hidden_layers",
+        "heads": "num_attention_heads",
+        "key_heads": "num_key_value_heads",
+        "tied": "tie_word_embeddings",
+        "vocabulary": "vocab_size",
+    }
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    return {**{name: config[key] for name, key in names.items()}, "dtype": dtype}
+
+
+def predicted(shape: dict[str, Any], recipe: Any, device: str = "cpu", **overrides: Any) -> dict[str, Any]:
+    """What `check` says that a recipe takes on a model of a shape: its sizes, and bytes of the host and the device by phase."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    from mobiq_lightning.calibration.planning import memory_of_phases, sizes_of
+    from mobiq_lightning.jobs import build
+
+    job = build(recipe, **{"trainer.accelerator": "cpu", **overrides})
+    config = config_of(shape)
+    with torch.device("meta"):
+        sizes = sizes_of(LlamaForCausalLM(config).to(config.dtype), job.model)
+    phases = memory_of_phases(sizes, job.model, job.datamodule, device)
+    return {"sizes": sizes, "host": {p.name: p.host for p in phases}, "device": {p.name: p.device for p in phases}}
+
+
+def recipe(model: str, run: Path) -> dict[str, Any]:
+    """A calibration of block after block, with every phase, on few tokens."""
+    callbacks = {
+        "LayerGains": {"windows": 0},
+        "LatencyCheck": {"seconds": 0},
+        "ThresholdTuning": {"windows": 1, "rounds": 1},
+        "Guards": {"windows": 1, "worse_block": "record", "exploding_probe": "record", "collapsed_router": "record"},
+    }
+    return {
+        "seed_everything": 0,
+        "model": {
+            "pretrained": model,
+            "slices": {
+                "class_path": "ProgressiveSlices",
+                "init_args": {"slice_bits": [2, 1, 1, 2, 2], "group_size": 64},
+            },
+            "router": {"class_path": "MLPRouter", "init_args": {"hidden_features": 16}},
+            "budget": {"class_path": "SampledBudget", "init_args": {"low_bits": 2.0, "high_bits": 6.0}},
+            "objective": {"class_path": "BlockReconstruction"},
+            "stages": STAGES,
+            "eval_bits": [3],
+            "random_seeds": [0],
+        },
+        "data": {
+            "source": "builtin",
+            "eval_source": "builtin",
+            "n_samples": 3,
+            "n_generated": 1,
+            "seq_len": 64,
+            "batch_size": 1,
+            "eval_seq_len": 128,
+            "eval_batch_size": 1,
+            "eval_max_windows": 1,
+        },
+        "trainer": {
+            "default_root_dir": str(run),
+            "accelerator": "cpu",
+            "callbacks": [
+                {"class_path": f"mobiq_lightning.callbacks.{name}", "init_args": arguments}
+                for name, arguments in callbacks.items()
+            ],
+        },
+    }
+
+
+def measure(name: str, model: Path, scratch: Path) -> dict[str, Any]:
+    """What a whole run takes."""
+    path, report = scratch / "recipe.yaml", scratch / "watched.json"
+    path.write_text(yaml.safe_dump(recipe(str(model), scratch / "run")), encoding="utf-8")
+    subprocess.run([sys.executable, "-m", "benchmarks.scaling.watch", str(path), str(report)], check=True)
+    found, shape = json.loads(report.read_text(encoding="utf-8")), shape_of(model)
+    return {
+        "model": name,
+        "shape": shape,
+        "phases": found,
+        "seconds_per_block": found["block stages"]["seconds"] / shape["blocks"],
+        "run_folder": sum(p.stat().st_size for p in (scratch / "run").rglob("*") if p.is_file()),
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Rows of the page: weights; of each phase GB measured, GB predicted, and GB that are private; seconds of a block."""
+    lines = []
+    for row in rows:
+        foreseen = predicted(row["shape"], recipe("random", Path("runs/unused")))
+        cells = [f"{foreseen['sizes'].model_bytes / 1e9:.2f}"]
+        for phase in PHASES:
+            found = row["phases"][phase]
+            cells.append(
+                f"{found['peak'] / 1e9:.2f}, {foreseen['host'][phase] / 1e9:.2f} ({found['private'] / 1e9:.2f})"
+            )
+        lines.append(f"| {row['model']} | {' | '.join(cells)} | {row['seconds_per_block']:.1f} |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--to", type=Path, required=True, help="JSON file; rows of other models in it are kept")
+    parser.add_argument("--models", default=",".join(SHAPES), help="names of random models, or folders of others")
+    parser.add_argument("--scratch", type=Path, help="where models and runs are made, and removed again")
+    arguments = parser.parse_args()
+    from mobiq_lightning.environment import environment
+
+    known = json.loads(arguments.to.read_text(encoding="utf-8"))["rows"] if arguments.to.is_file() else []
+    for name in arguments.models.split(","):
+        scratch = Path(tempfile.mkdtemp(dir=arguments.scratch))
+        try:
+            if name in SHAPES:
+                make = (
+                    f"from benchmarks.scaling.memory import *; make_model({name!r}, Path({str(scratch / 'model')!r}))"
+                )
+                subprocess.run([sys.executable, "-c", make], check=True)
+            model = scratch / "model" if name in SHAPES else Path(name)
+            row = measure(name if name in SHAPES else Path(name).name, model, scratch)
+        finally:
+            shutil.rmtree(scratch)
+        known = [*(other for other in known if other["model"] != row["model"]), row]
+        arguments.to.write_text(
+            json.dumps({"environment": environment(), "rows": known}, indent=1) + "\n", encoding="utf-8"
+        )
+        print("\n".join(table([row])), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -24,7 +24,13 @@ SHAPES = {
     "1.1B": {"width": 2048, "mlp": 5632, "blocks": 22, "heads": 32, "key_heads": 4, "tied": False},
 }
 """Random models, by name."""
+LARGE = {
+    "7B": {"width": 4096, "mlp": 11008, "blocks": 32, "heads": 32, "key_heads": 32, "tied": False},
+    "70B": {"width": 8192, "mlp": 28672, "blocks": 80, "heads": 64, "key_heads": 8, "tied": False},
+}
+"""Models of which it is only predicted what they take."""
 VOCABULARY = 32000
+ROOT = Path(__file__).parents[2]
 PHASES = ("text writing", "block stages", "comparison")
 """Phases of which `check` says what they take."""
 STAGES = [
@@ -98,8 +104,8 @@ def predicted(shape: dict[str, Any], recipe: Any, device: str = "cpu", **overrid
     return {"sizes": sizes, "host": {p.name: p.host for p in phases}, "device": {p.name: p.device for p in phases}}
 
 
-def recipe(model: str, run: Path) -> dict[str, Any]:
-    """A calibration of block after block, with every phase, on few tokens."""
+def recipe(model: str, run: Path, text: Path) -> dict[str, Any]:
+    """A calibration of block after block on few tokens, with every phase but layer gains, which take long."""
     callbacks = {
         "LayerGains": {"windows": 0},
         "LatencyCheck": {"seconds": 0},
@@ -122,9 +128,9 @@ def recipe(model: str, run: Path) -> dict[str, Any]:
             "random_seeds": [0],
         },
         "data": {
-            "source": "builtin",
-            "eval_source": "builtin",
-            "n_samples": 3,
+            "source": str(text),
+            "eval_source": str(text),
+            "n_samples": 1,
             "n_generated": 1,
             "seq_len": 64,
             "batch_size": 1,
@@ -146,7 +152,11 @@ def recipe(model: str, run: Path) -> dict[str, Any]:
 def measure(name: str, model: Path, scratch: Path) -> dict[str, Any]:
     """What a whole run takes."""
     path, report = scratch / "recipe.yaml", scratch / "watched.json"
-    path.write_text(yaml.safe_dump(recipe(str(model), scratch / "run")), encoding="utf-8")
+    text = scratch / "text.txt"
+    text.write_text(
+        "\n".join(page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md"))), encoding="utf-8"
+    )
+    path.write_text(yaml.safe_dump(recipe(str(model), scratch / "run", text)), encoding="utf-8")
     subprocess.run([sys.executable, "-m", "benchmarks.scaling.watch", str(path), str(report)], check=True)
     found, shape = json.loads(report.read_text(encoding="utf-8")), shape_of(model)
     return {
@@ -162,7 +172,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     """Rows of the page: weights; of each phase GB measured, GB predicted, and GB that are private; seconds of a block."""
     lines = []
     for row in rows:
-        foreseen = predicted(row["shape"], recipe("random", Path("runs/unused")))
+        foreseen = predicted(row["shape"], recipe("random", Path("runs/unused"), Path("text.txt")))
         cells = [f"{foreseen['sizes'].model_bytes / 1e9:.2f}"]
         for phase in PHASES:
             found = row["phases"][phase]
@@ -173,15 +183,70 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def large() -> list[str]:
+    """Rows of the page: what `recipes/llama2-7b.yaml` takes on larger models, on a GPU, by phase; host and device in GB."""
+    lines = []
+    for name, shape in LARGE.items():
+        for where in ("host", "disk"):
+            overrides = {"model.hidden_states": where, "trainer.callbacks": [], "trainer.logger": False}
+            foreseen = predicted(shape, ROOT / "recipes" / "llama2-7b.yaml", "cuda", **overrides)
+            cells = [
+                f"{foreseen['host'][phase] / 1e9:.0f}, {foreseen['device'][phase] / 1e9:.0f}" for phase in PHASES[1:]
+            ]
+            lines.append(f"| {name}, hidden states on {where} | {' | '.join(cells)} |")
+    return lines
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draws memory of each phase and seconds of a block against the size of the model."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    text, run = Path("text.txt"), Path("runs/unused")
+    shapes = {
+        name: (shape, predicted(shape, recipe("random", run, text))) for name, shape in {**SHAPES, **LARGE}.items()
+    }
+    weights = [found["sizes"].model_bytes / found["sizes"].itemsize for _, found in shapes.values()]
+    for phase, colour in zip(PHASES, ("#8a8a8a", "#c8102e", "#1f77b4"), strict=True):
+        left.plot(weights, [found["host"][phase] / 1e9 for _, found in shapes.values()], color=colour, label=phase)
+    for row in rows:
+        sizes = predicted(row["shape"], recipe("random", run, text))["sizes"]
+        numbers, marker = sizes.model_bytes / sizes.itemsize, "o" if row["model"] in SHAPES else "s"
+        for phase, colour in zip(PHASES, ("#8a8a8a", "#c8102e", "#1f77b4"), strict=True):
+            left.plot(numbers, row["phases"][phase]["peak"] / 1e9, marker, color=colour)
+        right.plot(sizes.sliced_of_block / 1e6, row["seconds_per_block"], marker, color="#c8102e")
+    for axes, x, y in (
+        (left, "weights of the model", "GB of host memory, measured (dots) and predicted"),
+        (right, "million weights of a block", "seconds of a block"),
+    ):
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel(x)
+        axes.set_ylabel(y, fontsize=9)
+        axes.grid(alpha=0.25)
+    left.legend(frameon=False, fontsize=9)
+    figure.savefig(path, dpi=130, format="png", metadata={"Software": None})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--to", type=Path, required=True, help="JSON file; rows of other models in it are kept")
     parser.add_argument("--models", default=",".join(SHAPES), help="names of random models, or folders of others")
     parser.add_argument("--scratch", type=Path, help="where models and runs are made, and removed again")
+    parser.add_argument(
+        "--plot", type=Path, help="draw the rows that the file holds, print the tables, measure nothing"
+    )
     arguments = parser.parse_args()
     from mobiq_lightning.environment import environment
 
     known = json.loads(arguments.to.read_text(encoding="utf-8"))["rows"] if arguments.to.is_file() else []
+    if arguments.plot:
+        draw(known, arguments.plot)
+        print("\n".join([*table(known), "", *large()]))
+        return
     for name in arguments.models.split(","):
         scratch = Path(tempfile.mkdtemp(dir=arguments.scratch))
         try:

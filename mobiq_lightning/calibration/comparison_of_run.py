@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mobiq_lightning.calibration.planning import kept_in_comparison
 from mobiq_lightning.checkpoint import load
 from mobiq_lightning.environment import give_back_memory
 from mobiq_lightning.evaluation import RTN_BITS, Comparison, read_gains
@@ -29,6 +30,8 @@ def comparison_of_run(module: ElasticCalibration, folder: Path, device: torch.de
     """
     trusted = describe_factory(module.router)["class_path"]  # the recipe names it, and has run it
     elastic = load(folder, dtype=module.sliced.source.model.dtype, device=device, trust_router=trusted)
+    if device.type == "cpu":
+        elastic.keep_weights(kept_in_comparison(module.sizes))
     seed = os.environ.get("PL_GLOBAL_SEED")
     linear = next(m for m in elastic.modules() if isinstance(m, ElasticLinear))
     key = rounding_key(module, linear.group_size, device)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mobiq_lightning.calibration.module import ElasticCalibration
     from mobiq_lightning.sources import TextWindows
 
-LIBRARIES = 690_000_000
+LIBRARIES = 650_000_000
 """Bytes of the process with all libraries loaded and at work, without a model: measured on Linux without a GPU."""
 LEARNED = 12
 """Bytes for each number that is learned: itself and the two averages of AdamW."""
@@ -219,10 +219,19 @@ def _comparison(sizes: ModelSizes, text: TextWindows, device: str) -> int:
     tokens = text.eval_batch_size * text.eval_seq_len
     outside = sizes.model_bytes - sizes.block_weights * sizes.itemsize
     planes = sizes.sliced * sum(sizes.slice_bits) // 8
-    kept = min(KEPT_BYTES, sizes.sliced * sizes.itemsize * len(sizes.slice_bits)) if device == "cpu" else 0
+    kept = kept_in_comparison(sizes) if device == "cpu" else 0
     reading = 4 * (len(sizes.slice_bits) + 4) * sizes.largest_linear
     activations = 4 * tokens * (COMPARED * sizes.vocabulary + ACTIVATIONS // 2 * sizes.width)
     return outside + planes + 24 * groups_of(sizes) + kept + reading + activations
+
+
+def kept_in_comparison(sizes: ModelSizes) -> int:
+    """Bytes of weights that the comparison keeps on a CPU: of all depths if they fit the usual limit, else a quarter of that.
+
+    Where they do not fit, most are made anew for every batch in any case, and long batches take longer to multiply.
+    """
+    all_depths = sizes.sliced * sizes.itemsize * len(sizes.slice_bits)
+    return all_depths if all_depths <= KEPT_BYTES else KEPT_BYTES // 4
 
 
 def _weights(sizes: ModelSizes, n_blocks: int) -> int:

@@ -89,7 +89,7 @@ def test_what_does_not_fit_is_a_problem_with_the_figures(
     assert main(["check", *recipe_arguments]) == 1
     printed = capsys.readouterr().out
     assert (
-        "memory: block stages will take about 0.6 GB on the host, of which 0.1 GB are free; lower data.n_samples"
+        "memory: block stages will take about 0.7 GB on the host, of which 0.1 GB are free; lower data.n_samples"
         in printed
     )
     assert "no step was measured, as there is too little memory" in printed

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.real_model.table import figures as smollm2_figures
 from mobiq_lightning.calibration import ElasticCalibration
 from mobiq_lightning.calibration.schedule import Stage
 from mobiq_lightning.cli import main
@@ -279,6 +280,24 @@ def test_the_whole_table_of_the_built_in_model_is_that_of_the_committed_run() ->
         for row in rows
     ]  # fmt: skip
     assert [cells for cells in printed if cells[1] != "target bits"] == expected
+
+
+def test_the_table_of_the_real_model_is_that_of_the_committed_run() -> None:
+    rows = {(r["allocation"], r["target_bits"]): r for r in json.loads((RESULTS / "smollm2.json").read_text())["rows"]}
+    shown = table_with(ROOT / "docs" / "results" / "smollm2.md", "perplexity / KL (nats)")
+    budgets = [float(name.removesuffix(" bits")) for name in shown[0][1:]]
+    allocations = {
+        "round to nearest, own code": "rtn",
+        "router": "router",
+        "static layers": "static",
+        "best layers": "layers",
+        "shuffled tokens": "shuffled",
+        "random tokens": "random",
+    }
+    assert [line[0] for line in shown[1:]] == list(allocations)
+    for name, *cells in shown[1:]:
+        measured = [rows.get((allocations[name], bits)) for bits in budgets]
+        assert cells == [smollm2_figures(row["perplexity"], row["kl"]) if row else "" for row in measured], name
 
 
 def test_every_file_of_results_has_its_command_in_the_table_of_benchmarks() -> None:

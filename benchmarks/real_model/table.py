@@ -33,12 +33,13 @@ def cells(found: dict[str, Any], bits: Sequence[float]) -> list[list[str]]:
     """Lines of the table: a name, and for each budget perplexity and KL divergence, empty where there is none."""
     lines = []
     for name, values in rows_of(found).items():
-        figures = [_figures(*values[b]) if b in values else "" for b in bits]
-        lines.append([STYLES[name][0] if name in STYLES else name, *figures])
+        shown = [figures(*values[b]) if b in values else "" for b in bits]
+        lines.append([STYLES[name][0] if name in STYLES else name, *shown])
     return lines
 
 
-def _figures(perplexity: float, kl: float) -> str:
+def figures(perplexity: float, kl: float) -> str:
+    """Perplexity and KL divergence in a cell; large ones are of broken models, of which digits say nothing."""
     if not math.isfinite(perplexity):
         return "not finite"
     return f"{perplexity:,.0f} / {kl:.2f}" if perplexity >= 1000 else f"{perplexity:.2f} / {kl:.4f}"

@@ -9,21 +9,16 @@ import contextlib
 import hashlib
 import json
 import math
-import os
-import shutil
-import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from mobiq_lightning.console import verbosity
 from mobiq_lightning.errors import ModelError
 from mobiq_lightning.sources.builtin_text import builtin_documents
-from mobiq_lightning.sources.model_files import cache_folder
+from mobiq_lightning.sources.model_files import cache_folder, make_once
 
 _FORMAT_VERSION = 1  # part of the cache key; raise it with any change here that changes the trained model
 
@@ -102,15 +97,8 @@ def ensure_builtin_model(cache_dir: Path | None = None, seed: int = 0, spec: Bui
     spec = spec or BuiltinModelSpec()
     base = cache_folder() if cache_dir is None else Path(cache_dir).expanduser()
     target = base / f"llama-{_cache_key(seed, spec)}"
-    if target.is_dir():
-        return target
-
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # Ranks of one run ask at the same time; without the lock each would train, all on the same cores.
-        with FileLock(target.with_suffix(".lock")):
-            if not target.is_dir():
-                _build(target, seed, spec)
+        make_once(target, lambda folder: _build(folder, seed, spec))
     except OSError as error:
         raise ModelError(
             f"Cannot write the built-in model to {target.parent} ({error}). Point the environment variable "
@@ -126,26 +114,13 @@ def _cache_key(seed: int, spec: BuiltinModelSpec) -> str:
     return hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
-def _build(target: Path, seed: int, spec: BuiltinModelSpec) -> None:
-    """Trains the model into a sibling folder; the rename to `target` marks it as complete."""
-    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    partial.mkdir()
-    try:
-        documents = builtin_documents("train")
-        tokenizer = _train_tokenizer(documents, spec)
-        streams = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(documents)["input_ids"]]
-        _train_model(streams, tokenizer, seed, spec).save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        for path in partial.iterdir():
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
-        try:
-            os.replace(partial, target)
-        except OSError:
-            if not target.is_dir():  # else another process was first, where locks do not work
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+def _build(folder: Path, seed: int, spec: BuiltinModelSpec) -> None:
+    """Trains the model and writes it into a folder."""
+    documents = builtin_documents("train")
+    tokenizer = _train_tokenizer(documents, spec)
+    streams = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(documents)["input_ids"]]
+    _train_model(streams, tokenizer, seed, spec).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def _train_tokenizer(documents: list[str], spec: BuiltinModelSpec) -> Any:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +10,7 @@ from mobiq_lightning.console import say
 from mobiq_lightning.errors import FileError, ModelError
 from mobiq_lightning.extras import require
 from mobiq_lightning.input_files import open_regular
-from mobiq_lightning.sources.model_files import cache_folder, kept_sha256
+from mobiq_lightning.sources.model_files import cache_folder, kept_sha256, make_once
 
 _MAGIC = b"GGUF"
 _FORMAT_VERSION = 1  # part of the cache key; raise it with any change here that changes the folder
@@ -57,19 +54,11 @@ def ensure_gguf_folder(pretrained: str) -> Path:
         ModelError: If the file is damaged, of an architecture that transformers cannot read from GGUF, or the cache
             cannot be written.
     """
-    from filelock import FileLock
-
     path = check_gguf(pretrained)
     require("gguf", f"model.pretrained: {path.name}")
     target = cache_folder() / f"gguf-{_cache_key(path)}"
-    if target.is_dir():
-        return target
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # Ranks of one run ask at the same time.
-        with FileLock(target.with_suffix(".lock")):
-            if not target.is_dir():
-                _convert(path, target)
+        make_once(target, lambda folder: _convert(path, folder))
     except OSError as error:
         raise ModelError(
             f"model.pretrained: {path.name} cannot be turned into a folder below {target.parent} ({error}). It takes 4 bytes "
@@ -83,20 +72,10 @@ def _cache_key(path: Path) -> str:
     return hashlib.sha256(f"{_FORMAT_VERSION} {kept_sha256(path)}".encode()).hexdigest()[:16]
 
 
-def _convert(path: Path, target: Path) -> None:
-    """Writes the model into a sibling folder; the rename to `target` marks it as complete."""
-    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    partial.mkdir()
-    try:
-        model, tokenizer = _read(path)
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        for written in partial.iterdir():
-            with written.open("rb+") as file:
-                os.fsync(file.fileno())
-        partial.replace(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+def _convert(path: Path, folder: Path) -> None:
+    """Writes the model of a GGUF file into a folder."""
+    for part in _read(path):
+        part.save_pretrained(folder)
 
 
 def _read(path: Path) -> tuple[Any, Any]:

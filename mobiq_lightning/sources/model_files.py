@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +165,41 @@ def cache_folder() -> Path:
     import platformdirs  # an installation that loads a full-precision model for `evaluate` need not have it
 
     return Path(os.environ.get("MOBIQ_CACHE") or platformdirs.user_cache_dir("mobiq_lightning")).expanduser()
+
+
+def make_once(target: Path, write: Callable[[Path], None]) -> None:
+    """Makes a folder of the cache unless it is there; several processes may ask for it at the same time.
+
+    Args:
+        target: The folder; that it is there means that it is whole.
+        write: Fills a sibling folder, which then takes its name.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    from filelock import FileLock
+
+    if target.is_dir():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Ranks of one run ask at the same time; without the lock each would do the work, all on the same cores.
+    with FileLock(target.with_suffix(".lock")):
+        if target.is_dir():
+            return
+        partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+        partial.mkdir()
+        try:
+            write(partial)
+            for path in partial.iterdir():
+                with path.open("rb+") as file:
+                    os.fsync(file.fileno())
+            try:
+                os.replace(partial, target)
+            except OSError:
+                if not target.is_dir():  # else another process was first, where locks do not work
+                    raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 class _KeptHashes:

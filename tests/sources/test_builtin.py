@@ -191,9 +191,8 @@ def test_model_that_another_process_finished_first_is_kept(
 def test_concurrent_callers_train_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     built: list[Path] = []
 
-    def build(target: Path, *_: object) -> None:
-        built.append(target)
-        target.mkdir()
+    def build(folder: Path, *_: object) -> None:
+        built.append(folder)
 
     monkeypatch.setattr(builtin, "_build", build)
     callers = [threading.Thread(target=ensure_builtin_model, args=(tmp_path, 0, TINY)) for _ in range(4)]
@@ -206,7 +205,7 @@ def test_concurrent_callers_train_once(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 def test_environment_variable_moves_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("MOBIQ_CACHE", str(tmp_path / "elsewhere"))
-    monkeypatch.setattr(builtin, "_build", lambda target, *_: target.mkdir())
+    monkeypatch.setattr(builtin, "_build", lambda *_: None)
     assert ensure_builtin_model(spec=TINY).parent == tmp_path / "elsewhere"
 
 

@@ -158,7 +158,7 @@ def test_the_set_up_commands_are_those_of_the_check() -> None:
 
 def recipe_arguments_of(command: str, rest: list[str]) -> list[str]:
     """What follows a command that takes a recipe, without options of its own; a run's recipe stands for the one it had."""
-    own = {"outliers": {"--bits", "--share"}}.get(command, set())
+    own = {"outliers": {"--bits", "--share"}, "fit": {"--blocks"}}.get(command, set())
     given = [t for before, t in zip(["", *rest], rest, strict=False) if t not in own and before not in own]
     given = [
         str(ROOT / "recipes" / "tiny.yaml") if t.endswith("config.yaml") or t.startswith("runs/") else t for t in given

@@ -1,12 +1,19 @@
 # What others may use of this package; `__init__.py` loads it when it is asked for.
 from .apply_transform import initialize_transforms as initialize_transforms
 from .block_batch import ROUTED as ROUTED
+from .block_share import BlockShare as BlockShare
+from .block_share import begin_at as begin_at
+from .block_share import check_block_files as check_block_files
+from .block_share import retries_of as retries_of
+from .block_share import take_over as take_over
+from .block_share import write_block_file as write_block_file
 from .checkpoint_io import SafeCheckpointIO as SafeCheckpointIO
 from .checkpoint_io import can_be_read as can_be_read
 from .device_memory import move_model as move_model
 from .disk_space import say_if_short as say_if_short
 from .elastic_checkpoint import checkpoint_writer as checkpoint_writer
 from .elastic_checkpoint import finish_checkpoint as finish_checkpoint
+from .fit_checks import check_one_process as check_one_process
 from .fit_checks import check_strategy as check_strategy
 from .hidden_states import eval_mode as eval_mode
 from .kept_gains import KeptGains as KeptGains

@@ -28,7 +28,7 @@ class BlockCaller:
         model: The causal language model.
         blocks: Its decoder blocks.
         device: Where blocks run. Only the block that runs is there; the others stay where they are.
-        float32_blocks: Blocks that run in float32 until `release`, whatever the dtype of the model.
+        float32_blocks: Blocks that run in float32, whatever the dtype of the model.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class BlockCaller:
         self._caught: CaughtCalls | None = None
         self._moved: dict[tuple[int, torch.dtype], Tensor] = {}
         self._gives_tuple = False
-        self._resident: int | None = None
+        self._resident: tuple[int, bool] | None = None
         self._host: HostTensors | None = None
 
     @torch.no_grad()
@@ -141,16 +141,26 @@ class BlockCaller:
 
     def bring(self, index: int) -> None:
         """Makes block `index` the one whose frozen weights are on the device."""
-        if self._resident == index:
+        in_float32 = index in self.float32_blocks
+        if self._resident == (index, in_float32):
             return
         self.release()
         block = self.blocks[index]
         self._host = HostTensors(block)
-        if index in self.float32_blocks:
+        if in_float32:
             block.to(self.device, torch.float32)
         else:
             block.to(self.device)  # each tensor in its own dtype, which need not be that of the others
-        self._resident = index
+        self._resident = index, in_float32
+
+    @contextmanager
+    def in_float32(self, blocks: Collection[int]) -> Iterator[None]:
+        """Within it, these blocks run in float32, and no others do."""
+        before, self.float32_blocks = self.float32_blocks, blocks
+        try:
+            yield
+        finally:
+            self.float32_blocks = before
 
     def release(self) -> None:
         """Gives the resident block its frozen weights on the host again, in the dtypes that they had; nothing is copied."""

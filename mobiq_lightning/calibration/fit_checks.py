@@ -136,6 +136,20 @@ def check_processes(then: int, now: int, batch_size: int, folder: Path) -> None:
         )
 
 
+def check_one_process(block_inputs: str, world_size: int) -> None:
+    """Refuses several processes that share batches where blocks are calibrated by themselves, each by one process.
+
+    Raises:
+        RecipeError: Saying what to use.
+    """
+    if block_inputs == "full" and world_size > 1:
+        raise RecipeError(
+            f"model.block_inputs: full, and {world_size} processes that share each batch (trainer.devices, trainer.num_nodes): "
+            "blocks that do not depend on each other are calibrated by one process each. Give --trainer.devices 1, and start "
+            "`fit --blocks FIRST-LAST` once for each device; or set model.block_inputs to calibrated"
+        )
+
+
 def check_strategy(strategy: Strategy) -> None:
     """Refuses trainer strategies under which block by block calibration would go wrong.
 

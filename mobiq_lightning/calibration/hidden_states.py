@@ -18,6 +18,8 @@ TARGETS = "targets"
 """Name of the table of targets, beside the names of input streams."""
 
 Storage = Literal["device", "host", "disk"]
+BlockInputs = Literal["calibrated", "full"]
+"""What blocks are trained on: what the calibrated blocks before them give, or what the full-precision model gives."""
 Reading = Callable[[int, int], AbstractContextManager[Any]]
 """Puts a block (by index) into the precision in which a stream goes through it, for one batch (by index)."""
 Keeping = Callable[[int], AbstractContextManager[Any]]
@@ -28,7 +30,9 @@ class HiddenStates:
     """Tables of inputs and targets, advanced block by block.
 
     A table goes through a block in place, batch by batch: there is one for each stream, and one of the targets. If that is
-    interrupted, the tables are of no more use; they are made anew from the windows and the blocks that are done.
+    interrupted, the tables are of no more use; they are made anew from the windows and the blocks that are done. Where inputs
+    are those of the full-precision model, the targets of a block are the inputs of the next one: there are two tables, whatever
+    the streams, and nothing that was calibrated is in them.
 
     Args:
         caller: Calls the blocks.
@@ -39,6 +43,7 @@ class HiddenStates:
         storage: Where the tables lie.
         folder: The folder of the tables, if they lie on disk.
         keeping: Keeps weights while a stream goes through a block; by default they are made for each batch.
+        block_inputs: Whether streams go through the blocks as they read them, or all hold what the full-precision model gives.
 
     Raises:
         ModelError: If the full-precision model gives inputs or targets that are not finite, here or later.
@@ -55,8 +60,9 @@ class HiddenStates:
         storage: Storage = "host",
         folder: Path | None = None,
         keeping: Keeping = nullcontext,
+        block_inputs: BlockInputs = "calibrated",
     ) -> None:
-        self.keeping = keeping
+        self.keeping, self.block_inputs = keeping, block_inputs
         self.caller, self.streams, self.full_precision = caller, streams, full_precision
         self.batch_size, self.storage, self.folder = batch_size, storage, folder
         self.block = 0
@@ -66,8 +72,11 @@ class HiddenStates:
         self.targets = self._through(0, inputs, TARGETS, full_precision, self._place(_like(inputs), TARGETS))
 
     def advance(self, block: int) -> None:
-        """Moves on to `block`: inputs go through the calibrated blocks before it, targets through it."""
+        """Moves on to `block`: inputs go through the blocks before it, targets through it."""
         while self.block < block:
+            if self.block_inputs == "full":
+                self._advance_full()
+                continue
             for name, reading in self.streams.items():
                 table = self.inputs[name]
                 shared = sum(other is table for other in self.inputs.values()) > 1  # the embedding, by streams to come
@@ -75,6 +84,13 @@ class HiddenStates:
                 self.inputs[name] = self._through(self.block, table, name, reading, out)
             self.block += 1
             self.targets = self._through(self.block, self.targets, TARGETS, self.full_precision, self.targets)
+
+    def _advance_full(self) -> None:
+        """Moves on by one block: what left it is what enters the next one, and the room of its inputs takes what leaves that."""
+        self.block += 1
+        room = next(iter(self.inputs.values()), self.targets)
+        self.inputs = dict.fromkeys(self.streams, self.targets)
+        self.targets = self._through(self.block, self.targets, TARGETS, self.full_precision, room)
 
     def batch(self, name: str, index: Tensor) -> Tensor:
         """(B, T, H) inputs of a stream for windows `index` (B,), on the device of the blocks."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -12,10 +12,11 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from mobiq_lightning.calibration.block_check import check_blocks
+from mobiq_lightning.calibration.block_share import BlockShare
 from mobiq_lightning.calibration.checkpoint_parts import AT_REST, at_rest
 from mobiq_lightning.calibration.comparison_of_run import comparison_of_run, drop_learned
 from mobiq_lightning.calibration.fit_checks import check_plugins, check_processes, check_resumed, check_strategy
-from mobiq_lightning.calibration.hidden_states import HiddenStates, Storage
+from mobiq_lightning.calibration.hidden_states import BlockInputs, HiddenStates, Storage
 from mobiq_lightning.calibration.non_finite import describe_non_finite
 from mobiq_lightning.calibration.planning import ModelSizes, RunClock, TimeLeft, sizes_of
 from mobiq_lightning.calibration.rates import Rates, parameter_groups
@@ -68,6 +69,9 @@ class ElasticCalibration(LightningModule):
         model_objective: What the whole model is trained to match in stages with `scope: model`.
         recompute_blocks: Whether those stages keep only the inputs of blocks and compute the rest again (gradient
             checkpointing).
+        block_inputs: What blocks are trained on in block stages. `calibrated`: what the calibrated blocks before them give, so
+            that they make up for the errors of those. `full`: what the full-precision model gives, so that no block depends on
+            another, and several can be calibrated at once.
     """
 
     def __init__(
@@ -91,6 +95,7 @@ class ElasticCalibration(LightningModule):
         shared_work: str | None = None,
         model_objective: Objective | None = None,
         recompute_blocks: bool = False,
+        block_inputs: BlockInputs = "calibrated",
     ) -> None:
         super().__init__()
         self.pretrained, self.dtype_name = pretrained, dtype
@@ -101,6 +106,7 @@ class ElasticCalibration(LightningModule):
         self.epochs_per_block, self.rates = epochs_per_block, rates
         self.stages = stages or default_stages()
         self.recompute_blocks, self.storage = recompute_blocks, hidden_states
+        self.block_inputs: BlockInputs = block_inputs
         self.threshold_scope = threshold_scope
         self.eval_bits = eval_bits if eval_bits is not None else [2, 2.5, 3, 3.5, 4, 5, 6, 8]
         self.random_seeds = random_seeds if random_seeds is not None else [0, 1, 2]
@@ -108,6 +114,7 @@ class ElasticCalibration(LightningModule):
         self.blocks = nn.ModuleList()
         self.record = CalibrationRecord()
         self.clock = RunClock(TimeLeft([]))
+        self.share = BlockShare()
         self.hidden: HiddenStates | None = None
         self.comparison: Comparison | None = None
         self._sliced: SlicedSource | None = None
@@ -146,8 +153,10 @@ class ElasticCalibration(LightningModule):
 
     @property
     def hidden_states_folder(self) -> Path:
-        """Where the tables lie if they are on disk; every rank has its own."""
-        return self.run_folder / HIDDEN_STATES / f"rank-{self.global_rank}"
+        """Where the tables lie if they are on disk; every rank, and every process with blocks of its own, has its own."""
+        own = self.share.own
+        name = f"rank-{self.global_rank}" if own is None else f"blocks-{own.start + 1}-{own.stop}"
+        return self.run_folder / HIDDEN_STATES / name
 
     def setup(self, stage: str) -> None:
         """Loads the source model, reads the text with its tokenizer and, for a fit, slices the blocks."""
@@ -168,6 +177,7 @@ class ElasticCalibration(LightningModule):
         begins = stage == "fit" and len(self.blocks) == 0
         if begins:
             check_blocks(self.sliced.source.model, list(self.sliced.decoder))
+            self.share.check(len(self.sliced.decoder))
         read_text(self, stage)
         if begins:
             self.sliced.slice_blocks()
@@ -195,8 +205,12 @@ class ElasticCalibration(LightningModule):
     # ------------------------------------------------------------------ inputs of blocks
 
     def make_caller(self) -> None:
-        """Prepares calling single blocks; those that are tried again after NaN or infinity run in float32."""
-        self.sliced.make_caller(self.device, self.record.retried_blocks)
+        """Prepares calling single blocks; those that are tried again after NaN or infinity run in float32.
+
+        With full-precision inputs they do so in their own steps alone, while blocks are calibrated: others do not depend on it.
+        """
+        alone = self.block_inputs == "full" and self.block_index is not None
+        self.sliced.make_caller(self.device, () if alone else self.record.retried_blocks)
 
     def start_hidden_states(self) -> None:
         """Prepares the tables of block 0 for the current sweep from all calibration windows."""
@@ -214,6 +228,7 @@ class ElasticCalibration(LightningModule):
             self.storage,
             self.hidden_states_folder,
             lambda block: unchanged_weights(self, [self.sliced.block_at(block)]),
+            self.block_inputs,
         )
 
     def end_hidden_states(self) -> None:
@@ -238,6 +253,11 @@ class ElasticCalibration(LightningModule):
         """The block being calibrated; None if it is the whole model."""
         return self.segment.block
 
+    @property
+    def walks(self) -> bool:
+        """Whether the current epoch is of a block that another process has calibrated: it passes without a step."""
+        return self.share.walks(self.segment)
+
     def blocks_in_training(self) -> list[CalibratedBlock]:
         """The block being calibrated, or all."""
         block = self.block_index
@@ -255,6 +275,8 @@ class ElasticCalibration(LightningModule):
         Raises:
             NonFiniteError: If a term of the loss is NaN or infinite.
         """
+        if self.walks:
+            return torch.zeros((), device=self.device, requires_grad=True)
         block = self.block_index
         for calibrated in self.blocks_in_training():
             for router in calibrated.routers():
@@ -263,7 +285,11 @@ class ElasticCalibration(LightningModule):
         objective, run = objective_on(self, batch)
         target_bits = self.budget(self.progress(batch_idx))
         retried = block in self.record.rate_factors
-        with torch.autocast(self.device.type, enabled=False) if retried else nullcontext():
+        with ExitStack() as stack:
+            if retried:
+                stack.enter_context(torch.autocast(self.device.type, enabled=False))
+            if retried and block is not None:
+                stack.enter_context(self.sliced.caller.in_float32({block}))
             terms = objective(run, target_bits, self.stage.trains("routers"))
         if not all(bool(torch.isfinite(value)) for value in terms.values()):
             raise NonFiniteError(describe_non_finite(self, batch_idx, terms, run), block)
@@ -281,7 +307,8 @@ class ElasticCalibration(LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Keeps what is trained within the bounds of the stage."""
-        keep_bounds(self)
+        if not self.walks:
+            keep_bounds(self)
 
     # ------------------------------------------------------------------ learning rates
 

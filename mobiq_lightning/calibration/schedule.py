@@ -143,10 +143,6 @@ class Schedule:
         """Epochs of the fit."""
         return self.segments[-1].epochs.stop if self.segments else 0
 
-    def n_epochs_of(self, number: int) -> int:
-        """Epochs of a stage, in all blocks together."""
-        return sum(len(segment.epochs) for segment in self.segments if segment.number == number)
-
     def at(self, epoch: int) -> Segment:
         """The segment of an epoch; after the last one, the last segment."""
         return self.segments[max(0, bisect_right(self._starts, epoch) - 1)]

@@ -2,6 +2,7 @@
 
 from mobiq_lightning.callbacks.base import CalibrationCallback
 from mobiq_lightning.callbacks.block_export import BlockExport
+from mobiq_lightning.callbacks.block_store import BlockStore
 from mobiq_lightning.callbacks.guards import Guards
 from mobiq_lightning.callbacks.latency_check import LatencyCheck
 from mobiq_lightning.callbacks.layer_gains import LayerGains
@@ -14,6 +15,7 @@ from mobiq_lightning.callbacks.threshold_tuning import ThresholdTuning
 
 __all__ = [
     "BlockExport",
+    "BlockStore",
     "CalibrationCallback",
     "CalibrationProgress",
     "Guards",

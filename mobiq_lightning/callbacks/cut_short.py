@@ -30,7 +30,7 @@ def check_fit_is_whole(trainer: Trainer, module: ElasticCalibration) -> None:
         CutShortError: If it has not.
     """
     done = trainer.fit_loop.epoch_progress.current.completed
-    if done < module.schedule.n_epochs or getattr(trainer, "fast_dev_run", False):
+    if done < module.share.epochs(module.schedule).stop or getattr(trainer, "fast_dev_run", False):
         raise _cut_short(trainer, module, done, "")
 
 

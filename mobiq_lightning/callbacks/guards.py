@@ -62,6 +62,9 @@ class Guards(CalibrationCallback):
     than all else, so it is taken at every quarter of the blocks, and at any block behind which the calibrated model is farther
     from full precision than the rounded one.
 
+    Where blocks are calibrated from full-precision inputs (``block_inputs: full``), both look at a block with all other blocks
+    in full precision: what they decide does not depend on what those have learned.
+
     *Collapsed router.* More than 99.5 % of the tokens of an input read one depth at a budget between two depths. Repair: static
     depths for that input at such budgets. Looked at when the router's stage is done, and again by `ThresholdTuning`.
 
@@ -126,6 +129,8 @@ class Guards(CalibrationCallback):
 
     def on_train_epoch_start(self, trainer: Trainer, module: ElasticCalibration) -> None:
         """Looks at weights that are about to be sliced, and keeps what a stage of the whole model begins with."""
+        if module.walks:  # what was seen of it is taken over with the block
+            return
         if module.current_epoch == module.segment.visit.start and module.segment.sweep == 0:
             self._look_at_weights(module)
         if module.block_index is not None:
@@ -137,7 +142,8 @@ class Guards(CalibrationCallback):
         """Looks at what was calibrated, before it is exported and saved."""
         if not module.schedule.ends_visit(module.current_epoch):
             return
-        self._look(trainer, module)
+        if not module.walks:
+            self._look(trainer, module)
         done, visits = module.schedule.visits_until(module.current_epoch)
         module.clock.step(PHASE, done, visits)
 
@@ -192,7 +198,8 @@ class Guards(CalibrationCallback):
         sweep, block, text = module.segment.sweep, module.block_index, module.text
         if self._probe is None or self._probe[0] != sweep or block is None:
             windows = text.calibration_ids()[: self._windows(text)]
-            self._probe = sweep, Probe(module.sliced, windows, depths, text.batch_size)
+            alone = block is not None and module.block_inputs == "full"
+            self._probe = sweep, Probe(module.sliced, windows, depths, text.batch_size, alone)
         probe = self._probe[1]
         if block is None:
             return probe.measure_model()

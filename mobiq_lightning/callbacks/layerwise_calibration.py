@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from contextlib import ExitStack
 from functools import partial
@@ -12,12 +13,15 @@ from lightning.pytorch import Trainer
 
 from mobiq_lightning.calibration import (
     ElasticCalibration,
+    begin_at,
     begin_stage,
+    check_block_files,
     end_stage,
     initialize_transforms,
     move_model,
     require_gradients,
     say_if_short,
+    take_over,
     unchanged_weights,
 )
 from mobiq_lightning.callbacks.base import CalibrationCallback
@@ -42,20 +46,28 @@ class LayerwiseCalibration(CalibrationCallback):
 
     def __init__(self) -> None:
         self.sweep: int | None = None
+        self._taken: int | None = None
         self._unchanged = ExitStack()
 
     def on_fit_start(self, trainer: Trainer, module: ElasticCalibration) -> None:
         """Sets the number of epochs, and makes sure that an interrupted run had this model and this text."""
         if trainer.is_global_zero:
-            _check(module, {"calibration tokens": module.text.calibration_digest})
+            identity = identity_of(module)
+            _check(module, identity)
+            check_block_files(module, identity)
             say_if_short(module)
-            RunFolder(module.run_folder).begin()
-        trainer.fit_loop.max_epochs = module.schedule.n_epochs
+            if module.share.own is None:
+                RunFolder(module.run_folder).begin()
+        epochs = module.share.epochs(module.schedule)
+        trainer.fit_loop.max_epochs = epochs.stop
+        if epochs.start:
+            batches = math.ceil(module.text.n_windows / module.text.batch_size)
+            begin_at(trainer, epochs.start, math.ceil(batches / trainer.accumulate_grad_batches))
 
     def on_validation_start(self, trainer: Trainer, module: ElasticCalibration) -> None:
         """Makes sure that a finished run is compared with the model that it was calibrated from."""
         if trainer.is_global_zero and (module.run_folder / IDENTITY).is_file():
-            _check(module, {})
+            _check(module, identity_of(module, text=False))
 
     def on_train_start(self, trainer: Trainer, module: ElasticCalibration) -> None:
         """Catches up after a resume."""
@@ -65,6 +77,8 @@ class LayerwiseCalibration(CalibrationCallback):
         """Moves on when a block or a stage begins; lets transforms begin, and shows weights to routers that look at them."""
         self.catch_up(module)
         segment = module.segment
+        if module.walks:
+            return
         if module.hidden is not None and segment.sweep == 0 and module.current_epoch == segment.visit.start:
             # Later, a resumed run has them from its checkpoint.
             initialize_transforms(module.blocks_in_training()[0], module.hidden)
@@ -85,16 +99,31 @@ class LayerwiseCalibration(CalibrationCallback):
                 move_model(module)
         if segment.block is None:
             return
+        if module.walks:
+            self._take_over(module, segment.block)
+            return
         if module.hidden is None:
             module.start_hidden_states()
         assert module.hidden is not None
         if module.hidden.block < segment.block:
             if segment.block - module.hidden.block > 1:
-                say(f"Resuming: passing the calibration windows through {segment.block} finished blocks.")
+                say(_passing(module, segment.block))
             module.hidden.advance(segment.block)
             _forget(module, segment.block)
             give_back_memory()
         module.sliced.caller.bring(segment.block)
+
+    def _take_over(self, module: ElasticCalibration, block: int) -> None:
+        """Puts a block in its place that another process has calibrated, unless it is there or this process ends before."""
+        if block == self._taken or module.share.own is not None:
+            return
+        if module.hidden is None:
+            module.make_caller()
+        take_over(module, block)
+        self._taken = block
+        say(
+            f"Block {block + 1}/{len(module.blocks)} is calibrated: taken over from {module.share.finished[block].name}."
+        )
 
     def on_exception(self, trainer: Trainer, module: ElasticCalibration, exception: BaseException) -> None:
         """Lets go of the weights that are kept within an epoch."""
@@ -110,6 +139,8 @@ class LayerwiseCalibration(CalibrationCallback):
         """At the end of a block, shows routers its final weights, and makes sure that all processes learned the same."""
         self._unchanged.close()
         check_epoch_is_whole(trainer, module)
+        if module.walks:
+            return
         end_stage(module)
         if not module.schedule.ends_visit(module.current_epoch):
             return
@@ -141,11 +172,23 @@ def _forget(module: ElasticCalibration, n_blocks: int) -> None:
                 scheme.forget()
 
 
-def _check(module: ElasticCalibration, text: dict[str, str]) -> None:
-    """Compares the model, and hashes of text, with those that the run was started with."""
+def _passing(module: ElasticCalibration, count: int) -> str:
+    """What is said while all windows go through so many blocks, which may take a while."""
+    if module.block_inputs == "full":
+        return f"Passing the calibration windows through {count} blocks in full precision, up to block {count + 1}."
+    return f"Resuming: passing the calibration windows through {count} finished blocks."
+
+
+def identity_of(module: ElasticCalibration, text: bool = True) -> dict[str, str]:
+    """Hashes of the model and, as asked for, of the calibration text."""
     source = module.sliced.source
-    identity = {"source weights": source.fingerprint, "tokenizer": source.tokenizer_hash, **text}
-    check_identity(module.run_folder, identity, partial(_former_identity, source.folder))
+    identity = {"source weights": source.fingerprint, "tokenizer": source.tokenizer_hash}
+    return identity | ({"calibration tokens": module.text.calibration_digest} if text else {})
+
+
+def _check(module: ElasticCalibration, identity: dict[str, str]) -> None:
+    """Compares the model, and the text, with those that the run was started with."""
+    check_identity(module.run_folder, identity, partial(_former_identity, module.sliced.source.folder))
 
 
 def _former_identity(folder: Path) -> dict[str, str]:

@@ -70,11 +70,16 @@ class CalibrationProgress(CalibrationCallback, ProgressBar):
     ) -> None:
         """Counts the step."""
         number = module.segment.number
-        done = self._done(trainer, module, number, batch_idx + 1)
-        module.clock.step(stage_name(number), done, module.schedule.n_epochs_of(number) * _batches(trainer))
+        done, of = self._done(trainer, module, number, batch_idx + 1), _epochs(module, number) * _batches(trainer)
+        if module.walks:
+            module.clock.skip(stage_name(number), done, of)
+        else:
+            module.clock.step(stage_name(number), done, of)
 
     def on_train_epoch_end(self, trainer: Trainer, module: ElasticCalibration) -> None:
         """Prints a line where there is no terminal."""
+        if module.walks:
+            return
         # On all ranks: the metrics of an epoch are gathered when they are first read.
         state = self._state(trainer, module)
         if self._enabled and not sys.stderr.isatty():
@@ -119,7 +124,7 @@ class CalibrationProgress(CalibrationCallback, ProgressBar):
 
     def _done(self, trainer: Trainer, module: ElasticCalibration, number: int, steps: int) -> int:
         """Steps of a stage that are done after so many of the current epoch."""
-        segments = [s for s in module.schedule.segments if s.number == number]
+        segments = [s for s in module.schedule.segments if s.number == number and module.share.trains(s)]
         epochs = sum(min(max(module.current_epoch - s.epochs.start, 0), len(s.epochs)) for s in segments)
         return epochs * _batches(trainer) + (steps if module.segment.number == number else 0)
 
@@ -163,6 +168,12 @@ class CalibrationProgress(CalibrationCallback, ProgressBar):
         depth = module.stage.depth
         shown = f"{bits:.2f} bits" if bits is not None else "fixed depths" if depth is None else f"{depth} bits"
         return f"loss {loss:.4g}, {shown}, peak {peak_memory_gb():.1f} GB"
+
+
+def _epochs(module: ElasticCalibration, number: int) -> int:
+    """Epochs of a stage that this process goes through."""
+    segments = [s for s in module.schedule.segments if s.number == number and module.share.trains(s)]
+    return sum(len(segment.epochs) for segment in segments)
 
 
 def _batches(trainer: Trainer) -> int:

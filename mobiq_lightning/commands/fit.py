@@ -17,11 +17,18 @@ class Fit(RecipeCommand):
     """
 
     name = "fit"
-    usage = "RECIPE [--overwrite] [--all] [--KEY VALUE ...]"
+    usage = "RECIPE [--overwrite] [--blocks FIRST-LAST] [--all] [--KEY VALUE ...]"
 
     def add_options(self, parser: Parser) -> None:
         """Declares what is no part of a recipe."""
         parser.add_argument("--overwrite", action="store_true", help="remove the run that the run folder holds")
+        parser.add_argument(
+            "--blocks",
+            metavar="FIRST-LAST",
+            default="",
+            help="calibrate these blocks alone, numbered from 1, and leave them in the run folder for a fit without --blocks; "
+            "takes model.block_inputs full",
+        )
         parser.add_argument("--all", action="store_true", help=ALL_HELP)
 
     def run(self, given: Namespace) -> None:
@@ -30,8 +37,8 @@ class Fit(RecipeCommand):
 
         started = time.monotonic()
         with whole_tables(given.all):
-            run = run_job("fit", [*given.keys, *(["--overwrite"] if given.overwrite else [])])
-        if is_first_process():
+            run = run_job("fit", [*given.keys, *(["--overwrite"] if given.overwrite else [])], given.blocks)
+        if is_first_process() and not given.blocks:
             from mobiq_lightning.commands.ending import say_what_was_made
 
             say_what_was_made(run, time.monotonic() - started)

@@ -177,6 +177,8 @@ def _look_at_folder(report: CheckReport, job: ElasticCLI) -> None:
         return
     if folder.finished and not overwrite:
         report.notes.append(f"{folder.path} holds a finished run; `fit` shows it again")
+    elif (done := len({block for block, _ in folder.blocks.found()})) and not overwrite:
+        report.notes.append(f"{folder.blocks.folder} holds calibrated blocks, {done} of them; `fit` takes them over")
     elif folder.epochs_kept and not overwrite:
         report.notes.append(f"{folder.path} holds {folder.epochs_kept} finished epochs; `fit` goes on after them")
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias
 
+import torch
 import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -17,6 +18,7 @@ from mobiq_lightning.calibration import (
     ElasticCalibration,
     SafeCheckpointIO,
     can_be_read,
+    check_one_process,
     check_strategy,
     finish_checkpoint,
 )
@@ -29,8 +31,17 @@ from mobiq_lightning.jobs.lost_process import lost_process
 from mobiq_lightning.jobs.parsing import TRAINER_DEFAULTS, RecipeParser, with_whole_stages
 from mobiq_lightning.jobs.run_parts import callbacks_of_run, loggers_of_run
 from mobiq_lightning.jobs.trainer_checks import check_trainer, trainer_errors
+from mobiq_lightning.jobs.workplace import Workplace
 from mobiq_lightning.latency import print_budgets
-from mobiq_lightning.runs import CONFIG, ELASTIC, RESULTS, SPEED, RunFolder, check_results, read_results
+from mobiq_lightning.runs import (
+    CONFIG,
+    ELASTIC,
+    RESULTS,
+    SPEED,
+    RunFolder,
+    check_results,
+    read_results,
+)
 from mobiq_lightning.sources import TextWindows
 
 _OF_A_COMPARISON = (
@@ -56,6 +67,7 @@ class ElasticCLI(LightningCLI):
     Args:
         command: ``fit`` makes the run folder this recipe's, ``validate`` wants a finished run in it, ``build`` leaves it alone.
         arguments: What follows the command.
+        blocks: The blocks, by index from 0, that a ``fit`` is to calibrate, and nothing else; None: all, and what follows.
 
     Raises:
         RecipeError: If a key or value cannot be used.
@@ -68,8 +80,9 @@ class ElasticCLI(LightningCLI):
     own_keys: ClassVar[tuple[str, ...]] = ("overwrite", "config")
     """Keys of the command line that are no part of the recipe."""
 
-    def __init__(self, command: Command, arguments: Sequence[str]) -> None:
-        self.command = command
+    def __init__(self, command: Command, arguments: Sequence[str], blocks: range | None = None) -> None:
+        self.command, self.blocks = command, blocks
+        self._random_state = torch.empty(0)
         self.run_folder = RunFolder(".")
         self.resumes = False
         self.recipe: dict[str, Any] = {}
@@ -112,7 +125,9 @@ class ElasticCLI(LightningCLI):
 
     def how_it_goes_on(self) -> str:
         """What a user is told whose job has ended before its time: what is kept, and what the same command does."""
-        kept = self.run_folder.epochs_kept
+        kept = self.workplace.training.epochs_kept
+        if self.blocks is not None:
+            return "blocks that are finished are kept, and epochs of the one in work; the same command goes on"
         if self.command == "validate":
             return "the checkpoint is as it was; the same command compares again"
         if self.run_folder.finished:
@@ -148,6 +163,8 @@ class ElasticCLI(LightningCLI):
             )
         if not is_first_process():
             self.resumes = not overwrite  # the first process locks the folder and claims it for all
+        elif self.blocks is not None:
+            self.run_folder.claim_blocks(self.recipe, self.blocks)
         elif self.command != "build":
             self.run_folder.lock()
             if self.command == "validate":
@@ -155,6 +172,11 @@ class ElasticCLI(LightningCLI):
                 self._say_what_is_without_effect()
             if self.command == "fit":
                 self.resumes = self.run_folder.claim(self.recipe, overwrite)
+
+    @property
+    def workplace(self) -> Workplace:
+        """What this process goes on from."""
+        return Workplace(self.run_folder, self.blocks)
 
     def _say_what_is_without_effect(self) -> None:
         """Names keys of the calibration that a comparison of the finished checkpoint was given with other values."""
@@ -175,34 +197,71 @@ class ElasticCLI(LightningCLI):
         trainer.default_root_dir = folder
 
     def instantiate_classes(self) -> None:
-        """Builds model, data and trainer."""
+        """Builds model, data and trainer; again for a block that starts anew, as in a process of its own."""
+        if len(self._random_state):
+            torch.set_rng_state(self._random_state)
+        self._random_state = torch.get_rng_state()
         try:
             super().instantiate_classes()
         except (ValueError, TypeError) as error:  # raised by the constructor of a plug-in
             raise RecipeError(str(error)) from error
-        for block, n in self.run_folder.retries.counts().items():
+        if self.command == "fit" and self.model.block_inputs == "full":
+            self.model.share = self.workplace.share(self.recipe)
+        for block, n in self.workplace.retries.counts().items():
             self.model.record.lower_rates(block, RETRY_FACTOR**n)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Adds the callbacks, loggers and checkpoint writer that every run has."""
         config = self._get(self.config_init, "trainer")
         bar = config.get("enable_progress_bar") is not False
-        config["callbacks"] = callbacks_of_run(config.get("callbacks") or [], self.run_folder, bar)
-        config["logger"] = loggers_of_run(config.get("logger"), self.run_folder, self.config_dump)
+        config["callbacks"] = callbacks_of_run(config.get("callbacks") or [], self.run_folder, bar, self.blocks)
+        config["logger"] = loggers_of_run(config.get("logger"), self.workplace.folder, self.config_dump)
         plugins = config.get("plugins") or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         config["plugins"] = [*plugins, SafeCheckpointIO(self.run_folder.check_in_place)]
         with trainer_errors(building=True):
             trainer = super().instantiate_trainer(**kwargs)
         check_strategy(trainer.strategy)
+        check_one_process(self.model.block_inputs, trainer.world_size)
         return trainer
 
     def fit(self) -> None:
-        """Calibrates, or goes on calibrating; then exports and compares."""
+        """Calibrates, or goes on calibrating; then exports and compares, unless blocks alone are asked for."""
+        if self.blocks is not None:
+            self._fit_blocks(self.blocks)
+            return
         finished = self.resumes and self.run_folder.finished
         if finished and not must_be_rebuilt(self.run_folder):
             self._show_results()
             return
+        self._fit_to_end()
+        self._export()
+        self.trainer.strategy.barrier()  # the other ranks load what the first one has written
+        if finished and results_fit(self.run_folder):
+            self._show_results()
+        else:
+            with self.run_folder.comparing():
+                self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+
+        self.run_folder.blocks.clear()
+
+    def _fit_blocks(self, blocks: range) -> None:
+        """Calibrates some blocks, those that are not calibrated yet, and leaves them in the run folder."""
+        if self.run_folder.finished:
+            say(f"{self.run_folder.path} holds this run, finished: its blocks are no longer needed.")
+            return
+        for again in (False, True):
+            if again and not self.workplace.is_done(
+                blocks
+            ):  # the file of a block was lost that checkpoints were behind
+                self.instantiate_classes()
+            if not self.workplace.is_done(blocks):
+                self._fit_to_end()
+            self.run_folder.blocks.drop_training(blocks)
+        say(self.workplace.said_at_end(blocks))
+
+    def _fit_to_end(self) -> None:
+        """Calibrates to the end of what this process is to do; starts blocks anew that fail."""
         while True:
             try:
                 self.trainer.fit(
@@ -213,13 +272,6 @@ class ElasticCLI(LightningCLI):
                 self._prepare_retry(error)
         check_fit_is_whole(self.trainer, self.model)
         self.run_folder.check_in_place()
-        self._export()
-        self.trainer.strategy.barrier()  # the other ranks load what the first one has written
-        if finished and results_fit(self.run_folder):
-            self._show_results()
-        else:
-            with self.run_folder.comparing():
-                self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
 
     def _show_results(self) -> None:
         """Shows what a finished run has measured."""
@@ -237,10 +289,10 @@ class ElasticCLI(LightningCLI):
         self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
 
     def _newest_checkpoint(self) -> Path | None:
-        checkpoint, damaged = self.run_folder.training.newest(can_be_read)
+        checkpoint, damaged = self.workplace.training.newest(can_be_read)
         for path in damaged:
             say(f"{path.name} is damaged, was not finished, or is not safe to load; it is not used.")
-            self.run_folder.training.remove(path)
+            self.workplace.training.remove(path)
         if checkpoint is not None:
             say(f"Resuming from {checkpoint.name} in {self.run_folder.path}.")
         return checkpoint
@@ -256,7 +308,7 @@ class ElasticCLI(LightningCLI):
                 f"{error}\nFinished blocks are kept. One process would try again at lower rates; several cannot. Lower "
                 "model.rates (ranges, codes, routers) and start again with --overwrite, or start on one device"
             ) from error
-        retry = self.run_folder.retries.note(error.block)
+        retry = self.workplace.retries.note(error.block)
         place = "the whole model" if error.block is None else f"block {error.block + 1}"
         if retry > MAX_RETRIES:
             raise MobiqError(
@@ -267,7 +319,7 @@ class ElasticCLI(LightningCLI):
         place = place[0].upper() + place[1:]
         precision = "" if error.block is None else ", in float32"
         say(f"{error}\n{place} starts anew at {RETRY_FACTOR**retry:g} of the learning rates{precision}.")
-        self.run_folder.training.drop_after(self.model.segment.visit.start)
+        self.workplace.training.drop_after(self.model.segment.visit.start)
         self.instantiate_classes()
 
     @rank_zero_only

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
@@ -10,6 +11,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 
 from mobiq_lightning.callbacks import (
     BlockExport,
+    BlockStore,
     CalibrationProgress,
     Guards,
     LatencyCheck,
@@ -20,18 +22,24 @@ from mobiq_lightning.callbacks import (
     ThresholdTuning,
 )
 from mobiq_lightning.callbacks.base import CalibrationCallback
-from mobiq_lightning.callbacks.visit_checkpoint import VisitCheckpoint
+from mobiq_lightning.callbacks.visit_checkpoint import EpochCheckpoint, VisitCheckpoint
 from mobiq_lightning.loggers import JsonlLogger, WandbLogger
 from mobiq_lightning.runs import CHECKPOINTS, CSV_LOG, RunFolder
 
+_AFTER_BLOCKS = (LayerGains, ThresholdTuning, BlockExport, RoutingDiagnostics, Results, LatencyCheck)
+"""Callbacks that work on the whole model when its blocks are calibrated."""
 
-def callbacks_of_run(given: Sequence[Callback], folder: RunFolder, progress: bool) -> list[Callback]:
+
+def callbacks_of_run(
+    given: Sequence[Callback], folder: RunFolder, progress: bool, blocks: range | None = None
+) -> list[Callback]:
     """All callbacks of a run, in the order in which they are called.
 
     Args:
         given: Those that the recipe names; one of a class that every run has takes its place.
         folder: The run folder.
         progress: Whether progress is shown.
+        blocks: The blocks, by index, that are calibrated alone; None: all, and what follows.
     """
     own: list[Callback] = [
         LayerwiseCalibration(),
@@ -46,34 +54,39 @@ def callbacks_of_run(given: Sequence[Callback], folder: RunFolder, progress: boo
         LatencyCheck(),
     ]
     named = {type(callback) for callback in given}
-    found = [*given, *(callback for callback in own if type(callback) not in named), *_training_checkpoints(folder)]
+    found = [*given, *(callback for callback in own if type(callback) not in named)]
+    if blocks is None:
+        found += _training_checkpoints(folder.path)
+    else:
+        found = [callback for callback in found if not isinstance(callback, _AFTER_BLOCKS)]
+        found += [BlockStore(), *_training_checkpoints(folder.blocks.work_folder(blocks))]
     return sorted(found, key=lambda callback: getattr(callback, "order", CalibrationCallback.order))
 
 
-def _training_checkpoints(folder: RunFolder) -> list[ModelCheckpoint]:
+def _training_checkpoints(folder: Path) -> list[ModelCheckpoint]:
     """The last two epochs, and the last finished block, from which a block that fails is started anew."""
     common: dict[str, Any] = {
-        "dirpath": folder.path / CHECKPOINTS,
+        "dirpath": folder / CHECKPOINTS,
         "monitor": "step",
         "mode": "max",
         "auto_insert_metric_name": False,
         "save_on_train_epoch_end": True,
     }
-    last = ModelCheckpoint(filename="epoch-{epoch:06d}", save_top_k=2, **common)
+    last = EpochCheckpoint(filename="epoch-{epoch:06d}", save_top_k=2, **common)
     return [last, VisitCheckpoint(filename="block-epoch-{epoch:06d}", **common)]
 
 
-def loggers_of_run(given: Any, folder: RunFolder, recipe: dict[str, Any]) -> list[Logger]:
+def loggers_of_run(given: Any, folder: Path, recipe: dict[str, Any]) -> list[Logger]:
     """All loggers of a run: CSV first, then the journal, then what the recipe asks for.
 
     Args:
         given: `trainer.logger` of the recipe: a logger, several, or whether there are any.
-        folder: The run folder.
+        folder: Where they write: the run folder, or that of a process with blocks of its own.
         recipe: The full recipe, which W&B shows.
     """
     more = [] if given in (None, True, False) else (given if isinstance(given, list) else [given])
     for logger in more:
         if isinstance(logger, WandbLogger):
-            logger.use_folder(folder.path)
+            logger.use_folder(folder)
             logger.log_recipe(recipe)
-    return [CSVLogger(folder.path, name=CSV_LOG), JsonlLogger(folder.path), *more]
+    return [CSVLogger(folder, name=CSV_LOG), JsonlLogger(folder), *more]

@@ -13,6 +13,7 @@ from mobiq_lightning.console import is_first_process, say
 from mobiq_lightning.extras import require
 from mobiq_lightning.jobs.arguments import Recipe, command_line, overwrite_arguments, with_recipe
 from mobiq_lightning.jobs.asked import asked_values, first_words, without_effect
+from mobiq_lightning.jobs.asked_blocks import asked_blocks
 from mobiq_lightning.jobs.asked_checks import FILES
 from mobiq_lightning.jobs.exit_codes import disk_errors
 from mobiq_lightning.jobs.interruption import interruptible
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from mobiq_lightning.jobs.cli import ElasticCLI
 
 
-def fit(recipe: Recipe, *, overwrite: bool = False, **overrides: Any) -> RunFolder:
+def fit(recipe: Recipe, *, overwrite: bool = False, blocks: str = "", **overrides: Any) -> RunFolder:
     """Calibrates slices and routers of a model, tunes thresholds, compares, and saves one elastic checkpoint.
 
     A run that was interrupted goes on; one that is finished is returned as it is.
@@ -31,18 +32,20 @@ def fit(recipe: Recipe, *, overwrite: bool = False, **overrides: Any) -> RunFold
     Args:
         recipe: Path of a recipe, name of a shipped one such as ``"tiny"``, or the content of one as a mapping.
         overwrite: Remove the run that the run folder holds.
+        blocks: Decoder blocks, numbered from 1, as in ``"1-8"`` or ``"3"``, to calibrate alone and leave in the run folder, while
+            other processes do the same with others; empty: all, and what follows. Takes ``block_inputs`` ``full``.
         **overrides: Keys of the recipe with other values: ``model=dict(eval_bits=[2, 3, 4])`` or
             ``**{"model.eval_bits": [2, 3, 4]}``.
 
     Returns:
-        The run folder, with results and checkpoint.
+        The run folder, with results and checkpoint unless blocks alone are asked for.
 
     Raises:
         RecipeError: If a key, a class or a value of the recipe cannot be used.
-        RunFolderError: If the run folder holds another run.
+        RunFolderError: If the run folder holds another run, or another process is at work in it or on these blocks.
         MobiqError: If the model, the text or the calibration itself fails; the message says how to go on.
     """
-    return run_job("fit", [*command_line(recipe, overrides), *overwrite_arguments(overwrite)])
+    return run_job("fit", [*command_line(recipe, overrides), *overwrite_arguments(overwrite)], blocks)
 
 
 def validate(recipe: Recipe, **overrides: Any) -> RunFolder:
@@ -89,12 +92,13 @@ def build(recipe: Recipe, **overrides: Any) -> ElasticCLI:
         return ElasticCLI("build", arguments)
 
 
-def run_job(command: Literal["fit", "validate"], arguments: Sequence[str]) -> RunFolder:
+def run_job(command: Literal["fit", "validate"], arguments: Sequence[str], blocks: str = "") -> RunFolder:
     """Runs a job on a command line.
 
     Args:
         command: Which.
         arguments: What follows the command: the recipe, and keys that override it.
+        blocks: Blocks to calibrate alone, as `fit` takes them; empty: all.
 
     Returns:
         The run folder.
@@ -106,8 +110,9 @@ def run_job(command: Literal["fit", "validate"], arguments: Sequence[str]) -> Ru
     arguments = with_recipe(arguments)
     check_arguments(arguments, FILES if command == "fit" else [key for key in FILES if key != "data.source"])
     asked = asked_values(arguments)
+    own = asked_blocks(blocks, asked, "--overwrite" in arguments) if blocks else None
     folder = asked.get("trainer.default_root_dir")
-    if isinstance(folder, str) and "$" not in folder and is_first_process():
+    if isinstance(folder, str) and "$" not in folder and is_first_process() and own is None:
         RunFolder(folder).check_place()
     say(first_words(command, asked))
     for line in without_effect(asked) if command == "fit" else ():
@@ -120,6 +125,6 @@ def run_job(command: Literal["fit", "validate"], arguments: Sequence[str]) -> Ru
         from mobiq_lightning.jobs.quiet import quiet_libraries
 
         with quiet_libraries():
-            job = ElasticCLI(command, arguments)
+            job = ElasticCLI(command, arguments, own)
             told.how_it_goes_on = job.how_it_goes_on
             return job.run()

@@ -1,4 +1,5 @@
 # What others may use of this package; `__init__.py` loads it when it is asked for.
+from .block_files import BlockFiles as BlockFiles
 from .class_path import loaded_class as loaded_class
 from .diagnostics import BlockErrorNote as BlockErrorNote
 from .diagnostics import BudgetUse as BudgetUse
@@ -6,6 +7,7 @@ from .diagnostics import ClassUse as ClassUse
 from .diagnostics import Diagnostics as Diagnostics
 from .diagnostics import InputSize as InputSize
 from .diagnostics import read_diagnostics as read_diagnostics
+from .file_names import BLOCKS as BLOCKS
 from .file_names import CARD as CARD
 from .file_names import CHECKPOINTS as CHECKPOINTS
 from .file_names import COMPANIONS as COMPANIONS
@@ -84,6 +86,7 @@ from .results import SlicesNote as SlicesNote
 from .results import add_to_results as add_to_results
 from .results import generated_of as generated_of
 from .results import read_results as read_results
+from .retries import Retries as Retries
 from .rows import COLUMNS as COLUMNS
 from .rows import CONTROLS as CONTROLS
 from .rows import LABELS as LABELS
@@ -100,6 +103,7 @@ from .rows import spread_of as spread_of
 from .rows import summarize as summarize
 from .run_folder import RunFolder as RunFolder
 from .same_recipe import differing_keys as differing_keys
+from .same_recipe import differing_keys_of_runs as differing_keys_of_runs
 from .shared_work import SharedWork as SharedWork
 from .speed import SpeedNote as SpeedNote
 from .speed import SpeedRow as SpeedRow

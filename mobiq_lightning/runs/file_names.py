@@ -12,6 +12,8 @@ RETRIES = "retries.json"
 """How often each block was started anew; written by `Retries.note`."""
 CHECKPOINTS = "checkpoints"
 """Folder of the training checkpoints, from which a run goes on; written by Lightning's `ModelCheckpoint`."""
+BLOCKS = "blocks"
+"""Folder of what processes leave that calibrate single blocks of the run; written by `fit --blocks`."""
 HIDDEN_STATES = "hidden_states"
 """Folder of the hidden states that do not fit in memory, one folder per rank; written by the calibration."""
 GENERATED = "generated_text"
@@ -62,6 +64,7 @@ RUN_FILES = (
     IDENTITY,
     RETRIES,
     CHECKPOINTS,
+    BLOCKS,
     HIDDEN_STATES,
     GENERATED,
     JOURNAL,
@@ -83,6 +86,7 @@ RUN_FILES = (
 """All that a run writes into its folder, and that starting it anew removes from there."""
 RUN_FOLDERS = (
     CHECKPOINTS,
+    BLOCKS,
     HIDDEN_STATES,
     GENERATED,
     CSV_LOG,

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import platform
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,14 +21,19 @@ class FolderLock:
 
     Args:
         path: The file, in a folder that exists. It is there only while the lock is held, or after a kill.
+        place: What is locked, for messages; by default the folder.
+        where: Where a process that holds the lock is at work.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, place: str = "", where: str = "in this folder") -> None:
+        self.path, self._place, self._where = path, place or f"{path.parent}", where
         self._handle: int | None = None
 
-    def acquire(self) -> None:
+    def acquire(self, patience: float = 0.0) -> None:
         """Takes the lock.
+
+        Args:
+            patience: Seconds to wait for a process that holds it.
 
         Raises:
             RunFolderError: If another process holds it, naming that process.
@@ -38,6 +44,7 @@ class FolderLock:
         except ImportError:
             say(f"{self.path.parent}: this system has no locks; see to it that no other run works in the folder.")
             return
+        deadline = time.monotonic() + patience
         while True:
             handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
             try:
@@ -50,9 +57,10 @@ class FolderLock:
                     return
                 if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                     raise
-                raise RunFolderError(
-                    f"{self.path.parent}: {holder} is at work in this folder; wait for it, or end it"
-                ) from error
+                if time.monotonic() < deadline:
+                    time.sleep(0.05)
+                    continue
+                raise RunFolderError(self._in_work(holder)) from error
             if _same_file(self.path, handle):
                 break
             os.close(handle)  # the one who held it has removed it meanwhile
@@ -78,11 +86,12 @@ class FolderLock:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise RunFolderError(
-                    f"{self.path.parent}: {_holder(handle)} is at work in this folder; wait for it, or end it"
-                ) from error
+                raise RunFolderError(self._in_work(_holder(handle))) from error
         finally:
             os.close(handle)
+
+    def _in_work(self, holder: str) -> str:
+        return f"{self._place}: {holder} is at work {self._where}; wait for it, or end it"
 
     @property
     def held(self) -> bool:

@@ -13,7 +13,9 @@ from typing import Any, Literal
 from mobiq_lightning.console import say
 from mobiq_lightning.errors import RunFolderError
 from mobiq_lightning.files import remove, remove_leftovers, write_text
+from mobiq_lightning.runs.block_files import BlockFiles
 from mobiq_lightning.runs.file_names import (
+    BLOCKS,
     CHECKPOINTS,
     COMPARING,
     CONFIG,
@@ -41,9 +43,11 @@ from mobiq_lightning.runs.same_recipe import differing_keys_of_runs
 from mobiq_lightning.runs.set_aside import SetAside
 from mobiq_lightning.runs.training_checkpoints import TrainingCheckpoints
 
-_FROM_ANOTHER_RECIPE = (IDENTITY, RETRIES, HIDDEN_STATES, JOURNAL, PARTIAL)
+_FROM_ANOTHER_RECIPE = (IDENTITY, RETRIES, BLOCKS, HIDDEN_STATES, JOURNAL, PARTIAL)
 """What a run without a finished epoch may have left that another recipe has no use for. What the model wrote itself is kept:
 its file names say what it depends on."""
+_PATIENCE = 10.0
+"""Seconds for which a process waits for others that are begun at the same time to have claimed their blocks."""
 _WRITTEN_ATOMICALLY = (CHECKPOINTS, ELASTIC, PARTIAL, GENERATED)
 """Folders of a run in which a kill may leave what was not finished."""
 
@@ -64,6 +68,8 @@ class RunFolder:
         """What it keeps of the epochs that are done."""
         self.retries = Retries(self.path / RETRIES)
         """How often its blocks were started anew."""
+        self.blocks = BlockFiles(self.path)
+        """Blocks that processes calibrate by themselves."""
         self.found: Literal["", "begun", "finished"] = ""
         """How far the run was that `claim` found in the folder; empty if it has to start."""
 
@@ -125,15 +131,20 @@ class RunFolder:
         What killed runs left half-written is removed, and what they were replacing is put back.
 
         Raises:
-            RunFolderError: If another process is at work in it, naming that process, or it cannot be made or written to.
+            RunFolderError: If another process is at work in it, or on single blocks of it, naming that process, or it cannot be
+                made or written to.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
+            self.blocks.check_free()
             self._aside.put_back()  # a run that was killed before it began
             restored = remove_leftovers(self.path, RUN_FILES)
             for name in _WRITTEN_ATOMICALLY:
                 remove_leftovers(self.path / name)
+        except RunFolderError:
+            self._lock.release()
+            raise
         except (OSError, ValueError) as error:  # a ValueError for a name with a zero byte
             self.release()
             if getattr(error, "errno", None) in (errno.EROFS, errno.EACCES) and self.finished:
@@ -150,6 +161,7 @@ class RunFolder:
             with suppress(OSError):  # the next start tries again
                 self._aside.put_back()
         self._lock.release()
+        self.blocks.release()
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -170,7 +182,7 @@ class RunFolder:
         Raises:
             RunFolderError: If it was removed or moved away.
         """
-        if self._lock.lost:
+        if self._lock.lost or self.blocks.lost:
             raise RunFolderError(
                 f"{self.path} was removed or moved away while its run was at work; the run ends. The same command starts it "
                 "anew; where the folder was moved, give its new place as --trainer.default_root_dir to go on"
@@ -180,7 +192,8 @@ class RunFolder:
     def finished_work(self) -> list[str]:
         """Names of what the folder holds that took a run time: training checkpoints, a checkpoint, results."""
         names = [name for name in (ELASTIC, RESULTS, OUTLIERS) if _holds_something(self.path / name)]
-        return names + ([CHECKPOINTS] if self.training.are_there else [])
+        names += [CHECKPOINTS] if self.training.are_there else []
+        return names + ([BLOCKS] if self.blocks.hold_work else [])
 
     def claim(self, recipe: dict[str, Any], overwrite: bool) -> bool:
         """Makes the folder this recipe's; a run that has not finished an epoch gives way to a corrected recipe.
@@ -212,13 +225,38 @@ class RunFolder:
         self._recipe.write(recipe)
         return False
 
+    def claim_blocks(self, recipe: dict[str, Any], blocks: range) -> None:
+        """Makes the folder this recipe's, and keeps other processes from some of its blocks until `release`.
+
+        The folder itself is locked within it alone: processes with other blocks work in it at the same time.
+
+        Args:
+            recipe: The full recipe.
+            blocks: The blocks, by index from 0.
+
+        Raises:
+            RunFolderError: If another process is at work on one of the blocks, or on the whole run, or if `claim` raises it.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(patience=_PATIENCE)
+            try:
+                self.claim(recipe, overwrite=False)
+                self.blocks.lock(blocks)
+            finally:
+                self._lock.release()
+        except (OSError, ValueError) as error:
+            raise RunFolderError(
+                f"{shortened(self.path)}: this folder cannot be made or written to ({reason(error)}); give another"
+            ) from error
+
     def _refuse_others(self, recipe: dict[str, Any]) -> dict[str, Any] | None:
         """Makes sure that the folder holds no other run and nothing that no run has written; gives the recipe of its run."""
         work = self.finished_work
         stored = self._recipe.read(work)
         if stored is not None:
             differences = list(differing_keys_of_runs(stored, recipe))
-            if differences and work:
+            if differences and (work or self.blocks.in_work):
                 raise RunFolderError(
                     f"{self.path} holds a run with another recipe:\n  " + "\n  ".join(differences) + "\n"
                     f"`fit {shlex.quote(str(self.path))}` goes on with the recipe that it has. Or give another "
@@ -258,6 +296,7 @@ class RunFolder:
             )
         check_kinds(self.path, RUN_FILES, RUN_FOLDERS)
         self._lock.check_free()
+        self.blocks.check_free()
 
     def check_claim(self, recipe: dict[str, Any], overwrite: bool) -> None:
         """Raises what `lock` and `claim` would raise, and writes nothing.

@@ -98,6 +98,30 @@ def test_tables_that_go_through_blocks_in_place_hold_what_each_stream_gives_by_i
     assert files == (["a.bin", "b.bin", "embedding.bin", "targets.bin"] if storage == "disk" else [])
 
 
+@pytest.mark.parametrize("storage", ["host", "disk"])
+def test_full_inputs_are_what_the_model_itself_gives_whatever_the_streams_make_of_blocks(
+    make_model: Callable[..., Path], tmp_path: Path, storage: Literal["host", "disk"]
+) -> None:
+    model = load_source(str(make_model(num_hidden_layers=4))).model
+    ids, index = torch.randint(3, 300, (5, 20)), torch.tensor([3, 1])
+    caller = BlockCaller(model, list(model.model.layers), torch.device("cpu"))
+
+    def refused(block: int, batch: int) -> Any:
+        raise AssertionError("no stream goes through a block")
+
+    readings = {"2": refused, "routed": refused}
+    hidden = HiddenStates(caller, ids, readings, reading, 2, storage, tmp_path, block_inputs="full")
+    expected = [caller.embed_all(ids)]
+    with torch.no_grad():
+        for block in range(4):
+            expected.append(caller.call(block, expected[-1]))
+    for block in (0, 1, 3):
+        hidden.advance(block)
+        for name in readings:
+            torch.testing.assert_close(hidden.batch(name, index), expected[block][index])
+        torch.testing.assert_close(hidden.target_batch(index), expected[block + 1][index])
+
+
 def test_streams_see_their_own_reading_of_the_blocks_before(make_model: Callable[..., Path]) -> None:
     model = load_source(str(make_model())).model
     seen: list[tuple[str, int, int]] = []

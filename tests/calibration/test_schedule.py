@@ -116,7 +116,6 @@ def test_visits_are_counted_as_epochs_end_them() -> None:
     block, model = Stage(train=["codes"], depth=2, epochs=2), Stage(train=["routers"], epochs=1, scope="model")
     schedule = Schedule([block, model], 6, n_blocks=2)
     assert [schedule.visits_until(epoch) for epoch in range(-1, 5)] == [(0, 3), (0, 3), (1, 3), (1, 3), (2, 3), (3, 3)]
-    assert [schedule.n_epochs_of(number) for number in (0, 1)] == [4, 1]
 
 
 @pytest.mark.parametrize("shares", [(1 / 3, 2 / 3), (0.25, 0.75), (0.05, 0.05, 0.9), (1.0,)])

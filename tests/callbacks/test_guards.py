@@ -239,6 +239,33 @@ def test_the_way_through_all_blocks_is_taken_at_four_of_many_and_where_a_block_d
     assert probe.measure_block(others_sliced=False, model=False).perplexity == {}
 
 
+def test_a_block_that_is_measured_alone_owes_nothing_to_the_blocks_beside_it(make_model: Callable[..., Path]) -> None:
+    sliced = SlicedSource(
+        load_source(str(make_model(num_hidden_layers=3))),
+        BlockLayout(),
+        nn.ModuleList(),
+        slices=partial(ResidualSlices, group_size=16),
+        router=MLPRouter,
+        transform=NoTransform(),
+        share_routers="input",
+    )
+    sliced.slice_blocks()
+    sliced.make_caller(torch.device("cpu"), ())
+
+    def measured(alone: bool) -> Any:
+        probe = Probe(sliced, torch.arange(3, 35)[None], (2, 8), batch_size=1, alone=alone)
+        probe.measure_block(others_sliced=False)
+        probe.advance(1)
+        return probe.measure_block(others_sliced=True)
+
+    before, among_others = measured(True), measured(False)
+    for block in (0, 2):
+        for linear in sliced.block_at(block).sliced_linears():
+            linear.scheme.low_clip.data.fill_(-3.0)  # type: ignore[union-attr, operator]
+    assert measured(True) == before
+    assert measured(False) != among_others
+
+
 class ConstantRouter(Router):
     """Cannot tell tokens apart."""
 

@@ -85,11 +85,12 @@ def test_all_that_a_run_leaves_has_its_name_among_the_files_of_runs(finished: Ru
 
 
 def test_a_key_that_earlier_versions_did_not_have_differs_only_where_it_changes_something() -> None:
-    def recipe(mixed: dict[str, float], warmup: dict[str, float]) -> dict[str, Any]:
+    def recipe(mixed: dict[str, float], warmup: dict[str, float], **model: str) -> dict[str, Any]:
         stages = [{"train": ["codes"], "depth": 3, **mixed}]
-        return {"model": {"stages": stages, "rates": {"codes": 1e-3, **warmup}, "eval_bits": [2]}}
+        return {"model": {"stages": stages, "rates": {"codes": 1e-3, **warmup}, "eval_bits": [2], **model}}
 
-    stored, same = recipe({}, {}), recipe({"mixed": 0.0}, {"warmup": 0.0})
-    other = recipe({"mixed": 0.35}, {"warmup": 0.25})
+    stored, same = recipe({}, {}), recipe({"mixed": 0.0}, {"warmup": 0.0}, block_inputs="calibrated")
+    other = recipe({"mixed": 0.35}, {"warmup": 0.25}, block_inputs="full")
     assert list(differing_keys(stored, same)) == list(differing_keys(same, stored)) == []
-    assert [line.split(":")[0] for line in differing_keys(stored, other)] == ["model.stages", "model.rates.warmup"]
+    differing = [line.split(":")[0] for line in differing_keys(stored, other)]
+    assert differing == ["model.stages", "model.rates.warmup", "model.block_inputs"]

@@ -61,10 +61,15 @@ class Probe:
         input_ids: (N, T) windows.
         depths: Depths at which blocks are read, in bits.
         batch_size: Windows per call of a block.
+        alone: Whether each block is measured by itself: in front of it and behind it the model is in full precision, so that
+            nothing depends on what other blocks have learned.
     """
 
-    def __init__(self, sliced: SlicedSource, input_ids: Tensor, depths: Sequence[int], batch_size: int) -> None:
+    def __init__(
+        self, sliced: SlicedSource, input_ids: Tensor, depths: Sequence[int], batch_size: int, alone: bool = False
+    ) -> None:
         self.sliced, self.input_ids, self.depths, self.batch_size = sliced, input_ids, tuple(depths), batch_size
+        self.alone = alone
         self.block = 0
         self.full = sliced.caller.embed_all(input_ids)
         kinds: tuple[Kind, ...] = ("calibrated", "rounded")
@@ -74,6 +79,11 @@ class Probe:
     def advance(self, block: int) -> None:
         """Moves on to `block`, or behind the last one."""
         while self.block < block:
+            if self.alone:
+                self.full = self._target(self.block, self.full) if self._passed is None else self._passed[0]
+                self.streams, self._passed = dict.fromkeys(self.streams, self.full), None
+                self.block += 1
+                continue
             calibrated = self._calibrated(self.block, self.streams)
             if self._passed is None:
                 full, (rounded, _) = self._target(self.block, self.full), self._rounded(self.block)
@@ -85,8 +95,9 @@ class Probe:
     def measure_block(self, others_sliced: bool, model: bool | None = True) -> Measured:
         """The block in front of which the windows are, and the model with it.
 
-        The block is measured on the inputs that the calibrated blocks before it give at the same depth, against the output of
-        the full-precision model, as it was trained; its rounded codes are measured on the same inputs.
+        The block is measured on the inputs that the calibrated blocks before it give at the same depth, or the full-precision
+        model if it is measured alone, against the output of the full-precision model, as it was trained; its rounded codes are
+        measured on the same inputs.
 
         Args:
             others_sliced: Whether the blocks behind it are calibrated already; else they are in full precision.
@@ -109,7 +120,7 @@ class Probe:
             return found
         for later in range(block + 1, len(self.sliced.blocks)):
             target = self._target(later, target)
-            if others_sliced:
+            if others_sliced and not self.alone:
                 with uncalibrated(self.sliced, later):
                     rounded = {key: self._at(later, key[1], outputs[key]) for key in outputs if key[0] == "rounded"}
                 outputs = {**self._calibrated(later, outputs), **rounded}

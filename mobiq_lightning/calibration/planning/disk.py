@@ -39,7 +39,7 @@ def bytes_on_disk(sizes: ModelSizes, module: ElasticCalibration, text: TextWindo
     tables = 0
     if module.storage == "disk":
         sweeps = [sweep for sweep in schedule.sweeps if sweep[0].scope == "block"]
-        streams = max((n_streams(sweep, module.objective.depths) for sweep in sweeps), default=0)
+        streams = max((n_streams(sweep, module.objective.depths, module.block_inputs) for sweep in sweeps), default=0)
         tables = n_tables(streams, sizes.n_blocks) * table_bytes(sizes, text)
     return elastic + _of_training(sizes, schedule) + tables
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mobiq_lightning.calibration.hidden_states import BlockInputs
 from mobiq_lightning.calibration.planning.sizes import ModelSizes, groups_of
 from mobiq_lightning.calibration.schedule import Schedule, Stage
 from mobiq_lightning.nn import KEPT_BYTES
@@ -115,13 +116,17 @@ def table_bytes(sizes: ModelSizes, text: TextWindows) -> int:
     return text.n_windows * text.seq_len * sizes.width * sizes.itemsize
 
 
-def n_streams(stages: Sequence[Stage], depths: Sequence[int]) -> int:
-    """Input streams of a sweep: one for each depth in its losses, and one that is routed.
+def n_streams(stages: Sequence[Stage], depths: Sequence[int], block_inputs: BlockInputs) -> int:
+    """Input streams of a sweep that go through the blocks: one for each depth in its losses, and one that is routed.
 
     Args:
         stages: The stages of the sweep.
         depths: Depths of the objective, which stages read that name none.
+        block_inputs: What blocks are trained on; that of the full-precision model are the targets of the block before, and no
+            stream goes through the blocks beside those.
     """
+    if block_inputs == "full":
+        return 0
     read = {d for stage in stages for d in (depths if stage.depths is None else stage.depths)}
     return len(read) + any(stage.trains("routers") for stage in stages)
 
@@ -130,9 +135,9 @@ def n_tables(streams: int, n_blocks: int) -> int:
     """Tables of hidden states that are alive at once.
 
     All streams share the embedding in front of the first block; from the second block on each has its own, and goes on in
-    place. The targets have one too.
+    place. The targets have one too, and where there are no other streams what enters a block keeps one beside it.
     """
-    return 1 + (streams if n_blocks > 1 else 1)
+    return 1 + max(1, streams if n_blocks > 1 else 1)
 
 
 def training_need(sizes: ModelSizes, stage: Stage, depths: Sequence[int], tokens: int, n_blocks: int) -> int:
@@ -191,7 +196,7 @@ def _sweep(sizes: ModelSizes, module: ElasticCalibration, text: TextWindows, sch
     depths = module.objective.depths
     step = max(training_need(sizes, stage, depths, tokens, 1) for stage in sweep)
     step = max(step, 4 * COMPARED * sizes.vocabulary * text.seq_len)  # guards look at the logits of a window
-    tables = n_tables(n_streams(sweep, depths), sizes.n_blocks) * table_bytes(sizes, text)
+    tables = n_tables(n_streams(sweep, depths, module.block_inputs), sizes.n_blocks) * table_bytes(sizes, text)
     codes = IN_TRAINING * sizes.sliced_of_block * _trains_codes(sweep)
     later = [stage for following in schedule.sweeps[number + 1 :] for stage in following]
     waiting = (WAITING if _trains_codes(later) else 1) * sizes.sliced * coded

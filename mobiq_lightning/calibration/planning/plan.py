@@ -107,8 +107,8 @@ class RunPlan:
             f"{sizes.kind}, {sizes.n_blocks} blocks: {sizes.sliced / 1e6:,.2f} M weights ({sizes.share:.1%} of those in blocks) "
             f"are sliced into {slices} bits{groups}",
             *left_out,
-            f"plan: {'text writing, ' if 'text writing' in names else ''}{stages} stage{'s' if stages != 1 else ''}, "
-            f"then {', '.join(after)}; {time}; at most {highest / 1e9:.1f} GB of memory ({largest}), "
+            f"plan: {'text writing, ' if 'text writing' in names else ''}{stages} stage{'s' if stages != 1 else ''}"
+            f"{', then ' if after else ''}{', '.join(after)}; {time}; at most {highest / 1e9:.1f} GB of memory ({largest}), "
             f"{self.disk / 1e6:,.1f} MB of disk",
         ]
 
@@ -185,7 +185,7 @@ def plan_run(
         ]
     own = [phase for found in doing for phase in found]
     phases += sorted((phase for phase in own if phase.kind != FIXED), key=lambda phase: phase.late)
-    phases += comparison_phases(module, text, world_size, times, sizes.slice_bits)
+    phases += comparison_phases(module, text, world_size, times, sizes.slice_bits) if module.share.own is None else []
     phases += [phase for phase in own if phase.kind == FIXED]
     disk = bytes_on_disk(sizes, module, text)
     return RunPlan(sizes, memory, free, disk, _free(folder), phases, unmeasured, times)

@@ -44,7 +44,7 @@ def stage_phases(sizes: ModelSizes, module: ElasticCalibration, batches: int, ti
     schedule = Schedule(module.stages, module.epochs_per_block, sizes.n_blocks)
     epochs = [0] * len(module.stages)
     first: dict[int, Stage] = {}
-    for segment in schedule.segments:
+    for segment in filter(module.share.trains, schedule.segments):
         epochs[segment.number] += len(segment.epochs)
         first.setdefault(segment.sweep, segment.stage)
     phases = []
@@ -52,7 +52,7 @@ def stage_phases(sizes: ModelSizes, module: ElasticCalibration, batches: int, ti
         steps, seconds = epochs[number] * batches, times.stages.get(number, 0.0)
         sweep = next((s for s, of_sweep in first.items() if of_sweep is stage), None)
         if steps and sweep is not None and stage.scope == "block":
-            streams = n_streams(schedule.sweeps[sweep], module.objective.depths)
+            streams = n_streams(schedule.sweeps[sweep], module.objective.depths, module.block_inputs)
             seconds += sizes.n_blocks * (streams + 1) * batches * times.read / steps
         if steps:
             phases.append(Phase(stage_name(number), stage.scope, steps, seconds))

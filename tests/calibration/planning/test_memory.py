@@ -15,16 +15,21 @@ import torch
 from torch import nn
 
 from mobiq_lightning.calibration.block_caller import BlockCaller
-from mobiq_lightning.calibration.hidden_states import HiddenStates
-from mobiq_lightning.calibration.planning.memory import PhaseMemory, n_tables
+from mobiq_lightning.calibration.hidden_states import BlockInputs, HiddenStates
+from mobiq_lightning.calibration.planning.memory import PhaseMemory, n_streams, n_tables
+from mobiq_lightning.calibration.schedule import Stage
 from mobiq_lightning.jobs import run_check
 from mobiq_lightning.sources import load_source
 
 
 @pytest.mark.parametrize("n_blocks", [1, 2, 3])
-@pytest.mark.parametrize("streams", [1, 2, 6])
+@pytest.mark.parametrize(("streams", "inputs"), [(1, "calibrated"), (2, "calibrated"), (6, "calibrated"), (6, "full")])
 def test_so_many_tables_of_hidden_states_are_alive_at_once(
-    n_blocks: int, streams: int, make_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    n_blocks: int,
+    streams: int,
+    inputs: BlockInputs,
+    make_model: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = load_source(str(make_model())).model
     blocks = [copy.deepcopy(model.model.layers[i % 2]) for i in range(n_blocks)]
@@ -47,10 +52,17 @@ def test_so_many_tables_of_hidden_states_are_alive_at_once(
 
     names = dict.fromkeys(map(str, range(streams)), reading)
     hidden = HiddenStates(
-        BlockCaller(model, blocks, torch.device("cpu")), torch.randint(3, 300, (4, 8)), names, reading, 2
+        BlockCaller(model, blocks, torch.device("cpu")),
+        torch.randint(3, 300, (4, 8)),
+        names,
+        reading,
+        2,
+        block_inputs=inputs,
     )
     hidden.advance(n_blocks - 1)
-    assert peak == n_tables(streams, n_blocks)
+    stages = [Stage(train=["codes"], depth=2, other_depths=dict.fromkeys(range(3, 2 + streams), 1.0))]
+    assert n_streams(stages, (), inputs) == (0 if inputs == "full" else streams)
+    assert peak == n_tables(n_streams(stages, (), inputs), n_blocks)
 
 
 def needs(recipe: list[str], *changes: str) -> dict[str, int]:
@@ -70,6 +82,9 @@ def test_tables_on_the_host_count_as_memory_and_tables_on_disk_as_disk(recipe_ar
     assert host.memory[0].host - disk.memory[0].host == (streams + 1) * table
     assert disk.disk - host.disk == (streams + 1) * table
     assert (host.memory[0].tables, disk.memory[0].tables) == ((streams + 1) * table, 0)
+    full = run_check([*recipe_arguments, "--model.block_inputs=full"]).plan
+    assert full is not None
+    assert full.memory[0].tables == 2 * table
 
 
 def test_codes_that_wait_for_a_later_sweep_keep_target_and_averages(recipe_arguments: list[str]) -> None:

@@ -13,6 +13,7 @@ from mobiq_lightning.calibration.block_batch import BlockBatch
 from mobiq_lightning.calibration.model_batch import ModelBatch
 from mobiq_lightning.calibration.rates import KINDS
 from mobiq_lightning.calibration.schedule import Stage
+from mobiq_lightning.environment import free_on_device
 from mobiq_lightning.nn import KEPT_BYTES, CalibratedBlock, SlicedLinear, keeping_weights
 from mobiq_lightning.strategies import TrainableCodes
 from mobiq_lightning.strategies.base import BlockRun, Objective
@@ -94,8 +95,8 @@ def unchanged_weights(module: ElasticCalibration, blocks: Sequence[CalibratedBlo
     On a GPU they take a quarter of what is free at most.
     """
     limit = KEPT_BYTES
-    if module.device.type == "cuda":
-        limit = min(limit, torch.cuda.mem_get_info(module.device)[0] // 4)
+    if (free := free_on_device(module.device)) is not None:
+        limit = min(limit, free // 4)
     with keeping_weights([linear for block in blocks for linear in block.sliced_linears()], limit):
         yield
 

@@ -7,17 +7,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mobiq_lightning.calibration.planning.sizes import ModelSizes, groups_of
+import torch
+
+from mobiq_lightning.calibration.planning.compared import (
+    ACTIVATIONS,
+    COMPARED,
+    LIBRARIES,
+    PhaseMemory,
+    comparison_memory,
+)
+from mobiq_lightning.calibration.planning.sizes import ModelSizes
 from mobiq_lightning.calibration.schedule import Schedule, Stage
 from mobiq_lightning.nn import KEPT_BYTES
 from mobiq_lightning.sources import CPU_CACHE_BYTES
+from mobiq_lightning.strategies import ObservesGains
 
 if TYPE_CHECKING:
     from mobiq_lightning.calibration.module import ElasticCalibration
     from mobiq_lightning.sources import TextWindows
 
-LIBRARIES = 650_000_000
-"""Bytes of the process with all libraries loaded and at work, without a model: measured on Linux without a GPU."""
 LEARNED = 12
 """Bytes for each number that is learned: itself and the two averages of AdamW."""
 IN_TRAINING = 17
@@ -31,31 +39,10 @@ OF_A_LINEAR = 16
 """Bytes for each weight of the largest linear while it is read or goes backward: four tensors of float32."""
 OF_A_ROUTED_LINEAR = 12
 """The same for each slice where tokens are routed, since all slices are made at once."""
-ACTIVATIONS = 30
-"""Tensors as wide as the model that a training pass keeps of each token in a block."""
 ROUTED_ACTIVATIONS = 6
 """Further ones for each slice where gates are trained: inputs that are multiplied by them."""
 LOGITS = 4
 """Tensors of logits, float32, that a training pass keeps, and as many again for the target and the loss."""
-COMPARED = 6
-"""Tensors of logits, float32, that the comparison keeps of a batch."""
-
-
-@dataclass(frozen=True)
-class PhaseMemory:
-    """What a phase takes at its peak.
-
-    Args:
-        name: The phase.
-        host: Bytes of the process on the host.
-        device: Bytes on the device; 0 where that is the host.
-        tables: Bytes of hidden states among them, wherever they lie.
-    """
-
-    name: str
-    host: int
-    device: int
-    tables: int = 0
 
 
 @dataclass(frozen=True)
@@ -76,7 +63,7 @@ class _Need:
 
 
 def memory_of_phases(
-    sizes: ModelSizes, module: ElasticCalibration, text: TextWindows, device: str
+    sizes: ModelSizes, module: ElasticCalibration, text: TextWindows, device: str, free: int | None = None
 ) -> list[PhaseMemory]:
     """What each phase of a fit takes, in the order of the phases.
 
@@ -85,6 +72,7 @@ def memory_of_phases(
         module: What the recipe says of the calibration.
         text: What it says of the text.
         device: Type of the device that computes, such as ``cpu`` or ``cuda``.
+        free: Bytes that are free on that device, if it is another than the host and that is known.
     """
     needs: list[tuple[str, _Need]] = []
     if text.n_generated:
@@ -98,16 +86,15 @@ def memory_of_phases(
     # Weights that are made once, here and for thresholds.
     gains += min(KEPT_BYTES, 4 * len(sizes.slice_bits) * sizes.sliced)
     needs.append(("layer gains", _Need(device=gains + learned, frozen=sizes.model_bytes)))
-    compared = _comparison(sizes, text, device)
-    needs.append(("comparison", _Need(device=compared, frozen=sizes.model_bytes)))
     phases: dict[str, PhaseMemory] = {}
     for name, need in needs:  # the largest of the phases of one name
         before = phases.get(name, PhaseMemory(name, 0, 0))
         host = LIBRARIES + sizes.model_bytes + need.host + (need.device if device == "cpu" else 0)
         other = 0 if device == "cpu" else need.device + need.frozen
         tables = max(need.tables, before.tables)
-        phases[name] = PhaseMemory(name, max(host, before.host), max(other, before.device), tables)
-    return list(phases.values())
+        optional = name == "layer gains" and not _asks_for_probes(sizes, module)
+        phases[name] = PhaseMemory(name, max(host, before.host), max(other, before.device), tables, optional=optional)
+    return [*phases.values(), comparison_memory(sizes, module, text, device, free)]
 
 
 def table_bytes(sizes: ModelSizes, text: TextWindows) -> int:
@@ -215,28 +202,16 @@ def rows_at_once(sizes: ModelSizes, text: TextWindows) -> int:
     return max(1, min(wanted, int(CPU_CACHE_BYTES // (sizes.cache_bytes * text.seq_len))))
 
 
-def _comparison(sizes: ModelSizes, text: TextWindows, device: str) -> int:
-    tokens = text.eval_batch_size * text.eval_seq_len
-    outside = sizes.model_bytes - sizes.block_weights * sizes.itemsize
-    planes = sizes.sliced * sum(sizes.slice_bits) // 8
-    kept = kept_in_comparison(sizes) if device == "cpu" else 0
-    reading = 4 * (len(sizes.slice_bits) + 4) * sizes.largest_linear
-    activations = 4 * tokens * (COMPARED * sizes.vocabulary + ACTIVATIONS // 2 * sizes.width)
-    return outside + planes + 24 * groups_of(sizes) + kept + reading + activations
-
-
-def kept_in_comparison(sizes: ModelSizes) -> int:
-    """Bytes of weights that the comparison keeps on a CPU: of all depths if they fit the usual limit, else a quarter of that.
-
-    Where they do not fit, most are made anew for every batch in any case, and long batches take longer to multiply.
-    """
-    all_depths = sizes.sliced * sizes.itemsize * len(sizes.slice_bits)
-    return all_depths if all_depths <= KEPT_BYTES else KEPT_BYTES // 4
-
-
 def _weights(sizes: ModelSizes, n_blocks: int) -> int:
     return sizes.sliced if n_blocks == sizes.n_blocks else n_blocks * sizes.sliced_of_block
 
 
 def _trains_codes(stages: Sequence[Stage]) -> bool:
     return any(stage.trains("codes") for stage in stages)
+
+
+def _asks_for_probes(sizes: ModelSizes, module: ElasticCalibration) -> bool:
+    """Whether routers need layer gains that only passes of the whole model give."""
+    with torch.random.fork_rng(devices=[]):
+        router = module.router(sizes.width, len(sizes.slice_bits))
+    return isinstance(router, ObservesGains) and router.gains_from == "probes"

@@ -36,6 +36,8 @@ class ManyReadings:
             input_ids: (B, T) tokens on the device.
             readings: For each, how a block (by index) is read; entered when the block is on the device.
         """
+        if not readings:
+            return
         with self.comes.none():
             hidden = [self.caller.embed(input_ids)] * len(readings)
         for index, block in enumerate(self.blocks):
@@ -43,10 +45,12 @@ class ManyReadings:
                 for number, reading in enumerate(readings):
                     with reading(index):
                         hidden[number] = self.caller.call(index, hidden[number])
-        for number in range(len(readings)):
-            with self.comes.none(), self.caller.after_blocks() as logits_of:
-                logits = logits_of(input_ids, hidden[number])
-            yield logits
+        while hidden:
+            yield self._logits(input_ids, hidden.pop(0))
+
+    def _logits(self, input_ids: Tensor, hidden: Tensor) -> Tensor:
+        with self.comes.none(), self.caller.after_blocks() as logits_of:
+            return logits_of(input_ids, hidden)
 
 
 class _HeldBlocks(BlockCaller):

@@ -224,19 +224,14 @@ class Comparison:
 
     def _runs(self, arms: Sequence[Arm], ids: Tensor, batch_idx: int) -> Iterator[tuple[Tensor, list[Tensor]]]:
         """Logits (B, T, V) in full precision, then of each arm; with them, for each input, the bits (B, T) of its tokens."""
-        with full_precision(self.rounded):
-            logits = self.full(input_ids=ids, use_cache=False).logits
-        yield logits, []
+        yield _logits(self.full, ids, full_precision(self.rounded)), []
         for arm in arms:
             if arm.allocation == "rtn":
-                with fixed_depth(self.rounded, int(arm.target_bits)):
-                    logits = self.full(input_ids=ids, use_cache=False).logits
-                yield logits, []
+                yield _logits(self.full, ids, fixed_depth(self.rounded, int(arm.target_bits))), []
             else:
-                records: list[list[Tensor]] = []
-                with self._reading(arm, batch_idx, range(len(self.inputs)), records):
-                    logits = self.elastic(input_ids=ids, use_cache=False).logits
-                yield logits, [record[0] for record in records]
+                found: list[list[Tensor]] = []
+                reading = self._reading(arm, batch_idx, range(len(self.inputs)), found)
+                yield _logits(self.elastic, ids, reading), [record[0] for record in found]
 
     def _runs_by_block(self, arms: Sequence[Arm], ids: Tensor, batch_idx: int) -> Iterator[tuple[Tensor, list[Tensor]]]:
         """What `_runs` gives, of passes that go through a block together; arms of round-to-nearest come before others."""
@@ -292,3 +287,10 @@ class Comparison:
             kl=float(arm.kl.compute()),
             seed=arm.seed,
         )
+
+
+def _logits(model: Any, ids: Tensor, reading: AbstractContextManager[None]) -> Tensor:
+    """Logits (B, T, V) of a model that is read in some way; whoever is given them holds them alone."""
+    with reading:
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits

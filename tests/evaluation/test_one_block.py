@@ -22,7 +22,6 @@ from mobiq_lightning.cli import main
 from mobiq_lightning.evaluation import BlockErrors, Comparison
 from mobiq_lightning.nn import BlockLayout, HostTensors, OneBlockAtATime, SlicedLinear, full_precision
 from mobiq_lightning.runtime import elastic_block_by_block
-from mobiq_lightning.runtime.elastic_model import KernelState
 from mobiq_lightning.sources import ComparisonPass, load_source
 from tests.conftest import Run
 
@@ -87,7 +86,7 @@ def test_the_comparison_of_models_that_come_block_by_block_is_the_same_bit_by_bi
 def test_kernels_multiply_the_block_that_is_there_as_they_multiply_the_whole_model(finished: Run) -> None:
     pairs = models(finished), models(finished)
     for _, elastic in pairs:
-        elastic.kernels = KernelState(wanted=True)
+        elastic.switch_kernels()
     one, whole = (compared(pair, by_block) for pair, by_block in zip(pairs, (True, False), strict=True))
     batch = batches(1, 3)[0]["input_ids"]
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Memory that the comparison of a run takes, with the whole model on the device or one block of it."""
+"""What a phase takes of memory; and what the comparison does, with the whole model on the device or one block of it."""
 
 from __future__ import annotations
 

@@ -138,9 +138,11 @@ def keep_bounds(module: ElasticCalibration) -> None:
     if "clipping" in module.stage.bounds:
         for linear in _linears_in_training(module):
             linear.scheme.bound_clipping()
-    if "rounding" in module.stage.bounds:
+    if module.stage.trains("codes"):
         for scheme, weight in _codes_in_training(module):
-            scheme.bound_rounding(weight)
+            if "rounding" in module.stage.bounds:
+                scheme.bound_rounding(weight)
+            scheme.bound_saturation(weight)
 
 
 def _linears_in_training(module: ElasticCalibration) -> Iterator[SlicedLinear]:

@@ -32,6 +32,8 @@ IN_TRAINING = 17
 """Bytes for each weight whose codes are trained: target, gradient, the two averages, and the codes that are frozen."""
 WAITING = 13
 """Bytes for each weight that waits for a later sweep to go on with its codes: the same without gradient."""
+UNWRITTEN = 2
+"""Blocks whose learned tensors are in memory in a sweep on the host: the one in training, and the one that is written next."""
 OF_RANGES, OF_CODES = 6, 2
 """Bytes that a training pass keeps for each weight until its backward pass, beside the weight itself, where ranges are trained
 (a slope and two masks), and where codes alone are (the masks)."""
@@ -80,7 +82,7 @@ def memory_of_phases(
     schedule = Schedule(module.stages, module.epochs_per_block, sizes.n_blocks)
     for number, sweep in enumerate(schedule.sweeps):
         name = "model stages" if sweep[0].scope == "model" else "block stages"
-        needs.append((name, _sweep(sizes, module, text, schedule, number)))
+        needs.append((name, _sweep(sizes, module, text, schedule, number, device)))
     learned = LEARNED * sum(sizes.learned.values()) + sizes.sliced * _trains_codes(module.stages)
     gains = measuring_need(sizes, text.seq_len, 4, gradients=False) - sizes.model_bytes - sizes.sliced
     # Weights that are made once, here and for thresholds.
@@ -168,7 +170,9 @@ def measuring_need(sizes: ModelSizes, seq_len: int, batch_size: int, gradients: 
     return needed
 
 
-def _sweep(sizes: ModelSizes, module: ElasticCalibration, text: TextWindows, schedule: Schedule, number: int) -> _Need:
+def _sweep(
+    sizes: ModelSizes, module: ElasticCalibration, text: TextWindows, schedule: Schedule, number: int, device: str
+) -> _Need:
     sweep, tokens = schedule.sweeps[number], text.batch_size * text.seq_len
     learned, coded = sum(sizes.learned.values()), _trains_codes(module.stages)
     if sweep[0].scope == "model":
@@ -181,11 +185,14 @@ def _sweep(sizes: ModelSizes, module: ElasticCalibration, text: TextWindows, sch
     tables = n_tables(n_streams(sweep, depths), sizes.n_blocks) * table_bytes(sizes, text)
     codes = IN_TRAINING * sizes.sliced_of_block * _trains_codes(sweep)
     later = [stage for following in schedule.sweeps[number + 1 :] for stage in following]
-    waiting = (WAITING if _trains_codes(later) else 1) * sizes.sliced * coded
+    of_weight = (WAITING if _trains_codes(later) else 1) * coded
+    waiting = LEARNED * learned + of_weight * sizes.sliced
+    if device == "cpu":  # of blocks that are done, they are mapped from the training checkpoints
+        waiting = min(waiting, UNWRITTEN * (LEARNED * learned // sizes.n_blocks + of_weight * sizes.sliced_of_block))
     on_device = tables if module.storage == "device" else 0
     return _Need(
         host=tables if module.storage == "host" else 0,
-        device=LEARNED * learned + codes + step + waiting + on_device,
+        device=codes + step + waiting + on_device,
         frozen=sizes.block_bytes,
         tables=tables if module.storage != "disk" else 0,
     )

@@ -185,13 +185,14 @@ def _sweep(
     tables = n_tables(n_streams(sweep, depths), sizes.n_blocks) * table_bytes(sizes, text)
     codes = IN_TRAINING * sizes.sliced_of_block * _trains_codes(sweep)
     later = [stage for following in schedule.sweeps[number + 1 :] for stage in following]
-    of_weight = (WAITING if _trains_codes(later) else 1) * coded
-    waiting = LEARNED * learned + of_weight * sizes.sliced
-    if device == "cpu":  # of blocks that are done, they are mapped from the training checkpoints
-        waiting = min(waiting, UNWRITTEN * (LEARNED * learned // sizes.n_blocks + of_weight * sizes.sliced_of_block))
+    to_go_on_with = (WAITING - 1) * _trains_codes(later)
+    waiting = LEARNED * learned + to_go_on_with * sizes.sliced
+    if device == "cpu":  # of blocks that are done, all is mapped from the training checkpoints; else their codes are
+        waiting = min(waiting, UNWRITTEN * (LEARNED * learned // sizes.n_blocks + to_go_on_with * sizes.sliced_of_block))
+    unwritten = min(sizes.sliced, UNWRITTEN * sizes.sliced_of_block) * coded
     on_device = tables if module.storage == "device" else 0
     return _Need(
-        host=tables if module.storage == "host" else 0,
+        host=unwritten + (tables if module.storage == "host" else 0),
         device=codes + step + waiting + on_device,
         frozen=sizes.block_bytes,
         tables=tables if module.storage != "disk" else 0,

@@ -22,6 +22,7 @@ from .experts import RoutedExperts as RoutedExperts
 from .host_tensors import HostTensors as HostTensors
 from .kept_weights import KEPT_BYTES as KEPT_BYTES
 from .kept_weights import KeptWeights as KeptWeights
+from .kept_weights import kept_limit as kept_limit
 from .layout import BlockLayout as BlockLayout
 from .layout import Share as Share
 from .layout import stored_layout as stored_layout

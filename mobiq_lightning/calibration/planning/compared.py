@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from mobiq_lightning.calibration.planning.sizes import ModelSizes, groups_of
 from mobiq_lightning.evaluation import RTN_BITS
-from mobiq_lightning.nn import KEPT_BYTES
+from mobiq_lightning.nn import kept_limit
 from mobiq_lightning.runs import CONTROLS
 
 if TYPE_CHECKING:
@@ -97,12 +97,9 @@ def planes_bytes(sizes: ModelSizes) -> int:
 
 
 def kept_in_comparison(sizes: ModelSizes) -> int:
-    """Bytes of weights that the comparison keeps on a CPU: of all depths if they fit the usual limit, else a quarter of that.
-
-    Where they do not fit, most are made anew for every batch in any case, and long batches take longer to multiply.
-    """
+    """Bytes of weights that the comparison keeps on a CPU."""
     all_depths = sizes.sliced * sizes.itemsize * len(sizes.slice_bits)
-    return all_depths if all_depths <= KEPT_BYTES else KEPT_BYTES // 4
+    return min(all_depths, kept_limit(all_depths))
 
 
 def arms_of(module: ElasticCalibration, slice_bits: Sequence[int]) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from mobiq_lightning.calibration.planning.compared import (
 )
 from mobiq_lightning.calibration.planning.sizes import ModelSizes
 from mobiq_lightning.calibration.schedule import Schedule, Stage
-from mobiq_lightning.nn import KEPT_BYTES
+from mobiq_lightning.nn import kept_limit
 from mobiq_lightning.sources import CPU_CACHE_BYTES
 from mobiq_lightning.strategies import ObservesGains
 
@@ -86,7 +86,8 @@ def memory_of_phases(
     learned = LEARNED * sum(sizes.learned.values()) + sizes.sliced * _trains_codes(module.stages)
     gains = measuring_need(sizes, text.seq_len, 4, gradients=False) - sizes.model_bytes - sizes.sliced
     # Weights that are made once, here and for thresholds.
-    gains += min(KEPT_BYTES, 4 * len(sizes.slice_bits) * sizes.sliced)
+    all_depths = 4 * len(sizes.slice_bits) * sizes.sliced
+    gains += min(all_depths, kept_limit(all_depths))
     needs.append(("layer gains", _Need(device=gains + learned, frozen=sizes.model_bytes)))
     phases: dict[str, PhaseMemory] = {}
     for name, need in needs:  # the largest of the phases of one name
@@ -140,7 +141,7 @@ def training_need(sizes: ModelSizes, stage: Stage, depths: Sequence[int], tokens
     kept = OF_RANGES if stage.trains("ranges") else OF_CODES if stage.trains("codes") else 0
     weights = (kept + sizes.itemsize) * passes * _weights(sizes, n_blocks)
     if stage.trains_routers_alone:  # made once, and kept for all steps
-        weights = min(KEPT_BYTES, weights)
+        weights = min(weights, kept_limit(n_slices * sizes.itemsize * _weights(sizes, n_blocks)))
     of_token = ACTIVATIONS * len(read) + routed * (ACTIVATIONS + ROUTED_ACTIVATIONS * n_slices)
     transient = (OF_A_ROUTED_LINEAR * n_slices if routed else OF_A_LINEAR) * sizes.largest_linear
     return weights + of_token * sizes.width * sizes.itemsize * tokens * n_blocks + transient
@@ -188,7 +189,9 @@ def _sweep(
     to_go_on_with = (WAITING - 1) * _trains_codes(later)
     waiting = LEARNED * learned + to_go_on_with * sizes.sliced
     if device == "cpu":  # of blocks that are done, all is mapped from the training checkpoints; else their codes are
-        waiting = min(waiting, UNWRITTEN * (LEARNED * learned // sizes.n_blocks + to_go_on_with * sizes.sliced_of_block))
+        waiting = min(
+            waiting, UNWRITTEN * (LEARNED * learned // sizes.n_blocks + to_go_on_with * sizes.sliced_of_block)
+        )
     unwritten = min(sizes.sliced, UNWRITTEN * sizes.sliced_of_block) * coded
     on_device = tables if module.storage == "device" else 0
     return _Need(

@@ -75,6 +75,14 @@ def available_memory() -> int | None:
     return min(found, default=None)
 
 
+def free_on_device(device: torch.device) -> int | None:
+    """Bytes that are free on a GPU, with those that PyTorch keeps there without using them; None for other devices."""
+    if device.type != "cuda":
+        return None
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + unused
+
+
 def resident_memory() -> int:
     """Bytes that this process takes on the host; 0 where nobody tells."""
     try:

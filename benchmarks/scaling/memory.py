@@ -33,6 +33,8 @@ VOCABULARY = 32000
 ROOT = Path(__file__).parents[2]
 PHASES = ("text writing", "block stages", "comparison")
 """Phases of which `check` says what they take."""
+BY_BLOCK = "comparison, one block at a time"
+"""What the comparison takes where the whole model does not fit on the device."""
 STAGES = [
     {"depth": 2, "train": ["codes", "ranges"], "epochs": 1, "other_depths": {8: 1.0}},
     {"depth": 8, "train": ["codes"], "epochs": 1},
@@ -93,7 +95,7 @@ def predicted(shape: dict[str, Any], recipe: Any, device: str = "cpu", **overrid
     import torch
     from transformers import LlamaForCausalLM
 
-    from mobiq_lightning.calibration.planning import memory_of_phases, sizes_of
+    from mobiq_lightning.calibration.planning import comparison_memory, memory_of_phases, sizes_of
     from mobiq_lightning.jobs import build
 
     job = build(recipe, **{"trainer.accelerator": "cpu", **overrides})
@@ -101,7 +103,12 @@ def predicted(shape: dict[str, Any], recipe: Any, device: str = "cpu", **overrid
     with torch.device("meta"):
         sizes = sizes_of(LlamaForCausalLM(config).to(config.dtype), job.model)
     phases = memory_of_phases(sizes, job.model, job.datamodule, device)
-    return {"sizes": sizes, "host": {p.name: p.host for p in phases}, "device": {p.name: p.device for p in phases}}
+    of_block = comparison_memory(sizes, job.model, job.datamodule, device, 0)
+    return {
+        "sizes": sizes,
+        "host": {**{p.name: p.host for p in phases}, BY_BLOCK: of_block.host},
+        "device": {**{p.name: p.device for p in phases}, BY_BLOCK: of_block.device},
+    }
 
 
 def recipe(model: str, run: Path, text: Path) -> dict[str, Any]:
@@ -191,7 +198,8 @@ def large() -> list[str]:
             overrides = {"model.hidden_states": where, "trainer.callbacks": [], "trainer.logger": False}
             foreseen = predicted(shape, ROOT / "recipes" / "llama2-7b.yaml", "cuda", **overrides)
             cells = [
-                f"{foreseen['host'][phase] / 1e9:.0f}, {foreseen['device'][phase] / 1e9:.0f}" for phase in PHASES[1:]
+                f"{foreseen['host'][phase] / 1e9:.0f}, {foreseen['device'][phase] / 1e9:.0f}"
+                for phase in (*PHASES[1:], BY_BLOCK)
             ]
             lines.append(f"| {name}, hidden states on {where} | {' | '.join(cells)} |")
     return lines

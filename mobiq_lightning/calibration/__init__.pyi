@@ -9,6 +9,7 @@ from .block_share import take_over as take_over
 from .block_share import write_block_file as write_block_file
 from .checkpoint_io import SafeCheckpointIO as SafeCheckpointIO
 from .checkpoint_io import can_be_read as can_be_read
+from .device_memory import measuring_bytes as measuring_bytes
 from .device_memory import move_model as move_model
 from .disk_space import say_if_short as say_if_short
 from .elastic_checkpoint import checkpoint_writer as checkpoint_writer

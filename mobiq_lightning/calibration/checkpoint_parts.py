@@ -1,13 +1,14 @@
-"""Parts of training checkpoints that do not change while other blocks are trained: written once, then named."""
+"""Parts of training checkpoints that do not change while other blocks are trained: written once, then named, and mapped."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mobiq_lightning.files import sha256, write_atomically
 from mobiq_lightning.runs import part_name
@@ -17,26 +18,72 @@ if TYPE_CHECKING:
 
 AT_REST, PARTS = "at_rest", "parts"
 """Keys of a checkpoint: what the calibration says does not change at present, and the files that hold it."""
+MAPPED_FROM = 2**16
+"""Bytes from which on a tensor at rest is mapped from its file."""
 _State = tuple[tuple[str, int, int, tuple[int, ...]], ...]
+_Replace = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 def at_rest(module: ElasticCalibration) -> dict[str, Any]:
-    """What the current epoch does not change: by name, the beginning of its tensors' names and its numbers in the optimizer.
+    """What the current epoch does not change: by name, the beginning of its tensors' names, its numbers in the optimizer, and a
+    function that replaces its tensors by those of a file.
 
     Schemes of blocks that are not in training, and their inputs, except in the last epoch: it ends with thresholds of all.
     """
     optimizers = module.trainer.optimizers
-    numbers: dict[int, int] = {}
-    for group in optimizers[0].param_groups if optimizers else ():
-        numbers |= {id(parameter): len(numbers) + n for n, parameter in enumerate(group["params"])}
+    learned: list[nn.Parameter] = (
+        [p for group in optimizers[0].param_groups for p in group["params"]] if optimizers else []
+    )
+    numbers = {id(parameter): number for number, parameter in enumerate(learned)}
     training, last = module.blocks_in_training(), module.current_epoch >= module.schedule.n_epochs - 1
     found: dict[str, Any] = {}
     for index, block in enumerate(module.sliced.calibrated_blocks()):
         parts = {"schemes": block.schemes} | ({} if last else {"inputs": block.inputs})
         for name, part in parts.items() if block not in training else ():
             of_optimizer = [numbers[id(p)] for p in part.parameters() if id(p) in numbers]
-            found[f"{index:06d}-{name}"] = {"prefix": f"blocks.{index}.{name}.", "optimizer": of_optimizer}
+            prefix = f"blocks.{index}.{name}."
+            averages = {number: optimizers[0].state[learned[number]] for number in of_optimizer}
+            replace = partial(map_tensors, part, prefix, averages)
+            found[f"{index:06d}-{name}"] = {"prefix": prefix, "optimizer": of_optimizer, "replace": replace}
     return found
+
+
+@torch.no_grad()
+def map_tensors(
+    module: nn.Module, prefix: str, averages: Mapping[int, dict[str, Any]], stored: dict[str, Any]
+) -> dict[str, Any]:
+    """Replaces large tensors on the host by the same ones of a file, which a system that needs room takes from memory.
+
+    They are mapped for this process alone: where they are trained again later, what is written does not reach the file.
+
+    Args:
+        module: Holds the tensors.
+        prefix: What its tensors' names in the file begin with.
+        averages: What the optimizer keeps of them, by number.
+        stored: What the file holds.
+
+    Returns:
+        What `stored` holds, as the module and the optimizer have it now.
+    """
+    parameters, buffers = dict(module.named_parameters()), dict(module.named_buffers())
+    for name, tensor in stored["state_dict"].items():
+        key = name.removeprefix(prefix)
+        if key in parameters and _is_mapped(parameters[key], tensor):
+            parameters[key].data = tensor
+        elif key in buffers and _is_mapped(buffers[key], tensor):
+            owner, _, attribute = key.rpartition(".")
+            module.get_submodule(owner)._buffers[attribute] = tensor
+    for number, of_parameter in stored["optimizer"].items():
+        live = averages[number]
+        live.update({k: t for k, t in of_parameter.items() if isinstance(t, Tensor) and _is_mapped(live[k], t)})
+    return {
+        "state_dict": dict(module.state_dict(prefix=prefix)),
+        "optimizer": {number: averages[number] for number in stored["optimizer"]},
+    }
+
+
+def _is_mapped(live: Tensor, stored: Tensor) -> bool:
+    return live.device.type == "cpu" and live.dtype == stored.dtype and stored.nbytes >= MAPPED_FROM
 
 
 class CheckpointParts:
@@ -77,7 +124,7 @@ class CheckpointParts:
                 "state_dict": {key: rest["state_dict"].pop(key) for key in names},
                 "optimizer": {number: learned.pop(number) for number in what["optimizer"] if number in learned},
             }
-            self._files[name] = self._file_of(name, part, folder)
+            self._files[name] = self._file_of(name, part, folder, what.get("replace"))
         files = [file for file, _ in self._files.values()]
         return {**rest, PARTS: files}, files
 
@@ -104,13 +151,18 @@ class CheckpointParts:
             self._files[name] = (file, None)
         return checkpoint
 
-    def _file_of(self, name: str, part: dict[str, Any], folder: Path) -> tuple[str, _State]:
-        """The file that holds a part, written if there is none; and the state of its tensors."""
+    def _file_of(self, name: str, part: dict[str, Any], folder: Path, replace: _Replace | None) -> tuple[str, _State]:
+        """The file that holds a part, written if there is none; and the state of its tensors, then those of the file."""
         state = tuple(_states(part, ""))
         file, known = self._files.get(name, ("", None))
-        if file and (folder / file).is_file() and (known == state or (known is None and _holds(folder / file, part))):
+        is_there = bool(file) and (folder / file).is_file()
+        if is_there and known == state:
             return file, state
-        return _write(name, part, folder), state
+        if not (is_there and known is None and _holds(folder / file, part)):
+            file = _write(name, part, folder)
+        if replace is not None:
+            state = tuple(_states(replace(_mapped(folder / file)), ""))
+        return file, state
 
 
 def _write(name: str, part: dict[str, Any], folder: Path) -> str:
@@ -139,9 +191,15 @@ def _states(value: Any, name: str) -> Iterator[tuple[str, int, int, tuple[int, .
 def _holds(path: Path, part: dict[str, Any]) -> bool:
     """Whether a file holds the values of a part."""
     try:
-        return _equal(torch.load(path, map_location="cpu", weights_only=True, mmap=True), part)
+        return _equal(_mapped(path), part)
     except Exception:  # noqa: BLE001 - whatever is wrong with it: it is written again
         return False
+
+
+def _mapped(path: Path) -> dict[str, Any]:
+    """What a file holds, its tensors mapped: read when they are used."""
+    found: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return found
 
 
 def _equal(one: Any, other: Any) -> bool:

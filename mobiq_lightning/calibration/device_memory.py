@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-import torch
-
 from mobiq_lightning.calibration.planning import measuring_need, model_stage_need
+from mobiq_lightning.environment import free_on_device
 from mobiq_lightning.errors import ModelError
 
 if TYPE_CHECKING:
@@ -22,10 +21,8 @@ def move_model(module: ElasticCalibration) -> None:
         ModelError: If it does not fit there with what training it takes.
     """
     device = module.device
-    if device.type == "cuda":
-        needed, (free, _) = needed_bytes(module), torch.cuda.mem_get_info(device)
-        if needed > free:
-            raise ModelError(too_large(module, needed, free))
+    if (free := free_on_device(device)) is not None and (needed := needed_bytes(module)) > free:
+        raise ModelError(too_large(module, needed, free))
     module.sliced.enter_device(device)
 
 
@@ -43,13 +40,9 @@ def whole_model_on_device(module: ElasticCalibration, needed: int) -> Iterator[s
     sliced, device = module.sliced, module.device
     sliced.caller.release()
     there = next(sliced.source.model.parameters()).device == device
-    if device.type == "cuda" and not there:
-        free, _ = torch.cuda.mem_get_info(device)
-        if needed > free:
-            yield (
-                f"the whole model would take about {needed / 1e9:.1f} GB on {device}, of which {free / 1e9:.1f} GB are free"
-            )
-            return
+    if not there and (free := free_on_device(device)) is not None and needed > free:
+        yield f"the whole model would take about {needed / 1e9:.1f} GB on {device}, of which {free / 1e9:.1f} GB are free"
+        return
     if not there:
         sliced.enter_device(device)
     try:

@@ -68,7 +68,7 @@ def probe_gains(module: ElasticCalibration, found: MeasuredGains) -> None:
             raise DoesNotFitError(shortages[0])
         own, kept = share_of_windows(module, ids), _kept(module, "probes", found)
         with _counted(module, int(kept.tensors.get("probes", torch.tensor(0)))):
-            with unchanged_weights(module, module.sliced.calibrated_blocks()):
+            with unchanged_weights(module, module.sliced.calibrated_blocks(), 4):
                 how = (found.reference_bits, found.batch_size, kept.tensors, kept.save)
                 gains = token_gains(model, inputs, own, *how).unflatten(-1, own.shape)
                 found.tokens = gather_windows(module, [gains], len(ids), -2)[0].flatten(-2)

@@ -13,7 +13,8 @@ from mobiq_lightning.calibration.block_batch import BlockBatch
 from mobiq_lightning.calibration.model_batch import ModelBatch
 from mobiq_lightning.calibration.rates import KINDS
 from mobiq_lightning.calibration.schedule import Stage
-from mobiq_lightning.nn import KEPT_BYTES, CalibratedBlock, SlicedLinear, keeping_weights
+from mobiq_lightning.environment import free_on_device
+from mobiq_lightning.nn import CalibratedBlock, SlicedLinear, keeping_weights, kept_limit
 from mobiq_lightning.strategies import TrainableCodes
 from mobiq_lightning.strategies.base import BlockRun, Objective
 
@@ -88,15 +89,25 @@ def mixture(stage: Stage, depths: Sequence[int], n_inputs: int, step: int) -> li
 
 
 @contextmanager
-def unchanged_weights(module: ElasticCalibration, blocks: Sequence[CalibratedBlock]) -> Iterator[None]:
+def unchanged_weights(
+    module: ElasticCalibration, blocks: Sequence[CalibratedBlock], itemsize: int | None = None
+) -> Iterator[None]:
     """Context in which nothing changes ranges, codes and transforms of some blocks, so that weights are made once, if they fit.
 
     On a GPU they take a quarter of what is free at most.
+
+    Args:
+        module: The calibration.
+        blocks: The blocks.
+        itemsize: Bytes of a number of the weights that are asked for, 4 where tokens are routed without gradients; by default
+            those of the model.
     """
-    limit = KEPT_BYTES
-    if module.device.type == "cuda":
-        limit = min(limit, torch.cuda.mem_get_info(module.device)[0] // 4)
-    with keeping_weights([linear for block in blocks for linear in block.sliced_linears()], limit):
+    linears = [linear for block in blocks for linear in block.sliced_linears()]
+    itemsize = module.sliced.source.model.dtype.itemsize if itemsize is None else itemsize
+    limit = kept_limit(sum(linear.weight.numel() * len(linear.routed.depths) * itemsize for linear in linears))
+    if (free := free_on_device(module.device)) is not None:
+        limit = min(limit, free // 4)
+    with keeping_weights(linears, limit):
         yield
 
 
@@ -137,9 +148,11 @@ def keep_bounds(module: ElasticCalibration) -> None:
     if "clipping" in module.stage.bounds:
         for linear in _linears_in_training(module):
             linear.scheme.bound_clipping()
-    if "rounding" in module.stage.bounds:
+    if module.stage.trains("codes"):
         for scheme, weight in _codes_in_training(module):
-            scheme.bound_rounding(weight)
+            if "rounding" in module.stage.bounds:
+                scheme.bound_rounding(weight)
+            scheme.bound_saturation(weight)
 
 
 def _linears_in_training(module: ElasticCalibration) -> Iterator[SlicedLinear]:

@@ -13,6 +13,7 @@ from mobiq_lightning.calibration.planning import FIXED, ModelSizes, Phase, StepT
 from mobiq_lightning.callbacks.base import CalibrationCallback
 from mobiq_lightning.callbacks.place import place_of_results
 from mobiq_lightning.checkpoint import add_results
+from mobiq_lightning.console import say
 from mobiq_lightning.errors import RecipeError
 from mobiq_lightning.latency import Clock, print_budgets, time_linears
 from mobiq_lightning.runs import ELASTIC, RESULTS, add_to_results, known_results
@@ -27,6 +28,8 @@ NEW_TOKENS = {"cuda": 64, "cpu": 8}
 
 class LatencyCheck(CalibrationCallback):
     """After the comparison, times the loaded checkpoint: its linears at each budget that was ever compared, and decoding.
+
+    A model that is larger than the device, and is compared one block at a time, is not timed, which is said.
 
     Results go to results.json (``latency``) of run and checkpoint, to the terminal, to the loggers, and as a curve from bits
     to tokens per second to speed.json of the checkpoint, for `BitsPolicy`. Where the model runs on the reference, they say
@@ -57,6 +60,9 @@ class LatencyCheck(CalibrationCallback):
             return
         comparison = module.comparison
         assert comparison is not None
+        if comparison.passes is not None:
+            say(f"Speed is not measured: the model is larger than {comparison.device}, and lies on the host.")
+            return
         model, deadline = comparison.elastic, time.monotonic() + self.seconds
         run, place = module.run_folder, place_of_results(module)
         used = _used(place)

@@ -15,6 +15,7 @@ from mobiq_lightning.calibration import (
     DoesNotFitError,
     ElasticCalibration,
     MeasuredGains,
+    measuring_bytes,
     probe_gains,
     take_gradient_gains,
 )
@@ -31,6 +32,7 @@ from mobiq_lightning.calibration.planning import (
 )
 from mobiq_lightning.callbacks.base import CalibrationCallback
 from mobiq_lightning.console import say
+from mobiq_lightning.environment import free_on_device
 from mobiq_lightning.errors import ModelError, RecipeError
 from mobiq_lightning.evaluation import (
     rows_of,
@@ -101,7 +103,12 @@ class LayerGains(CalibrationCallback):
     # ------------------------------------------------------------------ when
 
     def on_fit_start(self, trainer: Trainer, module: ElasticCalibration) -> None:
-        """Refuses what would fail after hours of calibration."""
+        """Refuses what would fail after hours of calibration.
+
+        Raises:
+            RecipeError: If an argument does not fit the slices, or the routers need gains and none are to be measured.
+            ModelError: If the routers need probes of the whole model, which does not fit on the device.
+        """
         routed = module.sliced.all_inputs()[0]
         if self.reference_bits is not None and self.reference_bits not in routed.depths:
             raise RecipeError(
@@ -111,6 +118,14 @@ class LayerGains(CalibrationCallback):
         if isinstance(routed.router, ObservesGains) and not self.windows:
             raise RecipeError(
                 f"LayerGains: windows is 0, but {type(routed.router).__name__} scores layers by what is measured on them"
+            )
+        needed = measuring_bytes(module, module.text.seq_len, self.batch_size, gradients=False)
+        free = free_on_device(module.device)
+        if _asked(routed.router) == "probes" and free is not None and needed > free:
+            raise ModelError(
+                f"{type(routed.router).__name__} needs probes of the whole model, which take about {needed / 1e9:.1f} GB on "
+                f"{module.device}, of which {free / 1e9:.1f} GB are free; use another router, such as GradientLayerRouter, or a "
+                "larger device"
             )
 
     def on_train_epoch_end(self, trainer: Trainer, module: ElasticCalibration) -> None:

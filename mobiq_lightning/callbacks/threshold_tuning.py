@@ -86,7 +86,7 @@ class ThresholdTuning(CalibrationCallback):
         self._done = 0
         module.clock.restart()
         blocks = module.sliced.calibrated_blocks()
-        with eval_mode([routed.router for routed in inputs]), unchanged_weights(module, blocks):
+        with eval_mode([routed.router for routed in inputs]), unchanged_weights(module, blocks, 4):
             with meet_budget(inputs, module.budget.final_bits):
                 scores = self._scores(module, input_ids)
             scopes: tuple[Scope, Scope] = ("layer", "global")

@@ -3,7 +3,6 @@ from .block_errors import BlockErrors as BlockErrors
 from .block_errors import residual_basis as residual_basis
 from .comparison import RTN_BITS as RTN_BITS
 from .comparison import Comparison as Comparison
-from .comparison import wrap_for_rounding as wrap_for_rounding
 from .gains_by_token import TokenView as TokenView
 from .gains_by_token import token_rows as token_rows
 from .gains_by_token import token_summary as token_summary
@@ -15,5 +14,6 @@ from .layer_gains import token_gains as token_gains
 from .report import print_harness as print_harness
 from .report import print_table as print_table
 from .report import write_results as write_results
+from .rounding import wrap_for_rounding as wrap_for_rounding
 from .routing_use import use_by_frequency as use_by_frequency
 from .routing_use import use_by_position as use_by_position

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,12 +13,12 @@ from torch import Tensor, nn
 
 from mobiq_lightning.evaluation.controls import control_router, control_thresholds
 from mobiq_lightning.evaluation.metrics import KLDivergence, Perplexity, UsedBits, log_probabilities
+from mobiq_lightning.evaluation.rounding import wrap_for_rounding
 from mobiq_lightning.evaluation.routing_use import RoutingUse
 from mobiq_lightning.nn import (
     BlockLayout,
     ElasticLinear,
-    RoutedInput,
-    SlicedLinear,
+    OneBlockAtATime,
     fixed_depth,
     full_precision,
     input_names,
@@ -26,14 +27,16 @@ from mobiq_lightning.nn import (
     routed_inputs,
     stored_bits,
 )
-from mobiq_lightning.packing import n_groups
 from mobiq_lightning.runs import CONTROLS, Allocation, Row
+from mobiq_lightning.runtime import elastic_block_by_block
 from mobiq_lightning.sources import IGNORED, ComparisonPass, check_output
-from mobiq_lightning.strategies import ResidualSlices, StaticRouter
-from mobiq_lightning.strategies.base import DEFAULT_SLICE_BITS
 from mobiq_lightning.strategies.thresholds import Scope
 
 RTN_BITS = (2, 3, 4, 6, 8)
+Passes = Callable[[Tensor, Sequence[Callable[[int], AbstractContextManager[Any]]]], Iterator[Tensor]]
+"""Gives the logits (B, T, V) of tokens (B, T) for each of many ways to read a block, by its index."""
+MakesPasses = Callable[[nn.Module, Sequence[nn.Module], OneBlockAtATime], Passes]
+"""Makes that of a model, its decoder blocks, and what brings these to the device."""
 
 
 @dataclass
@@ -81,6 +84,9 @@ class Comparison:
         seed: Seed that the run was calibrated with.
         rounded_rows: Rows of round-to-nearest if another run has measured them on this model and text.
         gains: (inputs, S - 1) gains of the slices, nats per token; without them the control of best layers is left out.
+        by_block: For models that are larger than the device: both stay on the host, and each decoder block is on the device
+            while it runs. Makes, of a model, its blocks and what brings them, what reads a batch in many ways while each is
+            there. What is measured is the same.
     """
 
     def __init__(
@@ -95,14 +101,26 @@ class Comparison:
         seed: int | None = None,
         rounded_rows: Sequence[Row] | None = None,
         gains: Tensor | None = None,
+        by_block: MakesPasses | None = None,
     ) -> None:
-        self.full, self.elastic, self.device, self.scope = full.to(device), elastic.to(device), device, scope
+        if by_block is None:
+            full, elastic = full.to(device), elastic.to(device)
+        self.full, self.elastic, self.device, self.scope = full, elastic, device, scope
         self.inputs = routed_inputs(elastic)
         self.names = input_names(elastic)
         self.sizes = [routed.n_weights for routed in self.inputs]
         self.slice_bits = self.inputs[0].slice_bits
         linears = [m for m in elastic.modules() if isinstance(m, ElasticLinear)]
         self.rounded, self.rounded_overhead = wrap_for_rounding(full, layout, linears[0].group_size)
+        self.passes: tuple[Passes, Passes] | None = None
+        if by_block is not None:
+            blocks = list(layout.find(full)), list(layout.find(elastic))
+            place = {id(routed): position for position, routed in enumerate(self.inputs)}
+            self.places = [[place[id(routed)] for routed in routed_inputs(block)] for block in blocks[1]]
+            self.passes = (
+                by_block(full, blocks[0], OneBlockAtATime(full, blocks[0], device)),
+                by_block(elastic, blocks[1], elastic_block_by_block(elastic, blocks[1], device)),
+            )
         self.full_bits = 8 * next(full.parameters()).element_size()
         self.overhead_bits, self.router_bits, self.sliced_part = stored_bits(elastic)
         self.first = [Arm("full", self.full_bits)]
@@ -159,17 +177,20 @@ class Comparison:
         """
         ids, labels = batch["input_ids"].to(self.device), batch["labels"].to(self.device)
         scored, wanted = labels[:, 1:] != IGNORED, labels[:, 1:]
+        arms = [arm for arm in (self.first if number is ComparisonPass.ROUTER else self.second) if not arm.known]
+        others = [arm for arm in arms if arm.allocation != "full"]
+        runs = (
+            self._runs(others, ids, batch_idx) if self.passes is None else self._runs_by_block(others, ids, batch_idx)
+        )
+        logits = next(runs)[0][:, :-1][scored]
         with full_precision(self.rounded):
-            logits = self.full(input_ids=ids, use_cache=False).logits[:, :-1][scored]
             check_output(logits, self.full, lambda: self.full(input_ids=ids, use_cache=False), "the whole model")
         reference = log_probabilities(logits)
         reference_probs, wanted = reference.exp(), wanted[scored]
-        for arm in self.first if number is ComparisonPass.ROUTER else self.second:
-            if arm.known:
-                continue
+        for arm in arms:
             log_probs = reference
             if arm.allocation != "full":
-                logits, bits = self._run(arm, ids, batch_idx)
+                logits, bits = next(runs)
                 if arm.used is not None:
                     arm.used.update(bits, labels != IGNORED)
                 if arm.routing is not None:
@@ -201,29 +222,57 @@ class Comparison:
             vocabulary = self.full.get_input_embeddings().num_embeddings  # type: ignore[operator]
             arm.routing = RoutingUse(self.sizes, self.inputs[0].depths, vocabulary).to(self.device)
 
-    def _run(self, arm: Arm, ids: Tensor, batch_idx: int) -> tuple[Tensor, list[Tensor]]:
-        """Logits (B, T, V), and for each input the bits (B, T) of its tokens."""
-        if arm.allocation == "rtn":
-            with fixed_depth(self.rounded, int(arm.target_bits)):
-                return self.full(input_ids=ids, use_cache=False).logits, []
+    def _runs(self, arms: Sequence[Arm], ids: Tensor, batch_idx: int) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        """Logits (B, T, V) in full precision, then of each arm; with them, for each input, the bits (B, T) of its tokens."""
+        yield _logits(self.full, ids, full_precision(self.rounded)), []
+        for arm in arms:
+            if arm.allocation == "rtn":
+                yield _logits(self.full, ids, fixed_depth(self.rounded, int(arm.target_bits))), []
+            else:
+                found: list[list[Tensor]] = []
+                reading = self._reading(arm, batch_idx, range(len(self.inputs)), found)
+                yield _logits(self.elastic, ids, reading), [record[0] for record in found]
+
+    def _runs_by_block(self, arms: Sequence[Arm], ids: Tensor, batch_idx: int) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        """What `_runs` gives, of passes that go through a block together; arms of round-to-nearest come before others."""
+        assert self.passes is not None
+        rounded = [arm for arm in arms if arm.allocation == "rtn"]
+        depths = [partial(fixed_depth, self.rounded, int(arm.target_bits)) for arm in rounded]
+        of_full = [lambda block, read=read: read() for read in (partial(full_precision, self.rounded), *depths)]
+        yield from ((logits, []) for logits in self.passes[0](ids, of_full))
+        records: list[list[list[Tensor]]] = [[] for _ in arms[len(rounded) :]]
+        of_elastic = [
+            lambda block, arm=arm, found=found: self._reading(arm, batch_idx, self.places[block], found)
+            for arm, found in zip(arms[len(rounded) :], records, strict=True)
+        ]
+        for logits, found in zip(self.passes[1](ids, of_elastic), records, strict=True):
+            yield logits, [record[0] for record in found]
+
+    @contextmanager
+    def _reading(
+        self, arm: Arm, batch_idx: int, positions: Sequence[int], records: list[list[Tensor]]
+    ) -> Iterator[None]:
+        """Within it, some inputs of the elastic model, by position, are read as an arm says; their records are added."""
+        inputs = [self.inputs[position] for position in positions]
         if arm.allocation == "router":
             self.elastic.set_bits(arm.target_bits, self.scope)
-        with self._controls(arm, batch_idx), record_gates(self.inputs) as records:
-            logits = self.elastic(input_ids=ids, use_cache=False).logits
-        return logits, [record[0] for record in records]
+        with self._controls(arm, batch_idx, positions), record_gates(inputs) as found:
+            yield
+        records += found
 
-    def _controls(self, arm: Arm, batch_idx: int) -> AbstractContextManager[None]:
-        """Within it, the inputs are allocated by the arm's control instead of their own router."""
+    def _controls(self, arm: Arm, batch_idx: int, positions: Sequence[int]) -> AbstractContextManager[None]:
+        """Within it, inputs are allocated by the arm's control instead of their own router."""
         if arm.thresholds is None:
             return nullcontext()
         assert arm.seed is not None
         controls = []
-        for position, (routed, threshold) in enumerate(zip(self.inputs, arm.thresholds, strict=True)):
+        for position in positions:
+            routed, threshold = self.inputs[position], arm.thresholds[position]
             control = control_router(arm.allocation, routed, arm.seed, threshold)  # type: ignore[arg-type]
             control.place(position, len(self.inputs))
             control.reseed(batch_idx)
             controls.append(control.to(self.device))
-        return routed_by(self.inputs, controls)
+        return routed_by([self.inputs[position] for position in positions], controls)
 
     def _row(self, arm: Arm) -> Row:
         used = float(arm.target_bits) if arm.used is None else float(arm.used.compute())
@@ -240,32 +289,8 @@ class Comparison:
         )
 
 
-def wrap_for_rounding(
-    model: nn.Module, layout: BlockLayout, group_size: int, bits: tuple[int, ...] = DEFAULT_SLICE_BITS
-) -> tuple[list[RoutedInput], float]:
-    """Wraps the decoder linears of a model in place, so that they can be read as uncalibrated nested codes.
-
-    Args:
-        model: Model whose linears are wrapped.
-        layout: Place of its decoder blocks.
-        group_size: Columns that share a range.
-        bits: Bits of the slices; they decide which depths can be read, not the codes.
-
-    Returns:
-        The routed inputs, whose depth or full precision can be set; and the bits per weight spent on scales and biases, and on
-        matrices in blocks that are not rounded.
-    """
-    spent = n_weights = 0.0
-    routed = RoutedInput(StaticRouter(1, len(bits)), bits, 0)
-    layout.open(model)
-    for block in layout.find(model):
-        for name in [name for names in layout.group_linears(block, "input") for name in names]:
-            linear: Any = block.get_submodule(name)
-            columns = min(group_size, linear.in_features)  # other codes' groups may be whole rows
-            scheme = ResidualSlices(linear.out_features, linear.in_features, bits, columns).to(linear.weight.device)
-            spent += 32 * linear.out_features * n_groups(linear.in_features, columns)
-            n_weights += linear.weight.numel()
-            block.set_submodule(name, SlicedLinear(linear, scheme, routed))
-        for kept in layout.kept(block).values():
-            spent, n_weights = spent + 8 * kept.element_size() * kept.numel(), n_weights + kept.numel()
-    return [routed], spent / n_weights
+def _logits(model: Any, ids: Tensor, reading: AbstractContextManager[None]) -> Tensor:
+    """Logits (B, T, V) of a model that is read in some way; whoever is given them holds them alone."""
+    with reading:
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits

@@ -221,6 +221,7 @@ def _look_at_work(report: CheckReport, job: ElasticCLI) -> None:
     if report.plan is None:
         return
     report.problems += report.plan.shortages(report.device)
+    report.notes += report.plan.by_block(report.device)
     for name, (width, last) in report.plan.sizes.uneven.items():
         report.notes.append(
             f"{name}: {width} columns are no multiple of the groups of {report.plan.sizes.group_size}; the last group of each "

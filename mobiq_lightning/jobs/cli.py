@@ -27,6 +27,7 @@ from mobiq_lightning.console import is_first_process, program, say
 from mobiq_lightning.errors import MobiqError, NonFiniteError, RecipeError, RunFolderError
 from mobiq_lightning.evaluation import print_table
 from mobiq_lightning.jobs.damaged_run import carry_over, must_be_rebuilt, results_fit
+from mobiq_lightning.jobs.device_memory import out_of_memory
 from mobiq_lightning.jobs.lost_process import lost_process
 from mobiq_lightning.jobs.parsing import TRAINER_DEFAULTS, RecipeParser, with_whole_stages
 from mobiq_lightning.jobs.run_parts import callbacks_of_run, loggers_of_run
@@ -114,7 +115,8 @@ class ElasticCLI(LightningCLI):
         """
         jobs: dict[str, Callable[[], None]] = {"fit": self.fit, "validate": self.validate}
         try:
-            with trainer_errors(), lost_process(self.trainer, self.how_it_goes_on):
+            kept = self.how_it_goes_on
+            with trainer_errors(), lost_process(self.trainer, kept), out_of_memory(kept):
                 jobs[self.command]()
         except OSError:
             self.run_folder.check_in_place()

@@ -22,10 +22,12 @@ from .experts import RoutedExperts as RoutedExperts
 from .host_tensors import HostTensors as HostTensors
 from .kept_weights import KEPT_BYTES as KEPT_BYTES
 from .kept_weights import KeptWeights as KeptWeights
+from .kept_weights import kept_limit as kept_limit
 from .layout import BlockLayout as BlockLayout
 from .layout import Share as Share
 from .layout import stored_layout as stored_layout
 from .observers import Observer as Observer
+from .one_block import OneBlockAtATime as OneBlockAtATime
 from .open_experts import experts_of as experts_of
 from .open_experts import read_share as read_share
 from .reading import FixedSlices as FixedSlices

@@ -13,6 +13,14 @@ KEPT_BYTES = 2 * 2**30
 """Default limit in bytes for the kept weights of one model."""
 
 
+def kept_limit(needed: int) -> int:
+    """Bytes that kept weights may take where `needed` bytes would hold all: the usual limit if they fit it, else a quarter.
+
+    Where they do not fit, most are made anew in every pass in any case, and long batches take longer to multiply.
+    """
+    return KEPT_BYTES if needed <= KEPT_BYTES else KEPT_BYTES // 4
+
+
 class KeptWeights:
     """A cache of dequantized weights of a model, by linear and depth, within a limit of memory.
 

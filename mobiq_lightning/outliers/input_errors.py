@@ -65,10 +65,11 @@ class InputErrors:
         rows, after = counted.shape
         x = args[0].reshape(rows, after + 1, -1)[:, :-1][counted].float()  # blocks with experts flatten their tokens
         weight = torch.cat([source.weight for source, _ in self.linears[name]]).float()
-        read = (torch.cat([_read_on_input(elastic, b) for _, elastic in self.linears[name]]) for b in self.bits)
-        transform = self.linears[name][0][1].routed.transform
+        elastic = [linear for _, linear in self.linears[name]]  # on the host where one block is on the device at a time
+        read = (torch.cat([_read_on_input(linear, b) for linear in elastic]).to(x.device) for b in self.bits)
+        transform = elastic[0].routed.transform
         shift = None if transform is None else transform.channel_shift()  # what it takes off the bias adds exactly
-        self._found[name].append(relative_errors(x, weight, read, x if shift is None else x - shift).cpu())
+        self._found[name].append(relative_errors(x, weight, read, x if shift is None else x - shift.to(x.device)).cpu())
 
 
 def relative_errors(x: Tensor, weight: Tensor, read: Iterator[Tensor], shifted: Tensor) -> Tensor:

@@ -50,6 +50,7 @@ from .guard_events import sentences as sentences
 from .identity import check_identity as check_identity
 from .in_words import all_in_verdict as all_in_verdict
 from .in_words import findings as findings
+from .in_words import harmed_depths as harmed_depths
 from .in_words import idle_budgets as idle_budgets
 from .in_words import value_at as value_at
 from .in_words import verdict as verdict

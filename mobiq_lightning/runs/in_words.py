@@ -1,4 +1,4 @@
-"""What the rows of a comparison say in words: where the router wins, at used and at all-in bits, and what buys nothing."""
+"""What the rows of a comparison say in words: where the router wins, what buys nothing, and where calibration did harm."""
 
 from __future__ import annotations
 
@@ -10,21 +10,29 @@ from mobiq_lightning.runs.rows import CONTROLS, SHORT, TIE, Control, MeanRow, Ro
 
 _NOTHING = 1e-6
 """Perplexity below which allocations read the same weights: at the ends of the range nothing is left to choose."""
+HARM = 0.1
+"""Part of the KL divergence of rounding by which that of the calibrated model must be larger to be called worse."""
 
 
 def findings(rows: Iterable[Row]) -> list[str]:
     """Says in words what a comparison found.
 
     Returns:
-        The verdict at equal used bits, the one at equal all-in bits, and the budgets that buy nothing; those of them that there
-        is something to say of.
+        The verdict at equal used bits, the one at equal all-in bits, the budgets that buy nothing, and those at which rounding is
+        better; those of them that there is something to say of.
     """
     known = list(rows)
-    idle = idle_budgets(known)
+    idle, harmed = idle_budgets(known), harmed_depths(known)
     said = [verdict(known), all_in_verdict(known)]
     if idle:
         said.append(
             "More bits that buy nothing: " + _join(f"{b:g} (no better than {lower:g})" for b, lower in idle) + "."
+        )
+    if harmed:
+        worse = _join(f"{b:g} (KL {ours:.4f}, rounding {rounded:.4f})" for b, ours, rounded in harmed)
+        said.append(
+            f"Rounding to nearest is closer to full precision at {worse}: calibration for fewer bits costs these. "
+            "max_saturation of ProgressiveSlices bounds that."
         )
     return [sentence for sentence in said if sentence]
 
@@ -92,6 +100,21 @@ def idle_budgets(rows: Iterable[Row]) -> list[tuple[float, float]]:
             found.append((row.target_bits, as_good[0].target_bits))
         best.append(row)
     return found
+
+
+def harmed_depths(rows: Iterable[Row]) -> list[tuple[float, float, float]]:
+    """Finds the depths at which the calibrated model is farther from full precision than the rounded one.
+
+    Returns:
+        Bits, KL divergence in nats per token of the router, and of rounding to nearest, ascending; those where the former is
+        larger by more than `HARM`.
+    """
+    kl: dict[float, dict[str, float]] = {}
+    for row in summarize(rows):
+        if row.allocation in ("router", "rtn"):
+            kl.setdefault(row.target_bits, {})[row.allocation] = row.kl
+    both = [(bits, found["router"], found["rtn"]) for bits, found in sorted(kl.items()) if len(found) == 2]
+    return [(bits, ours, rounded) for bits, ours, rounded in both if ours > (1 + HARM) * rounded]
 
 
 def value_at(curve: Sequence[tuple[float, float]], bits: float) -> float | None:

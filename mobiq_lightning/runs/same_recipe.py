@@ -29,7 +29,7 @@ _LIMITS = ("lightning.pytorch.callbacks.Timer", "lightning.pytorch.callbacks.Ear
 """Callbacks that end a run early and change nothing else of it, as recipes name them; a run may go on without them."""
 
 
-_ADDED = {"mixed": 0.0, "warmup": 0.0, "experts": True, "block_inputs": "calibrated"}
+_ADDED = {"mixed": 0.0, "warmup": 0.0, "experts": True, "max_saturation": None, "block_inputs": "calibrated"}
 """Keys that recipes of earlier versions lack, each with the value at which all is as it was without it."""
 
 

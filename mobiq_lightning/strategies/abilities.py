@@ -18,8 +18,9 @@ from mobiq_lightning.strategies.base import SliceScheme
 class TrainableCodes(SliceScheme):
     """A slice scheme whose codes are trained, one slice at a time, all coarser slices being frozen.
 
-    A stage with `rounding` or `codes` calls, for every weight: `start_slice` when it begins, `bound_rounding` after each
-    step if it trains `rounding`, and `freeze` once no later stage moves codes. A run that resumes calls `start_slice` again.
+    A stage that trains `codes` calls, for every weight: `start_slice` when it begins, `bound_saturation` after each step, and
+    `bound_rounding` if its bounds are `rounding`, and `freeze` once no later stage moves codes. A run that resumes calls
+    `start_slice` again.
 
     Args:
         out_features: O, rows of the weight.
@@ -46,6 +47,13 @@ class TrainableCodes(SliceScheme):
     @abstractmethod
     def freeze(self, weight: Tensor) -> None:
         """Ends the training of codes: those of all slices stay as they are, and only ranges can still be learned.
+
+        Args:
+            weight: (O, I) the full-precision weight.
+        """
+
+    def bound_saturation(self, weight: Tensor) -> None:
+        """Moves codes in training back to where finer slices still reach the weight, if the scheme has such a bound.
 
         Args:
             weight: (O, I) the full-precision weight.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -151,3 +153,92 @@ def test_a_checkpoint_that_names_another_file_as_its_part_is_not_read(training: 
     for name in ("../mine.part", "mine.ckpt", 3):
         torch.save({"state_dict": {}, "parts": [name]}, path)
         assert not can_be_read(path)
+
+
+class Learned(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = torch.nn.Linear(8, 8)
+        self.inner.register_buffer("codes", torch.arange(128, dtype=torch.uint8))
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs a list of what is mapped, as Linux has it")
+class TestMapping:
+    """What was written leaves the memory of the process."""
+
+    @pytest.fixture
+    def learned(self, monkeypatch: pytest.MonkeyPatch) -> tuple[Learned, torch.optim.Optimizer]:
+        monkeypatch.setattr(checkpoint_parts, "MAPPED_FROM", 64)
+        module = Learned()
+        optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
+        step(module, optimizer)
+        return module, optimizer
+
+    def test_large_tensors_of_what_was_written_are_those_of_its_file(
+        self, learned: tuple[Learned, torch.optim.Optimizer], tmp_path: Path
+    ) -> None:
+        module, optimizer = learned
+        before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+        save(module, optimizer, tmp_path)
+        assert {name for name, tensor in module.state_dict().items() if from_file(tensor)} == {
+            "inner.weight",
+            "inner.codes",
+        }
+        assert from_file(optimizer.state[module.inner.weight]["exp_avg"])
+        assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+        (written,) = [(path.name, path.stat().st_mtime_ns) for path in tmp_path.glob("*.part")]
+        save(module, optimizer, tmp_path)
+        assert [(path.name, path.stat().st_mtime_ns) for path in tmp_path.glob("*.part")] == [written]
+
+    def test_training_goes_on_with_them_and_does_not_reach_the_file(
+        self, learned: tuple[Learned, torch.optim.Optimizer], tmp_path: Path
+    ) -> None:
+        module, optimizer = learned
+        other = copy.deepcopy(module)
+        of_other = torch.optim.AdamW(other.parameters(), lr=0.1)
+        of_other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        save(module, optimizer, tmp_path)
+        (file,) = tmp_path.glob("*.part")
+        bytes_of_file = file.read_bytes()
+        for each, its_optimizer in ((module, optimizer), (other, of_other)):
+            step(each, its_optimizer)
+        assert all(torch.equal(a, b) for a, b in zip(module.parameters(), other.parameters(), strict=True))
+        assert file.read_bytes() == bytes_of_file
+        save(module, optimizer, tmp_path)
+        assert len(list(tmp_path.glob("*.part"))) == 2
+
+
+def step(module: Learned, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    module.inner(torch.ones(2, 8)).square().sum().backward()
+    optimizer.step()
+
+
+def save(module: Learned, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """As a calibration does whose one block is at rest; all saves of a test have one writer, which knows what it wrote."""
+    writer = WRITERS.setdefault(folder, SafeCheckpointIO())
+    state = optimizer.state_dict()
+    averages = {number: optimizer.state[p] for number, p in enumerate(module.parameters())}
+    described = {
+        "prefix": "blocks.0.schemes.",
+        "optimizer": [*averages],
+        "replace": partial(checkpoint_parts.map_tensors, module, "blocks.0.schemes.", averages),
+    }
+    checkpoint = {
+        "state_dict": module.state_dict(prefix="blocks.0.schemes."),
+        "optimizer_states": [state],
+        "at_rest": {"000000-schemes": described},
+    }
+    writer.save_checkpoint(checkpoint, folder / f"epoch-{len(list(folder.glob('*.ckpt'))):06d}.ckpt")
+
+
+WRITERS: dict[Path, SafeCheckpointIO] = {}
+
+
+def from_file(tensor: torch.Tensor) -> bool:
+    """Whether a tensor lies in a mapped part."""
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
+        first, last = (int(address, 16) for address in line.split()[0].split("-"))
+        if first <= tensor.data_ptr() < last:
+            return line.endswith(".part")
+    return False

@@ -297,6 +297,15 @@ def test_a_router_that_needs_gains_is_no_other_router_without_them(
     assert "ProbedLayerRouter needs layer gains, not measured: the whole model would take" in capsys.readouterr().err
 
 
+def test_a_router_that_needs_probes_of_a_model_that_does_not_fit_is_refused_before_the_calibration(
+    recipe_arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("mobiq_lightning.callbacks.layer_gains.free_on_device", lambda _: 1000)
+    assert main(["fit", *recipe_arguments, *FAST, "--model.router=ProbedLayerRouter"]) != 0
+    said = capsys.readouterr().err
+    assert "ProbedLayerRouter needs probes of the whole model, which take about 0.0 GB on cpu, of which 0.0 GB" in said
+
+
 def test_learned_layers_without_a_stage_that_trains_them_are_refused(
     recipe_arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

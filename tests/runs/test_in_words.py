@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mobiq_lightning.runs import Allocation, Row, all_in_verdict, findings, idle_budgets, verdict
+from mobiq_lightning.runs import Allocation, Row, all_in_verdict, findings, harmed_depths, idle_budgets, verdict
 
 
 def row(
@@ -91,3 +91,15 @@ def test_rows_that_are_not_finite_decide_nothing() -> None:
     assert idle_budgets(lost) == []
     assert verdict(lost) == ""
     assert "behind at 3" in all_in_verdict(lost)  # against the one point that is left
+
+
+def test_depths_at_which_rounding_is_closer_to_full_precision_are_named() -> None:
+    rows = [
+        *(row("router", bits, 20.0, kl=kl) for bits, kl in ((2, 0.5), (4, 0.05), (6, 0.0212), (8, 0.02))),
+        *(row("rtn", bits, 20.0, kl=kl) for bits, kl in ((2, 9.0), (3, 0.9), (6, 0.02), (8, 0.003))),
+    ]
+    assert harmed_depths(rows[::-1]) == [(8, 0.02, 0.003)]
+    assert findings(rows)[-1].startswith(
+        "Rounding to nearest is closer to full precision at 8 (KL 0.0200, rounding 0.0030): "
+    )
+    assert not any("Rounding" in sentence for sentence in findings(rows[:3] + rows[4:7]))

@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from mobiq_lightning import load
 from mobiq_lightning.cli import main
+from mobiq_lightning.nn import ElasticLinear
 from mobiq_lightning.strategies import ProgressiveSlices, ResidualSlices
 from mobiq_lightning.strategies.slices.ranges import learned_range
 from mobiq_lightning.strategies.slices.trained_code import refine
@@ -114,6 +117,37 @@ class TestCode:
         assert far > 3 * float(step.max())
         assert float(change.max()) <= 1 + 1e-3
         assert float((change > 0.5).float().mean()) > 0.1
+
+    def test_no_slice_leaves_a_weight_further_outside_of_its_cell_than_its_bound(self, weight: torch.Tensor) -> None:
+        scheme = ProgressiveSlices(12, 172, slice_bits=BITS, group_size=64, max_saturation=4)
+        free = ProgressiveSlices(12, 172, slice_bits=BITS, group_size=64)
+        for depth in scheme.depths:
+            for each in (scheme, free):
+                each.start_slice(weight, depth)
+                moved(each, 0.3)
+                each.bound_saturation(weight)
+        step = scheme.pack(weight).scale.float().repeat_interleave(64, 1)[:, :172] / 256
+
+        def miss(each: ProgressiveSlices) -> torch.Tensor:
+            return ((each.weight_at(weight, 5) - weight).abs() / step).detach()
+
+        assert float(miss(scheme).max()) <= 4 + 0.5 + 0.1  # beside rounding, and what a target keeps from a border
+        assert float((miss(scheme) > 2).float().mean()) > 0.01  # codes did move
+        assert float(miss(free).max()) > 32
+
+    def test_a_bound_of_no_saturation_keeps_the_codes_of_the_weight(self, weight: torch.Tensor) -> None:
+        scheme = ProgressiveSlices(12, 172, slice_bits=BITS, group_size=64, max_saturation=0)
+        before = scheme.prefixes(weight)
+        for depth in scheme.depths:
+            scheme.start_slice(weight, depth)
+            moved(scheme, 0.3)
+            scheme.bound_saturation(weight)
+        assert torch.equal(scheme.prefixes(weight), before)
+
+    @pytest.mark.parametrize("bound", [-1, float("nan"), True, "4", 257])
+    def test_a_bound_that_is_none_is_refused(self, bound: Any) -> None:
+        with pytest.raises(ValueError, match="max_saturation"):
+            ProgressiveSlices(12, 172, slice_bits=BITS, max_saturation=bound)
 
     def test_known_bits_are_kept_whatever_the_position_is(self) -> None:
         unit = torch.tensor([[0.1, 0.9, -3.0, 5.0]])
@@ -225,6 +259,38 @@ class TestFit:
         assert steps
         for line in steps:  # to within one slice of the largest input of one token
             assert line["model/routed_bits_step"] == pytest.approx(line["model/target_bits_step"], abs=0.01)
+
+
+@torch.no_grad()
+def farthest(folder: Path, source: Path) -> float:
+    """How far weights of a checkpoint at full depth are from those of their source at most, in steps of the 8-bit code."""
+    weights = load_file(source / "model.safetensors")
+    linears = [(n, m) for n, m in load(folder, dtype=torch.float32).named_modules() if isinstance(m, ElasticLinear)]
+    return max(
+        float(((m.weight_at(8) - weights[f"{n}.weight"].float()).abs() * 256 / scales(m)).max()) for n, m in linears
+    )
+
+
+def scales(linear: ElasticLinear) -> torch.Tensor:
+    """The width (O, I) of the range of each weight."""
+    return linear.packed.scale.float().repeat_interleave(linear.group_size, 1)[:, : linear.in_features]
+
+
+def test_a_bound_on_saturation_holds_through_all_stages(make_model: Any, text_file: Path, tmp_path: Path) -> None:
+    model = make_model()
+    bounded = [*PROGRESSIVE, "--model.slices.init_args.max_saturation=2", "--model.transform=NoTransform"]
+    stages = "{epochs: 2, train: [codes], depth: 2}, {epochs: 1, train: [codes], depth: 4, scope: model}"
+    for folder, arguments in (
+        ("bounded", bounded),
+        ("free", [*bounded, "--model.slices.init_args.max_saturation=null"]),
+    ):
+        given = [*small_recipe(model, text_file, tmp_path / folder), *arguments, f"--model.stages=[{stages}]"]
+        assert main(["fit", *given]) == 0
+    assert (
+        farthest(tmp_path / "bounded" / "run" / "elastic", model)
+        <= 2 + 0.5 + 0.1
+        < farthest(tmp_path / "free" / "run" / "elastic", model)
+    )
 
 
 @pytest.mark.parametrize("recompute", [False, True])

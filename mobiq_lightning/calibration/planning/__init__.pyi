@@ -7,9 +7,10 @@ from .beside import head_steps as head_steps
 from .beside import plan_gains as plan_gains
 from .beside import probe_passes as probe_passes
 from .beside import threshold_windows as threshold_windows
+from .compared import PhaseMemory as PhaseMemory
+from .compared import comparison_memory as comparison_memory
+from .compared import kept_in_comparison as kept_in_comparison
 from .disk import bytes_on_disk as bytes_on_disk
-from .memory import PhaseMemory as PhaseMemory
-from .memory import kept_in_comparison as kept_in_comparison
 from .memory import measuring_need as measuring_need
 from .memory import memory_of_phases as memory_of_phases
 from .memory import model_stage_need as model_stage_need

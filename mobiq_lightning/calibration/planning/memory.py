@@ -7,24 +7,34 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from mobiq_lightning.calibration.hidden_states import BlockInputs
-from mobiq_lightning.calibration.planning.sizes import ModelSizes, groups_of
+from mobiq_lightning.calibration.planning.compared import (
+    ACTIVATIONS,
+    COMPARED,
+    LIBRARIES,
+    PhaseMemory,
+    comparison_memory,
+)
+from mobiq_lightning.calibration.planning.sizes import ModelSizes
 from mobiq_lightning.calibration.schedule import Schedule, Stage
-from mobiq_lightning.nn import KEPT_BYTES
+from mobiq_lightning.nn import kept_limit
 from mobiq_lightning.sources import CPU_CACHE_BYTES
+from mobiq_lightning.strategies import ObservesGains
 
 if TYPE_CHECKING:
     from mobiq_lightning.calibration.module import ElasticCalibration
     from mobiq_lightning.sources import TextWindows
 
-LIBRARIES = 650_000_000
-"""Bytes of the process with all libraries loaded and at work, without a model: measured on Linux without a GPU."""
 LEARNED = 12
 """Bytes for each number that is learned: itself and the two averages of AdamW."""
 IN_TRAINING = 17
 """Bytes for each weight whose codes are trained: target, gradient, the two averages, and the codes that are frozen."""
 WAITING = 13
 """Bytes for each weight that waits for a later sweep to go on with its codes: the same without gradient."""
+UNWRITTEN = 2
+"""Blocks whose learned tensors are in memory in a sweep on the host: the one in training, and the one that is written next."""
 OF_RANGES, OF_CODES = 6, 2
 """Bytes that a training pass keeps for each weight until its backward pass, beside the weight itself, where ranges are trained
 (a slope and two masks), and where codes alone are (the masks)."""
@@ -32,31 +42,10 @@ OF_A_LINEAR = 16
 """Bytes for each weight of the largest linear while it is read or goes backward: four tensors of float32."""
 OF_A_ROUTED_LINEAR = 12
 """The same for each slice where tokens are routed, since all slices are made at once."""
-ACTIVATIONS = 30
-"""Tensors as wide as the model that a training pass keeps of each token in a block."""
 ROUTED_ACTIVATIONS = 6
 """Further ones for each slice where gates are trained: inputs that are multiplied by them."""
 LOGITS = 4
 """Tensors of logits, float32, that a training pass keeps, and as many again for the target and the loss."""
-COMPARED = 6
-"""Tensors of logits, float32, that the comparison keeps of a batch."""
-
-
-@dataclass(frozen=True)
-class PhaseMemory:
-    """What a phase takes at its peak.
-
-    Args:
-        name: The phase.
-        host: Bytes of the process on the host.
-        device: Bytes on the device; 0 where that is the host.
-        tables: Bytes of hidden states among them, wherever they lie.
-    """
-
-    name: str
-    host: int
-    device: int
-    tables: int = 0
 
 
 @dataclass(frozen=True)
@@ -77,7 +66,7 @@ class _Need:
 
 
 def memory_of_phases(
-    sizes: ModelSizes, module: ElasticCalibration, text: TextWindows, device: str
+    sizes: ModelSizes, module: ElasticCalibration, text: TextWindows, device: str, free: int | None = None
 ) -> list[PhaseMemory]:
     """What each phase of a fit takes, in the order of the phases.
 
@@ -86,6 +75,7 @@ def memory_of_phases(
         module: What the recipe says of the calibration.
         text: What it says of the text.
         device: Type of the device that computes, such as ``cpu`` or ``cuda``.
+        free: Bytes that are free on that device, if it is another than the host and that is known.
     """
     needs: list[tuple[str, _Need]] = []
     if text.n_generated:
@@ -93,22 +83,22 @@ def memory_of_phases(
     schedule = Schedule(module.stages, module.epochs_per_block, sizes.n_blocks)
     for number, sweep in enumerate(schedule.sweeps):
         name = "model stages" if sweep[0].scope == "model" else "block stages"
-        needs.append((name, _sweep(sizes, module, text, schedule, number)))
+        needs.append((name, _sweep(sizes, module, text, schedule, number, device)))
     learned = LEARNED * sum(sizes.learned.values()) + sizes.sliced * _trains_codes(module.stages)
     gains = measuring_need(sizes, text.seq_len, 4, gradients=False) - sizes.model_bytes - sizes.sliced
     # Weights that are made once, here and for thresholds.
-    gains += min(KEPT_BYTES, 4 * len(sizes.slice_bits) * sizes.sliced)
+    all_depths = 4 * len(sizes.slice_bits) * sizes.sliced
+    gains += min(all_depths, kept_limit(all_depths))
     needs.append(("layer gains", _Need(device=gains + learned, frozen=sizes.model_bytes)))
-    compared = _comparison(sizes, text, device)
-    needs.append(("comparison", _Need(device=compared, frozen=sizes.model_bytes)))
     phases: dict[str, PhaseMemory] = {}
     for name, need in needs:  # the largest of the phases of one name
         before = phases.get(name, PhaseMemory(name, 0, 0))
         host = LIBRARIES + sizes.model_bytes + need.host + (need.device if device == "cpu" else 0)
         other = 0 if device == "cpu" else need.device + need.frozen
         tables = max(need.tables, before.tables)
-        phases[name] = PhaseMemory(name, max(host, before.host), max(other, before.device), tables)
-    return list(phases.values())
+        optional = name == "layer gains" and not _asks_for_probes(sizes, module)
+        phases[name] = PhaseMemory(name, max(host, before.host), max(other, before.device), tables, optional=optional)
+    return [*phases.values(), comparison_memory(sizes, module, text, device, free)]
 
 
 def table_bytes(sizes: ModelSizes, text: TextWindows) -> int:
@@ -156,7 +146,7 @@ def training_need(sizes: ModelSizes, stage: Stage, depths: Sequence[int], tokens
     kept = OF_RANGES if stage.trains("ranges") else OF_CODES if stage.trains("codes") else 0
     weights = (kept + sizes.itemsize) * passes * _weights(sizes, n_blocks)
     if stage.trains_routers_alone:  # made once, and kept for all steps
-        weights = min(KEPT_BYTES, weights)
+        weights = min(weights, kept_limit(n_slices * sizes.itemsize * _weights(sizes, n_blocks)))
     of_token = ACTIVATIONS * len(read) + routed * (ACTIVATIONS + ROUTED_ACTIVATIONS * n_slices)
     transient = (OF_A_ROUTED_LINEAR * n_slices if routed else OF_A_LINEAR) * sizes.largest_linear
     return weights + of_token * sizes.width * sizes.itemsize * tokens * n_blocks + transient
@@ -186,7 +176,9 @@ def measuring_need(sizes: ModelSizes, seq_len: int, batch_size: int, gradients: 
     return needed
 
 
-def _sweep(sizes: ModelSizes, module: ElasticCalibration, text: TextWindows, schedule: Schedule, number: int) -> _Need:
+def _sweep(
+    sizes: ModelSizes, module: ElasticCalibration, text: TextWindows, schedule: Schedule, number: int, device: str
+) -> _Need:
     sweep, tokens = schedule.sweeps[number], text.batch_size * text.seq_len
     learned, coded = sum(sizes.learned.values()), _trains_codes(module.stages)
     if sweep[0].scope == "model":
@@ -199,11 +191,17 @@ def _sweep(sizes: ModelSizes, module: ElasticCalibration, text: TextWindows, sch
     tables = n_tables(n_streams(sweep, depths, module.block_inputs), sizes.n_blocks) * table_bytes(sizes, text)
     codes = IN_TRAINING * sizes.sliced_of_block * _trains_codes(sweep)
     later = [stage for following in schedule.sweeps[number + 1 :] for stage in following]
-    waiting = (WAITING if _trains_codes(later) else 1) * sizes.sliced * coded
+    to_go_on_with = (WAITING - 1) * _trains_codes(later)
+    waiting = LEARNED * learned + to_go_on_with * sizes.sliced
+    if device == "cpu":  # of blocks that are done, all is mapped from the training checkpoints; else their codes are
+        waiting = min(
+            waiting, UNWRITTEN * (LEARNED * learned // sizes.n_blocks + to_go_on_with * sizes.sliced_of_block)
+        )
+    unwritten = min(sizes.sliced, UNWRITTEN * sizes.sliced_of_block) * coded
     on_device = tables if module.storage == "device" else 0
     return _Need(
-        host=tables if module.storage == "host" else 0,
-        device=LEARNED * learned + codes + step + waiting + on_device,
+        host=unwritten + (tables if module.storage == "host" else 0),
+        device=codes + step + waiting + on_device,
         frozen=sizes.block_bytes,
         tables=tables if module.storage != "disk" else 0,
     )
@@ -220,28 +218,16 @@ def rows_at_once(sizes: ModelSizes, text: TextWindows) -> int:
     return max(1, min(wanted, int(CPU_CACHE_BYTES // (sizes.cache_bytes * text.seq_len))))
 
 
-def _comparison(sizes: ModelSizes, text: TextWindows, device: str) -> int:
-    tokens = text.eval_batch_size * text.eval_seq_len
-    outside = sizes.model_bytes - sizes.block_weights * sizes.itemsize
-    planes = sizes.sliced * sum(sizes.slice_bits) // 8
-    kept = kept_in_comparison(sizes) if device == "cpu" else 0
-    reading = 4 * (len(sizes.slice_bits) + 4) * sizes.largest_linear
-    activations = 4 * tokens * (COMPARED * sizes.vocabulary + ACTIVATIONS // 2 * sizes.width)
-    return outside + planes + 24 * groups_of(sizes) + kept + reading + activations
-
-
-def kept_in_comparison(sizes: ModelSizes) -> int:
-    """Bytes of weights that the comparison keeps on a CPU: of all depths if they fit the usual limit, else a quarter of that.
-
-    Where they do not fit, most are made anew for every batch in any case, and long batches take longer to multiply.
-    """
-    all_depths = sizes.sliced * sizes.itemsize * len(sizes.slice_bits)
-    return all_depths if all_depths <= KEPT_BYTES else KEPT_BYTES // 4
-
-
 def _weights(sizes: ModelSizes, n_blocks: int) -> int:
     return sizes.sliced if n_blocks == sizes.n_blocks else n_blocks * sizes.sliced_of_block
 
 
 def _trains_codes(stages: Sequence[Stage]) -> bool:
     return any(stage.trains("codes") for stage in stages)
+
+
+def _asks_for_probes(sizes: ModelSizes, module: ElasticCalibration) -> bool:
+    """Whether routers need layer gains that only passes of the whole model give."""
+    with torch.random.fork_rng(devices=[]):
+        router = module.router(sizes.width, len(sizes.slice_bits))
+    return isinstance(router, ObservesGains) and router.gains_from == "probes"

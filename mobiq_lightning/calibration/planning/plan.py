@@ -13,14 +13,15 @@ import torch
 
 from mobiq_lightning.calibration.block_check import check_blocks
 from mobiq_lightning.calibration.planning.bench import StepTimes
+from mobiq_lightning.calibration.planning.compared import PhaseMemory
 from mobiq_lightning.calibration.planning.disk import bytes_on_disk
-from mobiq_lightning.calibration.planning.memory import PhaseMemory, memory_of_phases
+from mobiq_lightning.calibration.planning.memory import memory_of_phases
 from mobiq_lightning.calibration.planning.random_model import blocks_of_each_kind, random_model
 from mobiq_lightning.calibration.planning.sizes import ModelSizes, sizes_of
 from mobiq_lightning.calibration.planning.step_times import guessed_times, measure_steps
 from mobiq_lightning.calibration.planning.time_left import FIXED, Phase, TimeLeft
 from mobiq_lightning.calibration.planning.work import comparison_phases, stage_phases, writing_phase
-from mobiq_lightning.environment import available_memory, format_seconds, resident_memory
+from mobiq_lightning.environment import available_memory, format_seconds, free_on_device, resident_memory
 from mobiq_lightning.packing import WHOLE_ROW
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ class RunPlan:
         for phase in self.memory:
             free_host, free_device = self.memory_free
             for where, needed, free in (("the host", phase.host, free_host), (device, phase.device, free_device)):
-                left_out = phase.name == "layer gains" and where == device  # and the run goes on
+                left_out = phase.optional and where == device
                 if free is not None and needed > free and not left_out:
                     found.append(
                         f"memory: {phase.name} will take about {needed / 1e9:.1f} GB on {where}, of which {free / 1e9:.1f} GB "
@@ -90,6 +91,11 @@ class RunPlan:
                 "room, or give another trainer.default_root_dir"
             )
         return found
+
+    def by_block(self, device: str) -> list[str]:
+        """A line for each phase in which one block at a time is on the device, since the whole model does not fit there."""
+        free = self.memory_free[1]
+        return [phase.by_block(self.sizes, device, free) for phase in self.memory if phase.whole and free is not None]
 
     def lines(self) -> list[str]:
         """The plan in a few lines, as the start of a run says it."""
@@ -117,7 +123,7 @@ _ADVICE = {
     "text writing": "set data.n_generated to 0",
     "block stages": "lower data.n_samples, data.seq_len or data.batch_size",
     "model stages": "take these stages out, set model.recompute_blocks, or lower data.batch_size",
-    "layer gains": "lower data.seq_len",
+    "layer gains": "lower data.seq_len, or take a router that needs no probes of the whole model",
     "comparison": "lower data.eval_batch_size or data.eval_seq_len, or use a larger device",
 }
 
@@ -158,9 +164,8 @@ def plan_run(
         ModelError: If the model cannot be sliced, or its blocks cannot be called one at a time.
     """
     sizes = sizes_of(model, module)
-    memory = memory_of_phases(sizes, module, text, device.type)
-    room = available_memory()  # needs are those of the whole process
-    on_device = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    room, on_device = available_memory(), free_on_device(device)  # needs are those of the whole process
+    memory = memory_of_phases(sizes, module, text, device.type, on_device)
     free = (None if room is None else room + resident_memory(), on_device)
     times, unmeasured = guessed_times(sizes, module, text), ""
     windows = text.n_windows
@@ -180,8 +185,11 @@ def plan_run(
     batches = math.ceil(math.ceil(windows / world_size) / text.batch_size)
     phases = [*writing_phase(sizes, text, times), *stage_phases(sizes, module, batches, times)]
     with torch.random.fork_rng(devices=[]):  # a router may be built to see what it asks for
+        timed = not any(phase.whole for phase in memory)  # else speed is not measured
         doing = [
-            callback.phases(module, sizes, text, times) for callback in callbacks if isinstance(callback, HasPhases)
+            callback.phases(module, sizes, text, times)
+            for callback in callbacks
+            if isinstance(callback, HasPhases) and (timed or not getattr(callback, "measures_speed", False))
         ]
     own = [phase for found in doing for phase in found]
     phases += sorted((phase for phase in own if phase.kind != FIXED), key=lambda phase: phase.late)

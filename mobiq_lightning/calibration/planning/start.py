@@ -27,7 +27,7 @@ def begin_clock(module: ElasticCalibration) -> None:
     module.clock.restart()
     if trainer.is_global_zero:
         short = [line for line in plan.shortages(device.type) if line.startswith("memory: ")]  # disk is said later
-        for line in (*plan.lines(), *short):
+        for line in (*plan.lines(), *plan.by_block(str(device)), *short):
             say(line)
 
 

@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mobiq_lightning.calibration.planning.bench import StepTimes
+from mobiq_lightning.calibration.planning.compared import arms_of
 from mobiq_lightning.calibration.planning.memory import n_streams, rows_at_once
 from mobiq_lightning.calibration.planning.sizes import ModelSizes
 from mobiq_lightning.calibration.planning.step_times import PER_SECOND, guessed_times
 from mobiq_lightning.calibration.planning.time_left import Phase
 from mobiq_lightning.calibration.schedule import Schedule, Stage
-from mobiq_lightning.evaluation import RTN_BITS
-from mobiq_lightning.runs import CONTROLS
 
 if TYPE_CHECKING:
     from mobiq_lightning.calibration.module import ElasticCalibration
@@ -90,11 +89,7 @@ def comparison_phases(
         slice_bits: Bits of the slices: at the lowest and the highest depth controls read what the router reads.
     """
     batches, of_pass = text.n_eval_batches(world_size), text.eval_fill * times.compared
-    budgets = len(module.eval_bits)
-    once = sum(1 for control in CONTROLS if control in ("static", "layers"))
-    first = 1 + len(RTN_BITS) + budgets
-    mixed = sum(1 for bits in module.eval_bits if slice_bits[0] < bits < sum(slice_bits))
-    second = 1 + mixed * (once + (len(CONTROLS) - once) * len(module.random_seeds))
+    first, second = arms_of(module, slice_bits)
     return [
         Phase(ROUTER_PASS, "comparison", batches, first * of_pass),
         Phase(CONTROL_PASS, "comparison", batches, second * of_pass),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mobiq_lightning.packing import by_group, dequantize, in_groups
 from mobiq_lightning.strategies.abilities import TrainableCodes
 from mobiq_lightning.strategies.base import DEFAULT_SLICE_BITS
+from mobiq_lightning.strategies.numbers import in_range
 from mobiq_lightning.strategies.slices.nested_code import unit_position
 from mobiq_lightning.strategies.slices.residual import ResidualSlices
 from mobiq_lightning.strategies.slices.trained_code import CodeOfRows, TrainedCode, ends, refine
@@ -32,11 +33,17 @@ class ProgressiveSlices(ResidualSlices, TrainableCodes):
     Depths that are not trained yet, or never are, code the weight itself, moved into the cell of the code before.
     Without stages that train `codes` this scheme equals `ResidualSlices`.
 
+    A weight outside of the cell that a trained code leaves it saturates: however many slices are read, it stays at the
+    border of the cell. That is what codes trained for few bits cost at 6 and 8 bits. `max_saturation` bounds it: a code
+    moves only where the weight is so near to the border of the cell that it moves to.
+
     Args:
         out_features: Rows of the weight, O.
         in_features: Columns of the weight, I; the last group may be shorter than `group_size`.
         slice_bits: Bits of each slice, coarsest first; any positive integers with a sum of at most 8.
         group_size: Columns that share one range.
+        max_saturation: How far, in steps of the finest depth, training may leave a weight outside of the cell of its
+            code; 0 or more. None for any distance.
 
     Example:
         ``slices: {class_path: ProgressiveSlices, init_args: {slice_bits: [2, 1, 1, 2, 2], group_size: 64}}``
@@ -51,8 +58,12 @@ class ProgressiveSlices(ResidualSlices, TrainableCodes):
         in_features: int,
         slice_bits: Sequence[int] = DEFAULT_SLICE_BITS,
         group_size: int = 128,
+        max_saturation: float | None = None,
     ) -> None:
         super().__init__(out_features, in_features, slice_bits, group_size)
+        if max_saturation is not None:
+            in_range("max_saturation", max_saturation, 0, 2 ** self.depths[-1])
+        self.max_saturation = max_saturation
         # Both are as large as the weight, so they exist only from when they are needed on, and the target no longer.
         self.target = nn.Parameter(torch.empty(0, 0))
         self.register_buffer("codes", torch.empty(0, 0, dtype=torch.uint8))
@@ -97,6 +108,16 @@ class ProgressiveSlices(ResidualSlices, TrainableCodes):
             half_step = by_group(scale, self.group_size, weight.shape[1]) * 2.0 ** -(trained + 1)
             start = in_groups(self._start_of_target(weight), self.group_size)
             in_groups(self.target, self.group_size).clamp_(start - half_step, start + half_step)
+
+    @torch.no_grad()
+    def bound_saturation(self, weight: Tensor) -> None:
+        """Moves the target back to where the weight (O, I) is at most `max_saturation` finest steps off, if that is given."""
+        frozen, trained = self._bits()
+        if trained > frozen and self.max_saturation is not None:
+            scale, _ = self._range(weight)
+            limit = by_group(scale, self.group_size, weight.shape[1]) * (self.max_saturation * 2.0 ** -self.depths[-1])
+            start = in_groups(weight.float(), self.group_size)
+            in_groups(self.target, self.group_size).clamp_(start - limit, start + limit)
 
     def weight_at(self, weight: Tensor, n_slices: int) -> Tensor:
         """Gives the weight (O, I) float32 read with its first `n_slices` slices, differentiable in range and target."""

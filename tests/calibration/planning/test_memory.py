@@ -16,9 +16,11 @@ from torch import nn
 
 from mobiq_lightning.calibration.block_caller import BlockCaller
 from mobiq_lightning.calibration.hidden_states import BlockInputs, HiddenStates
-from mobiq_lightning.calibration.planning.memory import PhaseMemory, n_streams, n_tables
+from mobiq_lightning.calibration.planning.compared import PhaseMemory, comparison_memory
+from mobiq_lightning.calibration.planning.memory import n_streams, n_tables
 from mobiq_lightning.calibration.schedule import Stage
-from mobiq_lightning.jobs import run_check
+from mobiq_lightning.jobs import ElasticCLI, run_check
+from mobiq_lightning.jobs.quiet import quiet_libraries
 from mobiq_lightning.sources import load_source
 
 
@@ -118,3 +120,44 @@ def test_where_hidden_states_do_not_fit_the_disk_is_named(free: float, said: str
     assert short == [
         f"memory: block stages will take about {said} lower data.n_samples, data.seq_len or data.batch_size"
     ]
+
+
+def test_a_comparison_that_does_not_fit_on_the_device_goes_block_by_block_and_says_so(
+    recipe_arguments: list[str],
+) -> None:
+    plan = run_check(recipe_arguments).plan
+    with quiet_libraries():
+        job = ElasticCLI("build", recipe_arguments)
+    assert plan is not None
+
+    def need(free: int | None) -> PhaseMemory:
+        return comparison_memory(plan.sizes, job.model, job.datamodule, "cuda", free)
+
+    assert need(1000) == need(None)  # hidden states of all passes would take more than the model, which is small
+    job.datamodule.eval_batch_size, job.datamodule.eval_seq_len = 1, 4
+    whole = need(None)
+    assert need(whole.device) == whole
+    free = whole.device - 1
+    by_block = need(free)
+    assert (whole.whole, by_block.whole) == (0, whole.device)
+    assert by_block.device < whole.device
+    # The checkpoint, which would lie on the device alone: planes, a byte for each weight, and what is not in blocks.
+    assert by_block.host - whole.host > plan.sizes.sliced
+    found = replace(plan, memory=[by_block], memory_free=(None, free))
+    assert found.shortages("cuda:0") == []
+    (line,) = found.by_block("cuda:0")
+    assert line.startswith("comparison: the whole model would take about 0.0 GB on cuda:0, of which 0.0 GB are free")
+    assert line.endswith("Speed is not measured")
+    (short,) = replace(found, memory_free=(None, 1000)).shortages("cuda:0")
+    assert short.startswith("memory: comparison will take about 0.0 GB on cuda:0")
+
+
+def test_layer_gains_are_left_out_where_they_do_not_fit_unless_the_router_needs_probes(
+    recipe_arguments: list[str],
+) -> None:
+    for router, short in (("MLPRouter", 0), ("GradientLayerRouter", 0), ("ProbedLayerRouter", 1)):
+        plan = run_check([*recipe_arguments, f"--model.router={router}"]).plan
+        assert plan is not None
+        gains = [replace(phase, device=int(30e9)) for phase in plan.memory if phase.name == "layer gains"]
+        found = replace(plan, memory=gains, memory_free=(None, int(20e9))).shortages("cuda")
+        assert len(found) == short

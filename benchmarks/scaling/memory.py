@@ -213,6 +213,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
+    left.set_yscale("log")
     text, run = Path("text.txt"), Path("runs/unused")
     shapes = {
         name: (shape, predicted(shape, recipe("random", run, text))) for name, shape in {**SHAPES, **LARGE}.items()
@@ -226,14 +227,17 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         for phase, colour in zip(PHASES, ("#8a8a8a", "#c8102e", "#1f77b4"), strict=True):
             left.plot(numbers, row["phases"][phase]["peak"] / 1e9, marker, color=colour)
         right.plot(sizes.sliced_of_block / 1e6, row["seconds_per_block"], marker, color="#c8102e")
+    ticks = [t for t in (1, 2, 5, 10, 20, 50, 100, 200) if t < 1.5 * max(row["seconds_per_block"] for row in rows)]
+    right.set_yscale("log")
+    right.set_yticks(ticks, [str(tick) for tick in ticks])
+    right.minorticks_off()
     for axes, x, y in (
-        (left, "weights of the model", "GB of host memory, measured (dots) and predicted"),
+        (left, "weights of the model", "GB of host memory, measured (dots, squares: SmolLM2) and predicted"),
         (right, "million weights of a block", "seconds of a block"),
     ):
         axes.set_xscale("log")
-        axes.set_yscale("log")
         axes.set_xlabel(x)
-        axes.set_ylabel(y, fontsize=9)
+        axes.set_ylabel(y, fontsize=8)
         axes.grid(alpha=0.25)
     left.legend(frameon=False, fontsize=9)
     figure.savefig(path, dpi=130, format="png", metadata={"Software": None})

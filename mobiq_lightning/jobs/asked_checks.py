@@ -101,10 +101,10 @@ def _bits(asked: Mapping[str, Any]) -> Iterator[str]:
 def _classes(asked: Mapping[str, Any], importable: bool) -> Iterator[str]:
     """Strategies named by a dotted path that leads nowhere, or into Python's own library."""
     for key, path in asked.items():
-        if not key.startswith("model.") or not key.endswith(".class_path") or not isinstance(path, str):
+        where = key.removesuffix(".class_path")
+        if where not in STRATEGY_KEYS or where == key or not isinstance(path, str):  # m.gguf names no class
             continue
         top, dot, _ = path.partition(".")
-        where = key.removesuffix(".class_path")
         if not dot or path.startswith(_OURS) or path.endswith((".yaml", ".yml", ".json")):
             continue
         if top in sys.stdlib_module_names:

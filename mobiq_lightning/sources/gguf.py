@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from mobiq_lightning.console import say
@@ -13,7 +15,8 @@ from mobiq_lightning.input_files import open_regular
 from mobiq_lightning.sources.model_files import cache_folder, kept_sha256, make_once
 
 _MAGIC = b"GGUF"
-_FORMAT_VERSION = 1  # part of the cache key; raise it with any change here that changes the folder
+_ALONE = "model.gguf"
+_FORMAT_VERSION = 2  # part of the cache key; raise it with any change here that changes the folder
 
 
 def is_gguf(pretrained: str) -> bool:
@@ -85,16 +88,21 @@ def _read(path: Path) -> tuple[Any, Any]:
 
     say(f"Turning {path.name} into an ordinary folder (once) ...")
     try:
-        read = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=torch.float32, trust_remote_code=False
-        )
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+        # Alone in a folder: transformers would take a tokenizer, or adapters, of whatever model lies beside it.
+        with TemporaryDirectory() as alone:
+            (Path(alone) / _ALONE).symlink_to(path.resolve())
+            given: dict[str, Any] = {"gguf_file": _ALONE, "trust_remote_code": False}
+            read, found = AutoModelForCausalLM.from_pretrained(
+                alone, dtype=torch.float32, output_loading_info=True, **given
+            )
+            tokenizer = AutoTokenizer.from_pretrained(alone, **given)
     except Exception as error:  # of whatever kind: that is what a damaged file makes of transformers
         reason = (str(error).strip().splitlines() or [""])[0][:200]
         raise ModelError(
             f"model.pretrained: transformers cannot read {path} ({type(error).__name__}: {reason}). Give the folder of the "
             "model that it was made of, if there is one"
         ) from error
+    _check_whole(path, found["missing_keys"], found["unexpected_keys"])
     # transformers does not save a model that says it is quantized, and this one no longer is.
     config = read.config
     if hasattr(config, "quantization_config"):
@@ -105,3 +113,18 @@ def _read(path: Path) -> tuple[Any, Any]:
     model.tie_weights()
     model.generation_config = read.generation_config
     return model, tokenizer
+
+
+def _check_whole(path: Path, missing: Collection[str], unexpected: Collection[str]) -> None:
+    """Makes sure that the file holds the weights of the model that it describes: transformers makes up those that are missing.
+
+    Raises:
+        ModelError: If it does not.
+    """
+    for names, what in ((missing, "lacks"), (unexpected, "has no place for")):
+        if names:
+            raise ModelError(
+                f"model.pretrained: {path} describes a model whose weights it does not hold as they are: it {what} {len(names)} "
+                f"tensors, such as {min(names)}. If it is one of several files, merge them (llama-gguf-split --merge); else "
+                "download it again, or give the folder of the model that it was made of"
+            )

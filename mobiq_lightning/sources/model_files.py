@@ -24,6 +24,8 @@ OTHER_PATTERNS = ["*.json", "*.model", "*.jinja"]
 HASHED_FROM = 16 * 2**20
 """Size in bytes from which the hash of a file is kept: smaller ones are read in a moment."""
 _SETTLED_NS = 2 * 10**9
+_ABANDONED = 3600
+"""Seconds after which a folder of the cache that is not whole, and in which nothing was made, is nobody's."""
 """Age of a file from which another change would show in its times, in nanoseconds."""
 
 
@@ -186,6 +188,9 @@ def make_once(target: Path, write: Callable[[Path], None]) -> None:
     with FileLock(target.with_suffix(".lock")):
         if target.is_dir():
             return
+        for left in target.parent.glob(f".{target.name}.*"):  # by a process that was killed
+            if time.time() - left.stat().st_mtime > _ABANDONED:  # where locks do not work, another may be at it
+                shutil.rmtree(left, ignore_errors=True)
         partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
         partial.mkdir()
         try:

@@ -130,3 +130,17 @@ def test_the_first_words_say_what_is_begun() -> None:
     assert first_words("fit", asked) == (
         "fit in runs/tiny: model builtin, text builtin and 8 windows that the model writes. Loading PyTorch and Lightning ..."
     )
+
+
+@pytest.mark.parametrize("name", ["m.gguf", "code.v2"])
+def test_a_model_whose_name_has_a_dot_is_taken_for_no_class(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_bytes(b"GGUF") if name.endswith("gguf") else Path(name).mkdir()
+    try:
+        check_arguments(with_recipe(["tiny", f"--model.pretrained={name}"]), FILES)
+    except RecipeError as error:
+        assert "no module" not in str(error)
+        assert "own library" not in str(error)
+        assert name in str(error)

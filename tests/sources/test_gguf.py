@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,13 +33,13 @@ def gguf_file(make_model: Maker, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return _write(make_model(), tmp_path_factory.mktemp("gguf") / "small.gguf")
 
 
-def _write(folder: Path, path: Path) -> Path:
+def _write(folder: Path, path: Path, left_out: str = "", blocks: int | None = None) -> Path:
     import gguf
 
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
     config, backend = model.config, json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(config.num_hidden_layers)
+    writer.add_block_count(config.num_hidden_layers if blocks is None else blocks)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
@@ -56,7 +58,7 @@ def _write(folder: Path, path: Path) -> Path:
         add(number)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
+        if (name == "lm_head.weight" and config.tie_word_embeddings) or (left_out and left_out in name):
             continue
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
         stored = names.get_name(name, try_suffixes=(".weight",))
@@ -118,6 +120,48 @@ def test_what_is_no_model_is_refused_by_name(tmp_path: Path, content: bytes | No
     with pytest.raises(ModelError, match=message):
         load_source(str(path))
     assert not [entry for entry in cache.glob("*") if entry.is_dir()]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"left_out": "layers.1.self_attn.q_proj"}, "lacks 1 tensors, such as .*1.*q_proj"),
+        ({"blocks": 3}, "lacks 9 tensors"),
+    ],
+    ids=["one is missing", "a block is missing"],
+)
+def test_a_file_that_does_not_hold_all_weights_of_its_model_is_refused(
+    make_model: Maker, tmp_path: Path, changed: dict[str, Any], message: str, cache: Path
+) -> None:
+    path = _write(make_model(), tmp_path / "part.gguf", **changed)
+    with pytest.raises(ModelError, match=message):
+        load_source(str(path))
+    assert not [entry for entry in cache.glob("*") if entry.is_dir()]
+
+
+def test_what_lies_beside_the_file_is_not_looked_at(make_model: Maker, gguf_file: Path, tmp_path: Path) -> None:
+    alone = load_source(str(gguf_file)).tokenizer("Numbers are compared")["input_ids"]
+    folder = tmp_path / "beside"
+    shutil.copytree(make_model(), folder)
+    other = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    other["model"]["merges"] = []
+    (folder / "tokenizer.json").write_text(json.dumps(other), encoding="utf-8")
+    (folder / "adapter_config.json").write_text("{}", encoding="utf-8")
+    shutil.copy(gguf_file, folder / "small.gguf")
+    shutil.rmtree(tmp_path / "cache")
+    assert load_source(str(folder / "small.gguf")).tokenizer("Numbers are compared")["input_ids"] == alone
+
+
+def test_what_a_killed_conversion_left_is_removed_by_a_later_one(gguf_file: Path, cache: Path) -> None:
+    name = load_source(str(gguf_file)).folder.name
+    shutil.rmtree(cache / name)
+    left, recent = cache / f".{name}.old", cache / f".{name}.new"
+    for folder in (left, recent):
+        folder.mkdir()
+    os.utime(left, (0, 0))
+    load_source(str(gguf_file))
+    assert not left.exists()
+    assert recent.exists()
 
 
 def test_without_the_package_that_reads_it_the_extra_is_named(gguf_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -161,7 +162,8 @@ class CheckpointParts:
         if not (is_there and known is None and _holds(folder / file, part)):
             file = _write(name, part, folder)
         if replace is not None:
-            state = tuple(_states(replace(_mapped(folder / file)), ""))
+            with suppress(OSError, RuntimeError):  # of a file system that maps no files: they stay in memory
+                state = tuple(_states(replace(_mapped(folder / file)), ""))
         return file, state
 
 

@@ -91,11 +91,10 @@ def _read(path: Path) -> tuple[Any, Any]:
         # Alone in a folder: transformers would take a tokenizer, or adapters, of whatever model lies beside it.
         with TemporaryDirectory() as alone:
             (Path(alone) / _ALONE).symlink_to(path.resolve())
-            given: dict[str, Any] = {"gguf_file": _ALONE, "trust_remote_code": False}
             read, found = AutoModelForCausalLM.from_pretrained(
-                alone, dtype=torch.float32, output_loading_info=True, **given
+                alone, gguf_file=_ALONE, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
             )
-            tokenizer = AutoTokenizer.from_pretrained(alone, **given)
+            tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=_ALONE, trust_remote_code=False)
     except Exception as error:  # of whatever kind: that is what a damaged file makes of transformers
         reason = (str(error).strip().splitlines() or [""])[0][:200]
         raise ModelError(

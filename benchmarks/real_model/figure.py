@@ -32,6 +32,8 @@ def plot(found: dict[str, Any], name: str, path: Path) -> None:
     left_out = [row for row in peers if row["perplexity"] > LARGEST * full]
     for number, (peer, (label, marker, color)) in enumerate(STYLES.items()):
         points = [row for row in peers if row["peer"] == peer and row not in left_out]
+        if not points:  # not run, or left out
+            continue
         shift = 0.03 * (number - len(STYLES) / 2)  # points of a precision side by side, so that none hides another
         axes.scatter(
             [row["bits"] + shift for row in points], [row["perplexity"] for row in points],

@@ -43,7 +43,8 @@ def at_rest(module: ElasticCalibration) -> dict[str, Any]:
         for name, part in parts.items() if block not in training else ():
             of_optimizer = [numbers[id(p)] for p in part.parameters() if id(p) in numbers]
             prefix = f"blocks.{index}.{name}."
-            averages = {number: optimizers[0].state[learned[number]] for number in of_optimizer}
+            known = {number: optimizers[0].state.get(learned[number]) for number in of_optimizer}
+            averages = {number: state for number, state in known.items() if state}
             replace = partial(map_tensors, part, prefix, averages)
             found[f"{index:06d}-{name}"] = {"prefix": prefix, "optimizer": of_optimizer, "replace": replace}
     return found
@@ -69,21 +70,22 @@ def map_tensors(
     parameters, buffers = dict(module.named_parameters()), dict(module.named_buffers())
     for name, tensor in stored["state_dict"].items():
         key = name.removeprefix(prefix)
-        if key in parameters and _is_mapped(parameters[key], tensor):
+        if key in parameters and _can_be_mapped(parameters[key], tensor):
             parameters[key].data = tensor
-        elif key in buffers and _is_mapped(buffers[key], tensor):
+        elif key in buffers and _can_be_mapped(buffers[key], tensor):
             owner, _, attribute = key.rpartition(".")
             module.get_submodule(owner)._buffers[attribute] = tensor
-    for number, of_parameter in stored["optimizer"].items():
-        live = averages[number]
-        live.update({k: t for k, t in of_parameter.items() if isinstance(t, Tensor) and _is_mapped(live[k], t)})
+    for number, live in averages.items():
+        of_file = stored["optimizer"][number]
+        live.update({k: t for k, t in of_file.items() if isinstance(t, Tensor) and _can_be_mapped(live[k], t)})
     return {
         "state_dict": dict(module.state_dict(prefix=prefix)),
-        "optimizer": {number: averages[number] for number in stored["optimizer"]},
+        "optimizer": {number: averages.get(number, {}) for number in stored["optimizer"]},
     }
 
 
-def _is_mapped(live: Tensor, stored: Tensor) -> bool:
+def _can_be_mapped(live: Tensor, stored: Tensor) -> bool:
+    """Whether a tensor of a file may take the place of one that is in use: a large one, on the host."""
     return live.device.type == "cpu" and live.dtype == stored.dtype and stored.nbytes >= MAPPED_FROM
 
 
@@ -161,9 +163,11 @@ class CheckpointParts:
             return file, state
         if not (is_there and known is None and _holds(folder / file, part)):
             file = _write(name, part, folder)
-        if replace is not None:
-            with suppress(OSError, RuntimeError):  # of a file system that maps no files: they stay in memory
-                state = tuple(_states(replace(_mapped(folder / file)), ""))
+        stored = None
+        with suppress(OSError, RuntimeError):  # on a file system that maps no files tensors stay in memory
+            stored = _mapped(folder / file)
+        if replace is not None and stored is not None:
+            state = tuple(_states(replace(stored), ""))
         return file, state
 
 

@@ -148,16 +148,26 @@ def keep_bounds(module: ElasticCalibration) -> None:
     if "clipping" in module.stage.bounds:
         for linear in _linears_in_training(module):
             linear.scheme.bound_clipping()
-    if module.stage.trains("codes"):
+    rounding = "rounding" in module.stage.bounds
+    bounded = any(scheme.max_saturation is not None for scheme in _schemes_in_training(module))
+    if module.stage.trains("codes") and (rounding or bounded):  # weights are made for it, if there is a transform
         for scheme, weight in _codes_in_training(module):
-            if "rounding" in module.stage.bounds:
+            if rounding:
                 scheme.bound_rounding(weight)
-            scheme.bound_saturation(weight)
+            if scheme.max_saturation is not None:
+                scheme.bound_saturation(weight)
 
 
 def _linears_in_training(module: ElasticCalibration) -> Iterator[SlicedLinear]:
     for block in module.blocks_in_training():
         yield from block.sliced_linears()
+
+
+def _schemes_in_training(module: ElasticCalibration) -> Iterator[TrainableCodes]:
+    """The schemes in training whose codes can be trained."""
+    for linear in _linears_in_training(module):
+        if isinstance(linear.scheme, TrainableCodes):
+            yield linear.scheme
 
 
 def _codes_in_training(module: ElasticCalibration) -> Iterator[tuple[TrainableCodes, Tensor]]:

@@ -18,15 +18,18 @@ from mobiq_lightning.strategies.base import SliceScheme
 class TrainableCodes(SliceScheme):
     """A slice scheme whose codes are trained, one slice at a time, all coarser slices being frozen.
 
-    A stage that trains `codes` calls, for every weight: `start_slice` when it begins, `bound_saturation` after each step, and
-    `bound_rounding` if its bounds are `rounding`, and `freeze` once no later stage moves codes. A run that resumes calls
-    `start_slice` again.
+    A stage that trains `codes` calls, for every weight: `start_slice` when it begins; after each step `bound_rounding` if
+    `rounding` is among its bounds, and `bound_saturation` if the scheme has a `max_saturation`; and `freeze` once no later stage
+    moves codes. A run that resumes calls `start_slice` again.
 
     Args:
         out_features: O, rows of the weight.
         in_features: I, columns of the weight.
         slice_bits: Bits of each slice, coarsest first.
     """
+
+    max_saturation: float | None = None
+    """Steps of the finest depth by which training may leave a weight outside of the cell of its code; None for any number."""
 
     @abstractmethod
     def code_parameters(self) -> list[nn.Parameter]:

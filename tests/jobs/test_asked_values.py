@@ -138,9 +138,11 @@ def test_a_model_whose_name_has_a_dot_is_taken_for_no_class(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path(name).write_bytes(b"GGUF") if name.endswith("gguf") else Path(name).mkdir()
+    # Whatever else is refused of it, the name is read as a path.
+    said = ""
     try:
         check_arguments(with_recipe(["tiny", f"--model.pretrained={name}"]), FILES)
     except RecipeError as error:
-        assert "no module" not in str(error)
-        assert "own library" not in str(error)
-        assert name in str(error)
+        said = str(error)
+    assert "no module" not in said
+    assert "own library" not in said

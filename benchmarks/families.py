@@ -125,6 +125,11 @@ FAMILIES = [
     Family("StarCoder2", "Starcoder2", {"sliding_window": None}),
     Family("GPT-NeoX", "GPTNeoX"),
     Family("GPT-2", "GPT2"),
+    Family("BLOOM", "Bloom"),
+    Family("XGLM", "XGLM"),
+    Family("OPT", "OPT", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
+    Family("Mamba", "Mamba"),
+    Family("Jamba", "Jamba", {**_EXPERTS, "attn_layer_offset": 1, "attn_layer_period": 2, "expert_layer_offset": 1}),
     Family("Mixtral", "Mixtral", {**_LOCAL, "sliding_window": None}),
     Family("Qwen2-MoE", "Qwen2Moe", {**_EXPERTS, "shared_expert_intermediate_size": 24}),
     Family("Qwen3-MoE", "Qwen3Moe", _EXPERTS),
@@ -150,7 +155,7 @@ def difference_of_logits(model: Any) -> tuple[float, float]:
     blocks = list(layout.find(model))
     for block in blocks:
         layout.group_linears(block, "input")
-    check_blocks(model, blocks)
+    check_blocks(model, blocks, layout)
     caller = BlockCaller(model, blocks, torch.device("cpu"))
     hidden = caller.embed_all(ids)
     for index in range(len(blocks)):

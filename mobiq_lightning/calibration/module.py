@@ -176,7 +176,7 @@ class ElasticCalibration(LightningModule):
             )
         begins = stage == "fit" and len(self.blocks) == 0
         if begins:
-            check_blocks(self.sliced.source.model, list(self.sliced.decoder))
+            check_blocks(self.sliced.source.model, list(self.sliced.decoder), self.layout)
             self.share.check(len(self.sliced.decoder))
         read_text(self, stage)
         if begins:

@@ -96,9 +96,11 @@ class BlockLayout:
             ModelError: If the block holds no linear.
         """
         names = [name for name, module in block.named_modules() if isinstance(module, (nn.Linear, SlicedLinear))]
+        own = sorted({type(block.get_submodule(name)).__name__ for name in names})
         names = [name for name in names if not is_gating(block, name)]
         if not names:
-            raise ModelError(f"the blocks at {self.blocks!r} ({type(block).__name__}) hold no nn.Linear to slice")
+            why = f"; what {' and '.join(own)} makes of a weight is not known" if own else ""
+            raise ModelError(f"the blocks at {self.blocks!r} ({type(block).__name__}) hold no nn.Linear to slice{why}")
         groups: dict[tuple[str, ...], list[str]] = {}
         for name in names:
             parent, _, last = name.rpartition(".")

@@ -14,9 +14,11 @@ from mobiq_lightning.calibration.block_caller import BlockCaller
 from mobiq_lightning.calibration.block_check import check_blocks
 from mobiq_lightning.calibration.planning.random_model import blocks_of_each_kind, random_model
 from mobiq_lightning.errors import ModelError
+from mobiq_lightning.nn import BlockLayout
 from mobiq_lightning.sources import load_source
 
 CPU = torch.device("cpu")
+AT_LAYERS = BlockLayout(blocks="layers")
 WINDOW = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
 """Block 1 attends to all tokens before, block 2 to the last four."""
 
@@ -157,9 +159,9 @@ class Toy(nn.Module):
 
 def test_blocks_that_return_tuples_and_take_positional_arguments_are_called_as_the_model_does() -> None:
     model = Toy()
-    check_blocks(model, list(model.layers))
+    check_blocks(model, list(model.layers), AT_LAYERS)
     single = Toy(n_blocks=1)
-    check_blocks(single, list(single.layers))
+    check_blocks(single, list(single.layers), AT_LAYERS)
     caller = BlockCaller(model, list(model.layers), CPU)
     caller.embed(torch.tensor([[1, 2, 3]]))
     assert caller.caught.gives_tuple
@@ -171,13 +173,23 @@ def test_blocks_that_return_tuples_and_take_positional_arguments_are_called_as_t
     [
         (Toy(beside=torch.sin), r"Toy passes beside to block 1/2, which depends on the tokens"),
         (Toy(between=torch.sin), r"Toy changes hidden states between block 1 and block 2 of 2"),
+        (Toy(beside=lambda hidden: torch.full((1,), 1.0 * len(hidden))), r"blocks of Toy give logits that differ by"),
         (Toy(shares=True), r"blocks of Toy give logits that differ by up to \d.* \(which reach \d.*not supported"),
     ],
-    ids=["tokens", "between", "shared"],
+    ids=["tokens", "between", "rows", "shared"],
 )
 def test_a_model_whose_blocks_need_more_than_hidden_states_is_refused(model: Toy, said: str) -> None:
     with pytest.raises(ModelError, match=said):
-        check_blocks(model, list(model.layers))
+        check_blocks(model, list(model.layers), AT_LAYERS)
+
+
+def test_a_linear_whose_weight_a_block_multiplies_with_itself_is_refused_by_name() -> None:
+    model = Toy()
+    layer = model.layers[1]
+    layer.hidden_from_us = nn.Linear(8, 8)
+    layer.linear.register_forward_hook(lambda _, args, output: output + args[0] @ layer.hidden_from_us.weight)
+    with pytest.raises(ModelError, match=r"blocks of Toy never call hidden_from_us, so that"):
+        check_blocks(model, list(model.layers), AT_LAYERS)
 
 
 def test_the_check_runs_the_first_and_last_block_of_each_kind_alone(make_model: Callable[..., Path]) -> None:
@@ -187,7 +199,7 @@ def test_the_check_runs_the_first_and_last_block_of_each_kind_alone(make_model: 
     runs = dict.fromkeys(range(6), 0)
     for index, layer in enumerate(model.model.layers):
         layer.mlp.register_forward_hook(lambda *_, index=index: runs.update({index: runs[index] + 1}))
-    check_blocks(model, list(model.model.layers))
+    check_blocks(model, list(model.model.layers), BlockLayout())
     assert runs == {0: 2, 1: 2, 2: 0, 3: 0, 4: 2, 5: 2}
 
 

@@ -211,7 +211,7 @@ def _check_family(config: Any, module: ElasticCalibration) -> None:
             made = random_model(config, blocks_of_each_kind(config), torch.device("cpu"))
         except Exception:  # noqa: BLE001 - a family that cannot be made small; measuring says so
             return
-        check_blocks(made, list(module.layout.find(made)))
+        check_blocks(made, list(module.layout.find(made)), module.layout)
 
 
 def _free(folder: Path) -> int:

@@ -42,6 +42,7 @@ from mobiq_lightning.runs import (
     RunFolder,
     check_results,
     read_results,
+    without_places,
 )
 from mobiq_lightning.sources import TextWindows
 
@@ -330,7 +331,7 @@ class ElasticCLI(LightningCLI):
         rebuilt = self.run_folder.finished
         speed = self.run_folder.checkpoint / SPEED
         measured = speed.read_bytes() if rebuilt and speed.is_file() else None
-        damaged = finish_checkpoint(self.model, yaml.safe_dump(self.config_dump, sort_keys=False))
+        damaged = finish_checkpoint(self.model, yaml.safe_dump(without_places(self.config_dump), sort_keys=False))
         for block in damaged:
             say(f"The shard of block {block + 1} was damaged since it was written; it is written again.")
         if rebuilt:

@@ -12,6 +12,7 @@ import yaml
 from mobiq_lightning.errors import FileError, RunFolderError
 from mobiq_lightning.files import write_text
 from mobiq_lightning.input_files import read_text, read_yaml
+from mobiq_lightning.runs.same_recipe import located
 
 _HEADING = "# The recipe of this run with every default written out; its first line tells that a run has written it.\n"
 
@@ -40,8 +41,11 @@ class RunRecipe:
         return os.path.lexists(self.path) and not self.is_of_a_run
 
     def write(self, recipe: dict[str, Any]) -> None:
-        """Writes a recipe, with the line that tells that a run has written it."""
-        write_text(self.path, _HEADING + yaml.safe_dump(recipe, sort_keys=False))
+        """Writes a recipe, with the line that tells that a run has written it.
+
+        Local models and texts are named by whole paths: the run is read from other directories than the one it was begun in.
+        """
+        write_text(self.path, _HEADING + yaml.safe_dump(located(recipe), sort_keys=False))
 
     def read(self, work: Sequence[str]) -> dict[str, Any] | None:
         """The recipe; None if no run has written one, or it is damaged and nothing was made from it.

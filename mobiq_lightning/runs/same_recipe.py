@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from mobiq_lightning.runs.class_path import loaded_class
@@ -27,6 +28,9 @@ _IRRELEVANT = (
 """Keys that may differ between an interrupted run and the one that goes on with it: what they limit or show is not learned."""
 _LIMITS = ("lightning.pytorch.callbacks.Timer", "lightning.pytorch.callbacks.EarlyStopping")
 """Callbacks that end a run early and change nothing else of it, as recipes name them; a run may go on without them."""
+
+_SOURCES = {"model": ("pretrained",), "data": ("source", "eval_source")}
+"""Keys that may name a local file or folder, by their group."""
 
 
 _ADDED = {"mixed": 0.0, "warmup": 0.0, "experts": True, "max_saturation": None, "block_inputs": "calibrated"}
@@ -53,8 +57,49 @@ def _as_before(value: Any) -> Any:
 
 
 def differing_keys_of_runs(stored: dict[str, Any], given: dict[str, Any]) -> Iterator[str]:
-    """Lines as `differing_keys` gives them, without callbacks that a run may change when it goes on."""
-    yield from differing_keys(_fixed_part(stored), _fixed_part(given))
+    """Lines as `differing_keys` gives them, without callbacks that a run may change when it goes on.
+
+    A file is the same whether it is named by its whole path or from the working directory.
+    """
+    yield from differing_keys(_fixed_part(located(stored)), _fixed_part(located(given)))
+
+
+def located(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe in which local models and texts are named by whole paths, so that it means the same in every directory.
+
+    Args:
+        recipe: A recipe as it was given; it stays as it is.
+    """
+    return _with_names(recipe, lambda path: str(path.absolute()))
+
+
+def without_places(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe in which local models and texts are named without the folder that they lie in, as others are to see it.
+
+    Args:
+        recipe: A recipe as it was given; it stays as it is.
+    """
+    return _with_names(recipe, lambda path: path.absolute().name)
+
+
+def _with_names(recipe: dict[str, Any], named: Callable[[Path], str]) -> dict[str, Any]:
+    found = dict(recipe)
+    for group, keys in _SOURCES.items():
+        if isinstance(values := recipe.get(group), dict):
+            local = {key: path for key in keys if (path := _local(key, values.get(key))) is not None}
+            found[group] = {**values, **{key: named(path) for key, path in local.items()}}
+    return found
+
+
+def _local(key: str, name: Any) -> Path | None:
+    """The local file, or folder of a model, that a name in a recipe means."""
+    if not isinstance(name, str) or name in ("", "builtin"):
+        return None
+    path = Path(name).expanduser()
+    try:
+        return path if (path.suffix and path.is_file()) or (key == "pretrained" and path.is_dir()) else None
+    except (OSError, ValueError):  # too long a name, or one with a null byte: said where it is read
+        return None
 
 
 def _fixed_part(recipe: dict[str, Any]) -> dict[str, Any]:

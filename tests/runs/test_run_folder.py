@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from mobiq_lightning.callbacks import Guards, LatencyCheck
 from mobiq_lightning.comparison.check import without_speed
 from mobiq_lightning.comparison.grid import Cell
 from mobiq_lightning.errors import RunFolderError
-from mobiq_lightning.runs import RUN_FILES, RunFolder, differing_keys, loaded_class
+from mobiq_lightning.runs import RUN_FILES, RunFolder, differing_keys, loaded_class, without_places
 from tests.conftest import Run
 
 
@@ -94,3 +95,27 @@ def test_a_key_that_earlier_versions_did_not_have_differs_only_where_it_changes_
     assert list(differing_keys(stored, same)) == list(differing_keys(same, stored)) == []
     differing = [line.split(":")[0] for line in differing_keys(stored, other)]
     assert differing == ["model.stages", "model.rates.warmup", "model.block_inputs"]
+
+
+def test_a_run_names_files_so_that_it_can_be_read_from_every_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "m").mkdir()
+    (tmp_path / "t.txt").write_text("text")
+    (tmp_path / "wikitext2").write_text("a file that is named like a text of the hub")
+    monkeypatch.chdir(tmp_path)
+    given = {**recipe(), "data": {"source": "t.txt", "eval_source": "wikitext2", "seq_len": 8}}
+    folder = RunFolder(tmp_path / "run")
+    folder.claim(given, overwrite=False)
+    stored = yaml.safe_load(folder.recipe.read_text())
+    assert stored["model"] == {"pretrained": str(tmp_path / "m")}
+    assert stored["data"] == {"source": str(tmp_path / "t.txt"), "eval_source": "wikitext2", "seq_len": 8}
+    assert given["model"] == {"pretrained": "m"}
+    finish_an_epoch(folder)
+    assert folder.claim(given, overwrite=False) is True
+    monkeypatch.chdir("/")
+    assert folder.claim(stored, overwrite=False) is True
+    with pytest.raises(RunFolderError, match=r"model\.pretrained: .*m' -> 'm'"):
+        folder.claim(given, overwrite=False)
+    shown = without_places(stored)
+    assert (shown["model"], shown["data"]["source"]) == ({"pretrained": "m"}, "t.txt")

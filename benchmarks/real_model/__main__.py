@@ -23,6 +23,7 @@ from .fetch import NAME, fetch
 from .figure import plot
 from .samples import samples
 from .table import print_table
+from .text import excerpt
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "smollm2-135m.yaml"
@@ -33,8 +34,10 @@ STEPS = ("fit", "peers", "samples")
 
 def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.real_model", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--source", default="wikitext2", help="calibration text, as data.source of a recipe")
-    parser.add_argument("--eval_source", default="wikitext2", help="evaluation text")
+    parser.add_argument(
+        "--source", help="calibration text, as data.source of a recipe, instead of WikiText-2 of the hub"
+    )
+    parser.add_argument("--eval_source", help="evaluation text, likewise")
     parser.add_argument("--to", type=Path, required=True, help="folder for model, run, peers and results")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS), help="only these")
     parser.add_argument(
@@ -52,6 +55,16 @@ def run(*command: str) -> None:
     done = subprocess.run(command, check=False)
     if done.returncode:
         raise SystemExit(done.returncode)
+
+
+def find_text(given: argparse.Namespace) -> None:
+    """Names the texts by whole paths; those that are not given are excerpts of WikiText-2, the same for every step."""
+    if given.source is None or given.eval_source is None:
+        train, test = map(str, excerpt(given.to))
+        given.source, given.eval_source = given.source or train, given.eval_source or test
+    for name in ("source", "eval_source"):
+        if (path := Path(getattr(given, name))).exists():
+            setattr(given, name, str(path.resolve()))
 
 
 def calibrate(given: argparse.Namespace, model: Path) -> None:
@@ -83,9 +96,8 @@ def collect(given: argparse.Namespace) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     given = arguments(argv)
     given.to = given.to.resolve()
-    for name in ("source", "eval_source"):
-        if (path := Path(getattr(given, name))).exists():
-            setattr(given, name, str(path.resolve()))
+    if {"fit", "peers"} & set(given.steps):
+        find_text(given)
     model = fetch(given.to)
     if "fit" in given.steps:
         calibrate(given, model)

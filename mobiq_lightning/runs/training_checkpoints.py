@@ -76,7 +76,7 @@ class TrainingCheckpoints:
         path.with_suffix(".sha256").unlink(missing_ok=True)
         named = {name for other in self.folder.glob(_PATTERN) for name in _lines(other)[1:]}
         for part in self.folder.glob("*.part"):
-            if _PART.fullmatch(part.name) and part.name not in named:
+            if part.is_file() and _PART.fullmatch(part.name) and part.name not in named:
                 part.unlink(missing_ok=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import time
@@ -11,9 +12,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from mobiq_lightning.console import say
 from mobiq_lightning.errors import FileError, ModelError
 from mobiq_lightning.files import write_json
-from mobiq_lightning.input_files import open_regular, read_mapping
+from mobiq_lightning.input_files import is_file, open_regular, read_mapping
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """Names of a file with all weights, in the order in which the loader looks for them; NAME.index.json names several."""
@@ -24,9 +26,11 @@ OTHER_PATTERNS = ["*.json", "*.model", "*.jinja"]
 HASHED_FROM = 16 * 2**20
 """Size in bytes from which the hash of a file is kept: smaller ones are read in a moment."""
 _SETTLED_NS = 2 * 10**9
+"""Age of a file from which another change would show in its times, in nanoseconds."""
 _ABANDONED = 3600
 """Seconds after which a folder of the cache that is not whole, and in which nothing was made, is nobody's."""
-"""Age of a file from which another change would show in its times, in nanoseconds."""
+_SIZES = ".sizes.json"
+"""File in a folder of the cache with the sizes in bytes of the others, by name."""
 
 
 def check_files(folder: Path) -> None:
@@ -172,8 +176,10 @@ def cache_folder() -> Path:
 def make_once(target: Path, write: Callable[[Path], None]) -> None:
     """Makes a folder of the cache unless it is there; several processes may ask for it at the same time.
 
+    A folder that lacks one of its files, or in which one has another size than it was made with, is made again, and said so.
+
     Args:
-        target: The folder; that it is there means that it is whole.
+        target: The folder.
         write: Fills a sibling folder, which then takes its name.
 
     Raises:
@@ -181,13 +187,16 @@ def make_once(target: Path, write: Callable[[Path], None]) -> None:
     """
     from filelock import FileLock
 
-    if target.is_dir():
+    if target.is_dir() and not _lost(target):
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     # Ranks of one run ask at the same time; without the lock each would do the work, all on the same cores.
     with FileLock(target.with_suffix(".lock")):
         if target.is_dir():
-            return
+            if not (lost := _lost(target)):
+                return
+            say(f"{target} is damaged ({', '.join(lost)}) and is made again.")
+            shutil.rmtree(target)
         for left in target.parent.glob(f".{target.name}.*"):  # by a process that was killed
             if time.time() - left.stat().st_mtime > _ABANDONED:  # where locks do not work, another may be at it
                 shutil.rmtree(left, ignore_errors=True)
@@ -195,6 +204,8 @@ def make_once(target: Path, write: Callable[[Path], None]) -> None:
         partial.mkdir()
         try:
             write(partial)
+            sizes = {path.name: path.stat().st_size for path in partial.iterdir()}
+            (partial / _SIZES).write_text(json.dumps(sizes), encoding="utf-8")
             for path in partial.iterdir():
                 with path.open("rb+") as file:
                     os.fsync(file.fileno())
@@ -205,6 +216,16 @@ def make_once(target: Path, write: Callable[[Path], None]) -> None:
                     raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def _lost(folder: Path) -> list[str]:
+    """Names of the files of a folder of the cache that are not there as they were made; of older folders nothing is known."""
+    try:
+        sizes = json.loads(_read(folder / _SIZES)) if (folder / _SIZES).exists() else {}
+        whole = {path.name: path.stat().st_size for path in folder.iterdir() if is_file(path)}
+        return [name for name, size in sizes.items() if whole.get(name) != size]
+    except (FileError, OSError, ValueError, AttributeError, TypeError):
+        return [_SIZES]
 
 
 class _KeptHashes:

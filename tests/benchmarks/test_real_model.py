@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from benchmarks.real_model import __main__ as command
-from benchmarks.real_model import fetch
+from benchmarks.real_model import fetch, text
 from benchmarks.real_model.table import ELASTIC, cells, print_table
 from mobiq_lightning.errors import ModelError
 from mobiq_lightning.files import sha256
+from mobiq_lightning.sources.text_files import read_file
 
 FOUND = {
     "run": {
@@ -100,3 +101,30 @@ def test_a_step_that_fails_ends_the_command_with_its_code() -> None:
     with pytest.raises(SystemExit) as ended:
         command.run(sys.executable, "-c", "raise SystemExit(3)")
     assert ended.value.code == 3
+
+
+def test_without_texts_excerpts_of_the_hub_are_written_once_and_used_by_every_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = {"train": ["", "Ä short row.", "x" * 60, "never reached"], "eval": ["one", "two"]}
+    asked: list[tuple[str, str]] = []
+
+    def read(source: str, split: str, key: str) -> list[str]:
+        asked.append((source, split))
+        return rows[split]
+
+    monkeypatch.setattr(text, "read_documents", read)
+    monkeypatch.setattr(text, "LIMIT", 60)
+    given = command.arguments(["--to", str(tmp_path)])
+    for _ in range(2):
+        command.find_text(given)
+    assert (given.source, given.eval_source) == (str(tmp_path / "train.jsonl"), str(tmp_path / "test.jsonl"))
+    assert Path(given.source).read_text(encoding="utf-8") == '{"text": ""}\n{"text": "Ä short row."}\n'
+    assert read_file(Path(given.eval_source), "eval_source") == ["one", "two"]
+    assert asked == [("wikitext2", "train"), ("wikitext2", "eval")]
+    assert "train.jsonl is not the text of the committed tables" in capsys.readouterr().err
+    command.find_text(
+        other := command.arguments(["--to", str(tmp_path / "b"), "--source", "c4", "--eval_source", "c4"])
+    )
+    assert (other.source, other.eval_source) == ("c4", "c4")
+    assert len(asked) == 2

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mobiq_lightning.errors import MissingExtraError, ModelError
 from mobiq_lightning.sources import load_source, read_shape
+from mobiq_lightning.sources.gguf import ensure_gguf_folder
 
 Maker = Callable[..., Path]
 
@@ -150,6 +151,21 @@ def test_what_lies_beside_the_file_is_not_looked_at(make_model: Maker, gguf_file
     shutil.copy(gguf_file, folder / "small.gguf")
     shutil.rmtree(tmp_path / "cache")
     assert load_source(str(folder / "small.gguf")).tokenizer("Numbers are compared")["input_ids"] == alone
+
+
+@pytest.mark.parametrize("damage", ["cut short", "missing"])
+def test_a_converted_folder_that_was_damaged_is_made_again(
+    gguf_file: Path, cache: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = ensure_gguf_folder(str(gguf_file)) / "model.safetensors"
+    before = weights.read_bytes()
+    weights.unlink()
+    if damage == "cut short":
+        weights.write_bytes(before[: len(before) // 2])
+    capsys.readouterr()
+    assert ensure_gguf_folder(str(gguf_file)) == weights.parent
+    assert weights.read_bytes() == before
+    assert f"{weights.parent} is damaged (model.safetensors) and is made again." in capsys.readouterr().err
 
 
 def test_what_a_killed_conversion_left_is_removed_by_a_later_one(gguf_file: Path, cache: Path) -> None:

@@ -25,6 +25,7 @@ from mobiq_lightning.calibration.guarding import (
     Sighting,
     State,
     WorseBlock,
+    WorseDepth,
     depths_to_look_at,
     ends_quarter,
     state_of,
@@ -57,6 +58,9 @@ class Guards(CalibrationCallback):
     little worse at 8 bits than rounding alone. Hence the limit: the rounded error at this depth and `worse_tolerance` of it,
     and `worse_tolerance` of the rounded error at the lowest depth besides.
 
+    *Worse depth.* The KL divergence of the whole model at each depth, once no codes change any more, against that of the rounded
+    model, and `worse_tolerance` of it: what the limit of a worse block lets pass at fine depths is said here. It has no repair.
+
     *Exploding probe.* The perplexity of calibration windows with the blocks that are done at each depth and the others in full
     precision, against the same with rounded blocks. Repair is that of a worse block. The way through all later blocks costs more
     than all else, so it is taken at every quarter of the blocks, and at any block behind which the calibrated model is farther
@@ -76,7 +80,9 @@ class Guards(CalibrationCallback):
     Args:
         worse_block: Action where a block, or the model after a stage of its own, is worse than rounded.
         worse_tolerance: The part of the rounded errors, at the depth and at the lowest depth, by which a depth may be worse; 0 or
-            more.
+            more. Of the rounded divergence at the depth alone, for a worse depth.
+        worse_depth: Action where the model at a depth is farther from full precision than rounded; `repair` does what `record`
+            does.
         exploding_probe: Action where the perplexity is not finite or above `probe_factor` times that of the rounded model.
         probe_factor: How many times the perplexity of the rounded model is too much, above 1.
         collapsed_router: Action where a router cannot tell tokens apart.
@@ -98,6 +104,7 @@ class Guards(CalibrationCallback):
         collapsed_router: Action = "repair",
         windows: int | None = None,
         outlier_weight: Action = "record",
+        worse_depth: Action = "record",
     ) -> None:
         if not 0 <= worse_tolerance < math.inf:  # NaN is in no range
             raise RecipeError(f"Guards: worse_tolerance ({worse_tolerance:g}) must be at least 0")
@@ -106,6 +113,7 @@ class Guards(CalibrationCallback):
         if windows is not None and windows < 1:
             raise RecipeError(f"Guards: windows ({windows}) must be at least 1")
         self.worse_block = WorseBlock(worse_block, worse_tolerance)
+        self.worse_depth = WorseDepth(worse_depth, worse_tolerance)
         self.exploding_probe = ExplodingProbe(exploding_probe, probe_factor)
         self.collapsed_router = CollapsedRouter(collapsed_router)
         self.outlier_weight = OutlierWeight(outlier_weight)
@@ -183,7 +191,7 @@ class Guards(CalibrationCallback):
     # ------------------------------------------------------------------ codes
 
     def _look_at_codes(self, trainer: Trainer, module: ElasticCalibration) -> None:
-        if self.worse_block.action == self.exploding_probe.action == "off":
+        if self.worse_block.action == self.worse_depth.action == self.exploding_probe.action == "off":
             return
         looked_at, compared = depths_to_look_at(module)
         found = trainer.strategy.broadcast(self._measure(module, looked_at))  # all ranks must decide alike
@@ -193,6 +201,8 @@ class Guards(CalibrationCallback):
         if found.perplexity:
             self._log(module, found)
             self._act(module, self.exploding_probe, self.exploding_probe.look(ProbeReading(found, looked_at)))
+            if self._all_done(module, looked_at):
+                self._act(module, self.worse_depth, self.worse_depth.look(ProbeReading(found, looked_at)))
 
     def _measure(self, module: ElasticCalibration, depths: Sequence[int]) -> Measured:
         sweep, block, text = module.segment.sweep, module.block_index, module.text
@@ -204,9 +214,16 @@ class Guards(CalibrationCallback):
         if block is None:
             return probe.measure_model()
         probe.advance(block)
-        looks = self.exploding_probe.action != "off"
+        looks = not self.exploding_probe.action == self.worse_depth.action == "off"
         model = looks and (ends_quarter(block, len(module.blocks)) or None)
         return probe.measure_block(sweep > 0, model)
+
+    def _all_done(self, module: ElasticCalibration, depths: Sequence[int]) -> bool:
+        """Whether all blocks were measured, at all depths, with codes that change no more."""
+        last = len(module.blocks) - 1
+        return module.block_index in (None, last) and len(depths) == len(
+            module.sliced.block_at(0).routed_inputs()[0].depths
+        )
 
     def _log(self, module: ElasticCalibration, found: Measured) -> None:
         metrics = {"probe/perplexity_full": found.full_perplexity}

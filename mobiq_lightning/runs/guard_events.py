@@ -9,7 +9,7 @@ from typing import Literal
 
 from mobiq_lightning.runs.record import Record
 
-GuardName = Literal["worse_block", "exploding_probe", "collapsed_router", "outlier_weight"]
+GuardName = Literal["worse_block", "worse_depth", "exploding_probe", "collapsed_router", "outlier_weight"]
 GuardAction = Literal["stop", "repair", "record"]
 """What was done about an event: the run ended, it was mended, or nothing."""
 
@@ -69,6 +69,11 @@ def sentence(event: GuardEvent, n_epochs: int | None = None) -> str:
     elif event.guard == "worse_block":
         measure = "a relative error" if of_block else "a KL divergence"
         what = f"Worse than round-to-nearest: {place} at {event.depth:g} bits has {measure} of {value}, limit {limit}"
+    elif event.guard == "worse_depth":
+        what = (
+            f"Worse than round-to-nearest at {event.depth:g} bits: the whole model has a KL divergence of {value} there on "
+            f"calibration windows, limit {limit}"
+        )
     else:
         what = f"Exploding perplexity: {value} on calibration windows after {place}, at {event.depth:g} bits; limit {limit}"
     epoch = f"epoch {event.epoch + 1}" + ("" if n_epochs is None else f" of {n_epochs}")

@@ -61,6 +61,8 @@ def assert_same_codes(one: Path, other: Path) -> None:
 
 
 def guarded(**arguments: Any) -> str:
+    """Guards with these arguments, silent about depths at which few bits have cost the model something."""
+    arguments = {"worse_depth": "off", **arguments}
     callback = {"class_path": "mobiq_lightning.callbacks.Guards", "init_args": arguments}
     quick = {"class_path": "mobiq_lightning.callbacks.LatencyCheck", "init_args": {"seconds": 0}}
     return f"--trainer.callbacks={json.dumps([callback, quick])}"
@@ -86,14 +88,19 @@ def in_folder(arguments: list[str], folder: Path) -> list[str]:
     return [*arguments, f"--trainer.default_root_dir={folder}"]
 
 
-def test_a_healthy_run_has_no_events_and_logs_its_probe(finished: Run) -> None:
-    assert results_of(finished[0])["guards"] == []
+def test_a_healthy_run_names_only_depths_that_others_cost_something_and_logs_its_probe(finished: Run) -> None:
+    events = results_of(finished[0])["guards"]
+    assert {(e["guard"], e["action"], e["block"]) for e in events} == {("worse_depth", "record", 1)}
+    assert [e["depth"] for e in events] == [6, 8]
+    rows = {(r["allocation"], r["target_bits"]): r["kl"] for r in results_of(finished[0])["rows"]}
+    assert rows["router", 8] > rows["rtn", 8]  # on other text, too
     journal = [json.loads(line) for line in (finished[0] / "metrics.jsonl").read_text().splitlines()]
     probes = [line for line in journal if "probe/perplexity_2_bits" in line]
     assert len(probes) == 2
     for line in probes:
         assert line["probe/perplexity_8_bits"] == pytest.approx(line["probe/perplexity_full"], rel=0.05)
-    assert "Noticed" not in (finished[0] / "elastic" / "README.md").read_text()
+    said = (finished[0] / "elastic" / "README.md").read_text()
+    assert all(sentence(GuardEvent.from_json(event, "results.json")) in said for event in events)
 
 
 def test_a_block_worse_than_rounding_falls_back_bit_by_bit_and_every_report_says_so(
@@ -394,6 +401,12 @@ class TestLimits:
         error = {("calibrated", 8): value, ("rounded", 8): 0.0001, ("calibrated", 2): 0.1, ("rounded", 2): 0.2}
         looked = ProbeReading(Measured(error=error), [2, 8])  # type: ignore[arg-type]
         assert len(Guards().worse_block.look(looked)) == events
+
+    @pytest.mark.parametrize(("value", "events"), [(0.000104, 0), (0.000106, 1), (float("nan"), 1)])
+    def test_a_depth_is_compared_with_its_own_rounding_alone(self, value: float, events: int) -> None:
+        kl = {("calibrated", 8): value, ("rounded", 8): 0.0001, ("calibrated", 2): 0.1, ("rounded", 2): 0.2}
+        seen = Guards().worse_depth.look(ProbeReading(Measured(kl=kl), [2, 8]))  # type: ignore[arg-type]
+        assert [s.depth for s in seen] == [8] * events
 
     @pytest.mark.parametrize(("value", "events"), [(199.0, 0), (201.0, 1), (float("inf"), 1)])
     def test_a_probe_explodes_above_its_factor(self, value: float, events: int) -> None:

@@ -15,6 +15,7 @@ from .guard import Guard as Guard
 from .guard import ProbeReading as ProbeReading
 from .guard import Sighting as Sighting
 from .guard import WorseBlock as WorseBlock
+from .guard import WorseDepth as WorseDepth
 from .outlier_weight import LinearWeight as LinearWeight
 from .outlier_weight import OutlierWeight as OutlierWeight
 from .probe import Measured as Measured

@@ -172,6 +172,44 @@ class WorseBlock(HarmGuard):
         return math.isfinite(limit) and not value <= limit
 
 
+class WorseDepth(HarmGuard):
+    """Notices a depth at which the whole model, its codes done, is farther from full precision than rounded to nearest.
+
+    Where `WorseBlock` tolerates that few bits cost many a little, this says where and how much. There is no repair: the codes of
+    one depth are those of all others.
+
+    Args:
+        action: What is done where it notices something; `repair` does what `record` does.
+        tolerance: The part of the rounded KL divergence by which the depth may be worse, 0 or more.
+    """
+
+    name = "worse_depth"
+    advice = (
+        "Take out stages at this depth, so that its codes are rounded, lower their lr_scale, or set max_saturation of "
+        "ProgressiveSlices"
+    )
+
+    def __init__(self, action: Action, tolerance: float) -> None:
+        super().__init__(action)
+        self.tolerance = tolerance
+
+    def value(self, measured: Measured, depth: int) -> float:
+        """The KL divergence of the calibrated model at a depth, nats per token."""
+        return measured.kl["calibrated", depth]
+
+    def limit(self, measured: Measured, depth: int) -> float:
+        """The KL divergence of the rounded model at that depth, and the tolerated part of it."""
+        return measured.kl["rounded", depth] * (1 + self.tolerance)
+
+    def exceeds(self, value: float, limit: float) -> bool:
+        """Whether the value is above a finite limit, or is NaN."""
+        return math.isfinite(limit) and not value <= limit
+
+    def can_repair(self, module: ElasticCalibration, before: State | None) -> bool:
+        """Never: to go back would cost the depths that gained."""
+        return False
+
+
 class ExplodingProbe(HarmGuard):
     """Notices that the perplexity of calibration windows is not finite, or far above that of the rounded model.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, ClassVar
 
 from lightning.pytorch import Trainer
@@ -26,6 +25,7 @@ from mobiq_lightning.calibration.guarding import (
     State,
     WorseBlock,
     WorseDepth,
+    act_on,
     depths_to_look_at,
     ends_quarter,
     state_of,
@@ -33,10 +33,8 @@ from mobiq_lightning.calibration.guarding import (
 )
 from mobiq_lightning.calibration.planning import FORWARD, ModelSizes, Phase, StepTimes
 from mobiq_lightning.callbacks.base import CalibrationCallback
-from mobiq_lightning.console import say
-from mobiq_lightning.errors import GuardError, RecipeError
+from mobiq_lightning.errors import RecipeError
 from mobiq_lightning.nn import meet_budget
-from mobiq_lightning.runs import GuardEvent, sentence
 from mobiq_lightning.sources import TextWindows
 
 PHASE = "guards"
@@ -271,41 +269,7 @@ class Guards(CalibrationCallback):
     # ------------------------------------------------------------------ what is done
 
     def _act(self, module: ElasticCalibration, guard: Guard[Any], sightings: Sequence[Sighting]) -> bool:
-        """Notes what a guard has noticed, says it, and does what the recipe asks for.
-
-        Args:
-            module: The calibration.
-            guard: The guard that has noticed it.
-            sightings: What it has noticed.
-
-        Returns:
-            Whether anything was noticed.
-
-        Raises:
-            GuardError: If the recipe says stop.
-        """
-        action = guard.action
-        if not sightings or action == "off":
-            return False
-        if action == "repair" and not guard.can_repair(module, self._before):
-            action = "record"
-        events = [
-            GuardEvent(guard.name, module.block_index, s.input, action, module.current_epoch, s.depth, s.value, s.limit)
-            for s in sightings
-        ]
-        said = [sentence(event, module.schedule.n_epochs) for event in events]
-        if action == "stop":
-            raise GuardError(
-                "\n".join(said)
-                + f"\n{guard.advice}, and start again with --overwrite. Or set `{guard.name}` of the callback Guards in "
-                "trainer.callbacks to repair or record: then the same command goes on here; finished blocks are kept"
-            )
-        for event, line in zip(events, said, strict=True):
-            say(line)
-            module.record.note_guard(replace(event, value=_finite(event.value), limit=_finite(event.limit)))
-        if action == "repair":
-            guard.repair(module, self._before)
-        return True
+        return act_on(module, guard, sightings, self._before)
 
     def _may_repair(self) -> bool:
         return "repair" in (self.worse_block.action, self.exploding_probe.action)
@@ -314,8 +278,3 @@ class Guards(CalibrationCallback):
 def guards_of(trainer: Trainer) -> Guards | None:
     """The guards of a run; None if its trainer has none, and nothing is looked at."""
     return next((c for c in trainer.callbacks if isinstance(c, Guards)), None)  # type: ignore[attr-defined]
-
-
-def _finite(value: float | None) -> float | None:
-    """A value as JSON has it: None if it is not finite."""
-    return None if value is None or not math.isfinite(value) else value

@@ -1,4 +1,5 @@
 # What others may use of this package; `__init__.py` loads it when it is asked for.
+from .acting import act_on as act_on
 from .collapse import COLLAPSE_SHARE as COLLAPSE_SHARE
 from .collapse import mixes_depths as mixes_depths
 from .collapse import most_common_share as most_common_share

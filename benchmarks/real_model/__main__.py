@@ -27,7 +27,7 @@ from .text import excerpt
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "smollm2-135m.yaml"
-PEERS = ("RTN", "HQQ", "GPTQ, group aware", "GPTAQ (quark)", "Qronos (quark)", "AutoRound, bfloat16")
+PEERS = ("RTN", "HQQ", "GPTQ, group aware", "GPTAQ, clipped", "AutoRound, bfloat16")
 SAMPLED = (2, 3, 4, 8)
 STEPS = ("fit", "peers", "samples")
 

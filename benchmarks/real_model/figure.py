@@ -10,7 +10,8 @@ STYLES = {
     "RTN": ("rounding to nearest", "X", "#8a8a8a"),
     "HQQ": ("HQQ", "P", "#9467bd"),
     "GPTQ, group aware": ("GPTQ", "s", "#1f77b4"),
-    "GPTAQ (quark)": ("GPTAQ", "v", "#17a2b8"),
+    "GPTAQ, clipped": ("GPTAQ, clipped", "<", "#0b7285"),
+    "GPTAQ (quark)": ("GPTAQ (Quark)", "v", "#17a2b8"),
     "Qronos (quark)": ("Qronos", "D", "#e08a00"),
     "AutoRound, bfloat16": ("AutoRound", "^", "#2ca02c"),
 }

@@ -142,7 +142,10 @@ def test_a_damaged_or_missing_part_leads_to_the_checkpoint_before(training: Trai
     assert kept.newest(can_be_read) == (before, [last])
     part.unlink()
     assert kept.newest(can_be_read) == (before, [last])
+    other = tmp_path / f"block-000000-schemes-{'0' * 64}.part"
+    other.mkdir()  # nothing of ours
     kept.drop_after(1)
+    assert other.is_dir()
     assert list(tmp_path.glob("epoch-*.ckpt")) == [before]
     training.weights[0].sub_(1)
     training.check(before)

@@ -219,11 +219,11 @@ def make_once(target: Path, write: Callable[[Path], None]) -> None:
 
 
 def _lost(folder: Path) -> list[str]:
-    """Names of the files of a folder of the cache that are not there as they were made; of older folders nothing is known."""
+    """Names of the files of a folder of the cache that are not there as they were made."""
     try:
-        sizes = json.loads(_read(folder / _SIZES)) if (folder / _SIZES).exists() else {}
+        sizes = json.loads(_read(folder / _SIZES))
         whole = {path.name: path.stat().st_size for path in folder.iterdir() if is_file(path)}
-        return [name for name, size in sizes.items() if whole.get(name) != size]
+        return [name for name, size in sizes.items() if whole.get(name) != size] if sizes else [_SIZES]
     except (FileError, OSError, ValueError, AttributeError, TypeError):
         return [_SIZES]
 

@@ -31,14 +31,14 @@ def plot(found: dict[str, Any], name: str, path: Path) -> None:
     full = next(row["perplexity"] for row in found["run"]["rows"] if row["allocation"] == "full")
     peers = [row for row in found["peers"]["means"] if math.isfinite(row["perplexity"])]
     left_out = [row for row in peers if row["perplexity"] > LARGEST * full]
-    for number, (peer, (label, marker, color)) in enumerate(STYLES.items()):
+    for peer, (label, marker, color) in STYLES.items():
         points = [row for row in peers if row["peer"] == peer and row not in left_out]
         if not points:  # not run, or left out
             continue
-        shift = 0.03 * (number - len(STYLES) / 2)  # points of a precision side by side, so that none hides another
+        face = color if marker in "XP" else "none"  # points of one precision may lie upon each other
         axes.scatter(
-            [row["bits"] + shift for row in points], [row["perplexity"] for row in points],
-            marker=marker, color=color, s=42, label=f"{label}, one model per bit-width", zorder=3,
+            [row["bits"] for row in points], [row["perplexity"] for row in points],
+            marker=marker, facecolors=face, edgecolors=color, s=42, label=f"{label}, one model per bit-width", zorder=3,
         )  # fmt: skip
     router = sorted((r["used_bits"], r["perplexity"]) for r in found["run"]["rows"] if r["allocation"] == "router")
     axes.plot(*zip(*router, strict=True), "-o", color=OURS, markersize=4, label="elastic, one checkpoint", zorder=4)

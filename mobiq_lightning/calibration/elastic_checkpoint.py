@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from mobiq_lightning.checkpoint import CheckpointWriter, ElasticFormat, describe_provenance
-from mobiq_lightning.runs import ELASTIC, PROVENANCE, RECIPE
+from mobiq_lightning.runs import ELASTIC, PROVENANCE, RECIPE, without_place
 from mobiq_lightning.strategies.class_paths import describe_factory
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ def finish_checkpoint(module: ElasticCalibration, recipe: str) -> list[int]:
     Returns:
         Blocks, by index from 0, whose shard was damaged since it was written, and was written again.
     """
-    calibration = {**module.text.protocol.calibration.to_json(), "data_hash": module.text.calibration_digest}
+    text = module.text.protocol.calibration.to_json()
+    calibration = {**text, "data": without_place(text["data"]), "data_hash": module.text.calibration_digest}
     origin = describe_provenance(module.sliced.source, calibration, module.transform)
     extra = {RECIPE: recipe, PROVENANCE: json.dumps(origin, indent=2) + "\n"}
     return checkpoint_writer(module).finish(module.sliced.calibrated_blocks(), elastic_format(module), extra)

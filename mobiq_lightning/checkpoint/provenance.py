@@ -11,7 +11,7 @@ from typing import Any
 
 from mobiq_lightning.checkpoint.own_files import own_file
 from mobiq_lightning.environment import environment
-from mobiq_lightning.runs import PROVENANCE, Record, at_least, read_json
+from mobiq_lightning.runs import PROVENANCE, Record, at_least, read_json, without_place
 from mobiq_lightning.sources import Source
 from mobiq_lightning.strategies.transform_base import Transform
 
@@ -93,7 +93,7 @@ def describe_provenance(source: Source, calibration: dict[str, Any], transform: 
         transform: Transform of weights and inputs before slicing.
     """
     seed = os.environ.get("PL_GLOBAL_SEED")
-    about = {"name": source.name, "weights": source.fingerprint, "tokenizer": source.tokenizer_hash}
+    about = {"name": without_place(source.name), "weights": source.fingerprint, "tokenizer": source.tokenizer_hash}
     return {
         "source": {**about, **({"bytes": source.n_bytes} if source.n_bytes else {})},
         "calibration": calibration,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,8 +128,9 @@ def _is_part(path: Path) -> bool:
 
 
 def add_results(folder: Path, results: Results) -> None:
-    """Writes what was measured into a checkpoint's results.json, and its model card anew."""
-    write_json(folder / RESULTS, results.to_json())
+    """Writes what was measured into a checkpoint's results.json, and its model card anew; no folder of local files is named."""
+    measured = results.measured and results.measured.without_places()
+    write_json(folder / RESULTS, replace(results, measured=measured).to_json())
     write_card(folder)
 
 

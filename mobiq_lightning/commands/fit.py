@@ -25,7 +25,6 @@ class Fit(RecipeCommand):
         parser.add_argument(
             "--blocks",
             metavar="FIRST-LAST",
-            default="",
             help="calibrate these blocks alone, numbered from 1, and leave them in the run folder for a fit without --blocks; "
             "takes model.block_inputs full",
         )
@@ -38,7 +37,7 @@ class Fit(RecipeCommand):
         started = time.monotonic()
         with whole_tables(given.all):
             run = run_job("fit", [*given.keys, *(["--overwrite"] if given.overwrite else [])], given.blocks)
-        if is_first_process() and not given.blocks:
+        if is_first_process() and given.blocks is None:
             from mobiq_lightning.commands.ending import say_what_was_made
 
             say_what_was_made(run, time.monotonic() - started)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mobiq_lightning.jobs.cli import ElasticCLI
 
 
-def fit(recipe: Recipe, *, overwrite: bool = False, blocks: str = "", **overrides: Any) -> RunFolder:
+def fit(recipe: Recipe, *, overwrite: bool = False, blocks: str | None = None, **overrides: Any) -> RunFolder:
     """Calibrates slices and routers of a model, tunes thresholds, compares, and saves one elastic checkpoint.
 
     A run that was interrupted goes on; one that is finished is returned as it is.
@@ -92,13 +92,13 @@ def build(recipe: Recipe, **overrides: Any) -> ElasticCLI:
         return ElasticCLI("build", arguments)
 
 
-def run_job(command: Literal["fit", "validate"], arguments: Sequence[str], blocks: str = "") -> RunFolder:
+def run_job(command: Literal["fit", "validate"], arguments: Sequence[str], blocks: str | None = None) -> RunFolder:
     """Runs a job on a command line.
 
     Args:
         command: Which.
         arguments: What follows the command: the recipe, and keys that override it.
-        blocks: Blocks to calibrate alone, as `fit` takes them; empty: all.
+        blocks: Blocks to calibrate alone, as `fit` takes them; None: all.
 
     Returns:
         The run folder.
@@ -110,7 +110,7 @@ def run_job(command: Literal["fit", "validate"], arguments: Sequence[str], block
     arguments = with_recipe(arguments)
     check_arguments(arguments, FILES if command == "fit" else [key for key in FILES if key != "data.source"])
     asked = asked_values(arguments)
-    own = asked_blocks(blocks, asked, "--overwrite" in arguments) if blocks else None
+    own = asked_blocks(blocks, asked, "--overwrite" in arguments) if blocks is not None else None
     folder = asked.get("trainer.default_root_dir")
     if isinstance(folder, str) and "$" not in folder and is_first_process() and own is None:
         RunFolder(folder).check_place()

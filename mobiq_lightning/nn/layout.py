@@ -36,6 +36,10 @@ class BlockLayout:
     )
     experts: bool = True
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.experts, bool):  # None would leave them in full precision
+            raise ValueError(f"model.layout.experts ({self.experts!r}) must be true or false")
+
     def open(self, model: nn.Module, compare: bool = True) -> None:
         """Prepares a model for being sliced: finds its blocks, and makes linears of their experts, in place.
 

@@ -105,6 +105,7 @@ from .rows import summarize as summarize
 from .run_folder import RunFolder as RunFolder
 from .same_recipe import differing_keys as differing_keys
 from .same_recipe import differing_keys_of_runs as differing_keys_of_runs
+from .same_recipe import without_place as without_place
 from .same_recipe import without_places as without_places
 from .shared_work import SharedWork as SharedWork
 from .speed import SpeedNote as SpeedNote

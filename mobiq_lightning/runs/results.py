@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ from mobiq_lightning.runs.guard_events import GuardEvent
 from mobiq_lightning.runs.layer_gains import GainsSummary
 from mobiq_lightning.runs.record import Record, at_least, read_json
 from mobiq_lightning.runs.rows import Row
+from mobiq_lightning.runs.same_recipe import without_place
 from mobiq_lightning.runs.speed import LatencyNote
 
 
@@ -146,10 +147,14 @@ class Measured(Record):
     @property
     def heading(self) -> str:
         """Model, text and protocol in a line; of local files their name, as a path tells nobody anything."""
-        model, data = (
-            Path(name).name if Path(name).is_absolute() else name for name in (self.model, self.protocol.data)
-        )
+        model, data = without_place(self.model), without_place(self.protocol.data)
         return f"{model} on {data}, {self.protocol.eval_protocol}, window {self.protocol.window}"
+
+    def without_places(self) -> Measured:
+        """The same, local files named without the folder that they lie in: for others to see."""
+        calibration = replace(self.protocol.calibration, data=without_place(self.protocol.calibration.data))
+        protocol = replace(self.protocol, data=without_place(self.protocol.data), calibration=calibration)
+        return replace(self, model=without_place(self.model), protocol=protocol)
 
 
 @dataclass(frozen=True)

@@ -74,12 +74,20 @@ def located(recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def without_places(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A recipe in which local models and texts are named without the folder that they lie in, as others are to see it.
+    """A recipe in which local models, texts and the run folder are named without the folder that they lie in, for others to see.
 
     Args:
         recipe: A recipe as it was given; it stays as it is.
     """
-    return _with_names(recipe, lambda path: path.absolute().name)
+    found = _with_names(recipe, lambda path: path.absolute().name)
+    if isinstance(trainer := found.get("trainer"), dict) and isinstance(trainer.get("default_root_dir"), str):
+        found["trainer"] = {**trainer, "default_root_dir": without_place(trainer["default_root_dir"])}
+    return found
+
+
+def without_place(name: str) -> str:
+    """The last part of a whole path; any other name, as that of a model of the hub, as it is."""
+    return Path(name).name if Path(name).is_absolute() else name
 
 
 def _with_names(recipe: dict[str, Any], named: Callable[[Path], str]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from mobiq_lightning.console import say
 from mobiq_lightning.errors import FileError, ModelError
-from mobiq_lightning.files import write_json
+from mobiq_lightning.files import remove, write_json
 from mobiq_lightning.input_files import is_file, open_regular, read_mapping
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -192,11 +192,11 @@ def make_once(target: Path, write: Callable[[Path], None]) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     # Ranks of one run ask at the same time; without the lock each would do the work, all on the same cores.
     with FileLock(target.with_suffix(".lock")):
-        if target.is_dir():
+        if target.exists():
             if not (lost := _lost(target)):
                 return
             say(f"{target} is damaged ({', '.join(lost)}) and is made again.")
-            shutil.rmtree(target)
+            remove(target)
         for left in target.parent.glob(f".{target.name}.*"):  # by a process that was killed
             if time.time() - left.stat().st_mtime > _ABANDONED:  # where locks do not work, another may be at it
                 shutil.rmtree(left, ignore_errors=True)

@@ -182,6 +182,7 @@ def test_blocks_that_are_not_there_and_processes_that_share_batches_are_refused(
         ("0-1", {}, False, "numbered from 1"),
         ("3-2", {}, False, "numbered from 1"),
         ("all", {}, False, "numbered from 1"),
+        ("", {}, False, "numbered from 1"),
         ("1", {"model.block_inputs": "calibrated"}, False, "Set model.block_inputs to full"),
         ("1", {"model.block_inputs": None}, False, "Set model.block_inputs to full"),
         (

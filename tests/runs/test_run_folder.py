@@ -117,5 +117,7 @@ def test_a_run_names_files_so_that_it_can_be_read_from_every_directory(
     assert folder.claim(stored, overwrite=False) is True
     with pytest.raises(RunFolderError, match=r"model\.pretrained: .*m' -> 'm'"):
         folder.claim(given, overwrite=False)
+    stored["trainer"]["default_root_dir"] = str(tmp_path / "run")
     shown = without_places(stored)
     assert (shown["model"], shown["data"]["source"]) == ({"pretrained": "m"}, "t.txt")
+    assert shown["trainer"]["default_root_dir"] == "run"

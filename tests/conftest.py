@@ -205,3 +205,14 @@ def model(finished: Run) -> Any:
 def broken(finished: Run, tmp_path: Path) -> Path:
     """A copy of the checkpoint, to be broken."""
     return shutil.copytree(finished[0] / "elastic", tmp_path / "elastic")
+
+
+def for_others(results: Path) -> Any:
+    """What a run has measured, as its checkpoint says it: local files without the folder that they lie in."""
+    from dataclasses import replace
+
+    from mobiq_lightning.runs import read_results
+
+    found = read_results(results)
+    assert found.measured is not None
+    return replace(found, measured=found.measured.without_places())

@@ -91,7 +91,7 @@ def test_readme_runs_from_top_to_bottom(fresh_folder: Path, capsys: pytest.Captu
     for run in ("tiny", "mine"):
         assert (fresh_folder / "runs" / run / "elastic" / "config.json").is_file()
         recipe = yaml.safe_load((fresh_folder / "runs" / run / "config.yaml").read_text(encoding="utf-8"))
-        assert recipe["model"]["pretrained"] == "path/to/model"
+        assert recipe["model"]["pretrained"] == str(fresh_folder / "path/to/model")
         assert recipe["trainer"]["default_root_dir"] == f"runs/{run}"
     # The page of the checkpoint shows more of the same model.
     block = next(text for language, text in blocks_of(ROOT / "docs" / "checkpoint.md") if language == "python")

@@ -23,10 +23,10 @@ from mobiq_lightning.cli import main
 from mobiq_lightning.errors import BitsError
 from mobiq_lightning.nn import ElasticLinear, input_names
 from mobiq_lightning.packing import n_groups
-from mobiq_lightning.runs import COMPANIONS
+from mobiq_lightning.runs import COMPANIONS, read_results
 from mobiq_lightning.runtime import cache_name
 from tests.checkpoints import IDS, PLANE, edit_tensors, generate, logits, tensors_of
-from tests.conftest import Run, small_recipe
+from tests.conftest import Run, for_others, small_recipe
 
 
 class TestLoading:
@@ -265,9 +265,10 @@ class TestWriting:
         assert provenance["seed"] == 0
         assert provenance["environment"]["torch"] == torch.__version__
         assert yaml.safe_load((elastic / "recipe.yaml").read_text())["data"]["seq_len"] == 32
-        assert json.loads((elastic / "results.json").read_text()) == json.loads(
-            (finished[0] / "results.json").read_text()
-        )
+        assert read_results(elastic / "results.json") == for_others(finished[0] / "results.json")
+        for path in elastic.glob("*"):
+            if path.suffix != ".safetensors":
+                assert str(finished[0].parent) not in path.read_text(), path
 
     def test_the_card_shows_how_to_load_and_what_was_measured(self, finished: Run) -> None:
         text = (finished[0] / "elastic" / "README.md").read_text()

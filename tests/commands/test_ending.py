@@ -24,7 +24,9 @@ def test_it_says_what_was_made_and_the_commands_that_it_names_work(
     say_what_was_made(RunFolder(run), 3732.4)
     made, figures, *commands = capsys.readouterr().err.splitlines()
     source = json.loads((run / "elastic" / "provenance.json").read_text())["source"]
-    assert source["bytes"] == sum(path.stat().st_size for path in Path(source["name"]).glob("*.safetensors"))
+    model = Path(next(a for a in finished[1] if a.startswith("--model.pretrained=")).partition("=")[2])
+    assert source["name"] == model.name
+    assert source["bytes"] == sum(path.stat().st_size for path in model.glob("*.safetensors"))
     assert made.startswith(f"Made {run / 'elastic'}: {source['name']} at any average from 2 to 8 bits, 0.0")
     assert made.endswith(f" of the source's {source['bytes'] / 1e6:.2f} MB, in 1 h 2 min 12 s.")
     share = float(made.split("of tensors, ")[1].split("%")[0]) / 100

@@ -193,6 +193,7 @@ def test_concurrent_callers_train_once(monkeypatch: pytest.MonkeyPatch, tmp_path
 
     def build(folder: Path, *_: object) -> None:
         built.append(folder)
+        (folder / "model.safetensors").touch()
 
     monkeypatch.setattr(builtin, "_build", build)
     callers = [threading.Thread(target=ensure_builtin_model, args=(tmp_path, 0, TINY)) for _ in range(4)]

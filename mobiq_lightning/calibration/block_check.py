@@ -78,6 +78,11 @@ def check_blocks(model: nn.Module, blocks: Sequence[nn.Module], layout: BlockLay
             f"model.pretrained: blocks of {kind} never call {', '.join(never_called)}, so that what they read is not known and "
             "their slices could not be read: they multiply with the weights themselves. This family is not supported"
         )
+    _refuse_differing(kind, found, expected)
+
+
+def _refuse_differing(kind: str, found: Tensor, expected: Tensor) -> None:
+    """Raises a `ModelError` if logits (B, T, V) of blocks called one at a time are not those of the model, up to rounding."""
     if not bool(torch.isfinite(expected).all()):
         return  # then the numbers say nothing of how blocks are called; where they come from is found as calibration begins
     largest = float(expected.float().abs().max())

@@ -64,8 +64,9 @@ class Guards(CalibrationCallback):
     than all else, so it is taken at every quarter of the blocks, and at any block behind which the calibrated model is farther
     from full precision than the rounded one.
 
-    Where blocks are calibrated from full-precision inputs (``block_inputs: full``), both look at a block with all other blocks
-    in full precision: what they decide does not depend on what those have learned.
+    Where blocks are calibrated from full-precision inputs (``block_inputs: full``), a worse block and an exploding probe are
+    looked for with all other blocks in full precision: what is decided does not depend on what those have learned. Worse depths
+    are then looked for after stages of the whole model alone.
 
     *Collapsed router.* More than 99.5 % of the tokens of an input read one depth at a budget between two depths. Repair: static
     depths for that input at such budgets. Looked at when the router's stage is done, and again by `ThresholdTuning`.
@@ -199,7 +200,7 @@ class Guards(CalibrationCallback):
         if found.perplexity:
             self._log(module, found)
             self._act(module, self.exploding_probe, self.exploding_probe.look(ProbeReading(found, looked_at)))
-            if self._all_done(module, looked_at):
+            if self._all_done(module):
                 self._act(module, self.worse_depth, self.worse_depth.look(ProbeReading(found, looked_at)))
 
     def _measure(self, module: ElasticCalibration, depths: Sequence[int]) -> Measured:
@@ -212,16 +213,16 @@ class Guards(CalibrationCallback):
         if block is None:
             return probe.measure_model()
         probe.advance(block)
-        looks = not self.exploding_probe.action == self.worse_depth.action == "off"
+        last = block == len(module.blocks) - 1
+        looks = self.exploding_probe.action != "off" or (last and self.worse_depth.action != "off")
         model = looks and (ends_quarter(block, len(module.blocks)) or None)
         return probe.measure_block(sweep > 0, model)
 
-    def _all_done(self, module: ElasticCalibration, depths: Sequence[int]) -> bool:
-        """Whether all blocks were measured, at all depths, with codes that change no more."""
+    def _all_done(self, module: ElasticCalibration) -> bool:
+        """Whether the whole model was measured, its codes done: not one block with all others in full precision."""
         last = len(module.blocks) - 1
-        return module.block_index in (None, last) and len(depths) == len(
-            module.sliced.block_at(0).routed_inputs()[0].depths
-        )
+        whole = module.block_index is None or (module.block_index == last and module.block_inputs != "full")
+        return whole and module.schedule.final_epoch(last) == module.current_epoch
 
     def _log(self, module: ElasticCalibration, found: Measured) -> None:
         metrics = {"probe/perplexity_full": found.full_perplexity}

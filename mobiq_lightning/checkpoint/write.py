@@ -128,7 +128,7 @@ def _is_part(path: Path) -> bool:
 
 
 def add_results(folder: Path, results: Results) -> None:
-    """Writes what was measured into a checkpoint's results.json, and its model card anew; no folder of local files is named."""
+    """Writes what was measured into a checkpoint's results.json, and its model card anew, without whole paths of this machine."""
     measured = results.measured and results.measured.without_places()
     write_json(folder / RESULTS, replace(results, measured=measured).to_json())
     write_card(folder)

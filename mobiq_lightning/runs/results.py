@@ -151,7 +151,7 @@ class Measured(Record):
         return f"{model} on {data}, {self.protocol.eval_protocol}, window {self.protocol.window}"
 
     def without_places(self) -> Measured:
-        """The same, local files named without the folder that they lie in: for others to see."""
+        """The same, whole paths of local files cut to their last part: for others to see."""
         calibration = replace(self.protocol.calibration, data=without_place(self.protocol.calibration.data))
         protocol = replace(self.protocol, data=without_place(self.protocol.data), calibration=calibration)
         return replace(self, model=without_place(self.model), protocol=protocol)

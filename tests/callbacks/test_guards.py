@@ -103,6 +103,17 @@ def test_a_healthy_run_names_only_depths_that_others_cost_something_and_logs_its
     assert all(sentence(GuardEvent.from_json(event, "results.json")) in said for event in events)
 
 
+def test_depths_are_judged_once_after_the_last_stage_that_moves_codes(
+    recipe_arguments: list[str], tmp_path: Path
+) -> None:
+    block = "{share: null, epochs: 1, train: [ranges, transforms]}"
+    model = "{share: null, epochs: 1, train: [ranges, transforms], depth: 2, scope: model}"
+    arguments = [*recipe_arguments, "--model.eval_bits=[8]", guarded(worse_depth="record")]
+    assert main(["fit", *arguments, f"--model.stages=[{block}, {model}]"]) == 0
+    judged = [e for e in results_of(tmp_path / "run")["guards"] if e["guard"] == "worse_depth"]
+    assert {(e["block"], e["epoch"]) for e in judged} == {(None, 2)}
+
+
 def test_a_block_worse_than_rounding_falls_back_bit_by_bit_and_every_report_says_so(
     recipe_arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
